@@ -1,0 +1,178 @@
+"""Real tensors behind parameters, wherever a placement technique keeps them.
+
+While a parameter's weights are elsewhere (host, disk), the *same* `nn.Parameter` object stays in the model and only its `.data` is
+changed, to a placeholder: one NaN expanded to the full shape. Shape, dtype, device and `numel` stay true, storage is one element,
+reading it gives NaN loudly and writing in place raises. (A `meta` placeholder cannot be filled again: assigning CPU data to a meta
+parameter raises, torch 2.13.) This file is the only one that touches `.data` and storages.
+
+A module whose own parameters may be absent carries a `Holder` in its `__dict__`; `tensors()` asks it for the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+__all__ = [
+    "Holder",
+    "bind",
+    "data_of",
+    "holder_of",
+    "is_placeholder",
+    "map_parameters",
+    "placeholder",
+    "set_holder",
+    "storage_bytes",
+    "storage_key",
+    "tensor_bytes",
+    "tensors",
+    "tied_groups",
+]
+
+_HOLDER = "_torchwrap_holder"
+
+
+@runtime_checkable
+class Holder(Protocol):
+    """What a placement technique leaves in a module whose parameters it may have taken away."""
+
+    def lend(
+        self, module: nn.Module, names: tuple[str, ...], write: bool
+    ) -> AbstractContextManager[dict[str, torch.Tensor]]:
+        """Real values of `names` (parameter names local to `module`); with `write`, changes are stored on exit."""
+        ...
+
+
+def placeholder(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """One element that stands for an absent tensor of this shape: NaN, or the minimum for integers (False for bool).
+
+    Cost: one element, whatever the shape.
+    """
+    if dtype.is_floating_point or dtype.is_complex:
+        fill: float | int | bool = float("nan")
+    else:
+        fill = False if dtype == torch.bool else torch.iinfo(dtype).min
+    try:
+        one = torch.full((), fill, dtype=dtype, device=device)
+    except RuntimeError:  # float8 kinds without a NaN fill kernel
+        one = torch.full((), fill, device=device).to(dtype)
+    return one.expand(tuple(shape))
+
+
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """True for what `placeholder` made: more than one element, all of them the same one."""
+    return tensor.numel() > 1 and not any(tensor.stride()) and tensor.untyped_storage().nbytes() == tensor.element_size()
+
+
+def bind(parameter: torch.Tensor, data: torch.Tensor) -> None:
+    """Let `parameter` show `data`; the parameter object, its hooks and its place in optimizers stay."""
+    parameter.data = data
+
+
+def data_of(parameter: torch.Tensor) -> torch.Tensor:
+    """What the parameter shows now, as a tensor that shares memory and records no history."""
+    return parameter.data
+
+
+def storage_key(tensor: torch.Tensor) -> tuple[str, int]:
+    """Identity of the memory behind a tensor: equal for views of one storage. Meta tensors are told apart by object."""
+    if tensor.device.type == "meta":
+        return ("meta", id(tensor))
+    return (str(tensor.device), tensor.untyped_storage().data_ptr() or id(tensor))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Bytes the tensor's elements take when present, whatever is present now."""
+    return tensor.numel() * tensor.element_size()
+
+
+def storage_bytes(model: nn.Module) -> int:
+    """Bytes of all distinct storages behind parameters and buffers, as they are now (placeholders count one element)."""
+    seen: dict[tuple[str, int], int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            seen[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+    return sum(seen.values())
+
+
+def tied_groups(model: nn.Module) -> list[list[str]]:
+    """Names that reach one parameter object or one storage, in `named_parameters` order; groups of two or more."""
+    groups: dict[object, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        key: object = id(parameter) if is_placeholder(parameter) else storage_key(parameter)
+        groups.setdefault(key, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def holder_of(module: nn.Module) -> Holder | None:
+    """Who serves this module's absent parameters, if anyone."""
+    return module.__dict__.get(_HOLDER)
+
+
+def set_holder(module: nn.Module, holder: Holder | None) -> None:
+    """Name who serves this module's absent parameters; `None` takes the name away."""
+    if holder is None:
+        module.__dict__.pop(_HOLDER, None)
+    else:
+        module.__dict__[_HOLDER] = holder
+
+
+@contextmanager
+def tensors(module: nn.Module, *names: str, write: bool = False) -> Iterator[dict[str, torch.Tensor]]:
+    """Real values of a module's parameters, whatever their placement.
+
+    Args:
+        module: any module of the model.
+        names: dotted parameter names relative to `module`; none means all.
+        write: store what the block changed when it ends without an exception.
+
+    Returns:
+        A context manager giving `{name: tensor}`. The tensors are valid inside the block only.
+
+    Raises:
+        AttributeError: a name is no parameter of `module`.
+
+    Exactness: bit-identical. Cost: the bytes of the names asked for, on the tier that computes.
+
+    Example:
+        >>> import torch, torchwrap
+        >>> layer = torch.nn.Linear(2, 2)
+        >>> with torchwrap.core.tensors(layer, "weight") as real:
+        ...     real["weight"].shape
+        torch.Size([2, 2])
+    """
+    wanted = names or tuple(name for name, _ in module.named_parameters(remove_duplicate=False))
+    by_owner: dict[str, list[str]] = {}
+    for name in wanted:
+        owner, _, leaf = name.rpartition(".")
+        by_owner.setdefault(owner, []).append(leaf)
+    with ExitStack() as stack:
+        result: dict[str, torch.Tensor] = {}
+        for owner, leaves in by_owner.items():
+            part = module.get_submodule(owner)
+            holder = holder_of(part)
+            prefix = owner + "." if owner else ""
+            if holder is not None:
+                lent = stack.enter_context(holder.lend(part, tuple(leaves), write))
+                result |= {prefix + leaf: lent[leaf] for leaf in leaves}
+            else:
+                result |= {prefix + leaf: data_of(getattr(part, leaf)) for leaf in leaves}
+        yield {name: result[name] for name in wanted}
+
+
+def map_parameters(module: nn.Module, replace: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Replace every parameter object under `module` once; names that shared an object share the new one.
+
+    Only for a model that nobody else holds parameters of, such as one just built on `meta`.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for prefix, part in module.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = replace(f"{prefix}.{name}" if prefix else name, parameter)
+                part._parameters[name] = made[id(parameter)]
