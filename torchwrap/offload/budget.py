@@ -1,0 +1,114 @@
+"""How much memory the weights may take: what the user allows, and never more than the machine has left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.core.config import format_bytes
+from torchwrap.core.integration import Integration
+from torchwrap.core.tensors import data_of, is_placeholder
+from torchwrap.offload.config import Offload
+from torchwrap.storage.limits import memory_available, memory_limit
+
+__all__ = ["Budget", "check_room", "process_bytes", "weight_budget", "working_bytes"]
+
+_RESERVE_TOKENS = 256
+"""Tokens per call that the default reserve provides for (chosen: a chat prompt and its answer; longer inputs set `reserve`)."""
+
+_MARGIN = 24 << 20
+"""Bytes left to the allocator, threads and compiled kernels that appear during the first passes (measured: 15 to 20 MiB on a CPU)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes of weights that may be present on the execution device, and on the host if that is separate."""
+
+    device: int
+    host: int
+    reserve: int
+
+
+def weight_budget(config: Offload, model: nn.Module, integration: Integration, device: torch.device, largest: int) -> Budget:
+    """The budget for one model.
+
+    Args:
+        largest: bytes of the largest parameter, of which matrix products may keep a reordered copy while they run.
+    """
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    reserve = config.reserve if config.reserve is not None else working_bytes(model, integration, batch=1, tokens=_RESERVE_TOKENS, largest=largest)
+    reserve = int(reserve)
+    available = memory_available()
+    # Weights that are in private memory now will be streamed from disk instead, so their memory counts as free.
+    left = total if available is None else available + min(_private_bytes(model), total) - reserve - _MARGIN
+    if device.type == "cpu":
+        asked = [int(size) for size in (config.device_memory, config.host_memory) if size is not None]
+        return Budget(max(0, min([*asked, left])), 0, reserve)
+    free, _ = torch.cuda.mem_get_info(device)
+    held = sum(data_of(p).untyped_storage().nbytes() for p in model.parameters() if p.device.type == device.type)
+    device_left = int(0.95 * free) + held - reserve
+    on_device = min(int(config.device_memory), device_left) if config.device_memory is not None else device_left
+    on_host = min(int(config.host_memory), left) if config.host_memory is not None else left
+    return Budget(max(0, on_device), max(0, on_host), reserve)
+
+
+def working_bytes(model: nn.Module, integration: Integration, *, batch: int, tokens: int, largest: int) -> int:
+    """Memory a forward pass takes besides the weights: activations, caches, and the reordered copy of one weight."""
+    estimate = integration.activation_bytes(model, batch=batch, tokens=tokens)
+    if estimate is None:
+        estimate = (16 << 20) + batch * tokens * 4096 * 16  # an unknown model: sixteen activations of width 1024 in float32 at a time
+    return estimate + _reorder_bytes(largest, batch * tokens)
+
+
+def _reorder_bytes(largest: int, rows: int) -> int:
+    """Matrix products with more than a few rows keep a reordered copy of their weight (oneDNN, bfloat16)."""
+    return largest if rows > 4 else 0
+
+
+def process_bytes() -> int:
+    """Memory in use by this process as limits count it: that of its control group without file cache, else its resident set."""
+    limit, total = memory_limit(), _meminfo_total()
+    if limit is not None and limit < total:
+        from torchwrap.storage.limits import memory_usage
+
+        return memory_usage()
+    return _status("VmRSS")
+
+
+def _private_bytes(model: nn.Module) -> int:
+    """Bytes of weights in memory of this process's own; weights mapped from a file cost none."""
+    storages = {}
+    for parameter in model.parameters():
+        data = data_of(parameter)
+        if data.device.type == "cpu" and not is_placeholder(data):
+            storages[data.untyped_storage().data_ptr()] = data.untyped_storage().nbytes()
+    return min(sum(storages.values()), _status("RssAnon"))
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _meminfo_total() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def check_room(needed: int, available: int | None, what: str) -> None:
+    """Raise `BudgetError` when `needed` bytes of host memory are not there."""
+    if available is not None and needed > available:
+        raise errors.BudgetError(
+            f"offload: {what} needs {format_bytes(needed)} of memory, and {format_bytes(available)} are left",
+            needed=needed,
+            available=available,
+            fix="Free memory, or save the model with save_pretrained() or torch.save(model.state_dict(), file), which needs no more.",
+        )

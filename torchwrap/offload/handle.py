@@ -1,0 +1,356 @@
+"""The live object of an applied `offload`: figures, predictions, and the model's weights while they are away.
+
+`tw.handle_of(model, "offload")` returns it. It owns the engine, the files and the tables, lends values to `core.tensors`, serves
+`state_dict` and `load_state_dict`, and answers when the model is moved, copied or pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.core.config import format_bytes
+from torchwrap.core.swap import original_class
+from torchwrap.core.technique import Handle
+from torchwrap.core.tensors import bind, data_of, is_placeholder, placeholder, tensor_bytes
+from torchwrap.offload import copying
+from torchwrap.offload.config import Offload
+from torchwrap.offload.predict import Prediction, predict_pass
+from torchwrap.storage import aio
+from torchwrap.storage.spill import SpillStore
+from torchwrap.stream.arena import arena_for
+from torchwrap.stream.engine import Engine
+from torchwrap.stream.pieces import aligned_copy, put_away, read_piece
+from torchwrap.stream.planner import ResidencyPlan, region_bytes
+from torchwrap.stream.rows import RowTable
+from torchwrap.stream.timeline import Event, Timeline
+from torchwrap.stream.units import Piece, Unit
+
+__all__ = ["OffloadHandle"]
+
+
+class OffloadHandle(Handle):
+    """Weights of one model that are not all in memory.
+
+    Attributes:
+        pieces: all distinct parameters of the model.
+        plan: how the budget was divided.
+        engine: streams the units; None when everything is resident.
+        tables: row tables by unit index.
+        passes: completed forward passes through the root.
+    """
+
+    def __init__(
+        self,
+        config: Offload,
+        units: list[Unit],
+        pieces: list[Piece],
+        plan: ResidencyPlan,
+        engine: Engine | None,
+        reader: aio.Reader,
+        *,
+        store: SpillStore | None,
+        device: torch.device,
+        origin: torch.device,
+        baseline_bytes: int,
+        activation: Callable[[int, int], int],
+        mapped: bool,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.config, self.units, self.pieces, self.plan, self.engine, self.reader = config, units, pieces, plan, engine, reader
+        self.store, self.device, self.baseline_bytes, self.activation = store, device, baseline_bytes, activation
+        self.origin = origin  # where the weights go when the model is unwrapped
+        self.mapped = mapped  # built from a folder: after unwrap, weights show the folder's files, as a framework's own loading would
+        self.notes = list(notes)
+        self.passes = 0
+        self.watching = any(not piece.resident for piece in pieces)
+        self._own_lock = threading.RLock()
+        self._by_id = {id(piece.parameter): piece for piece in pieces}
+        self._views: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+        self.tables = {
+            unit.index: RowTable(unit.pieces[0], reader, verify=config.verify != "header", timeout_s=config.io_timeout_s)
+            for unit in units
+            if unit.kind == "rows" and unit.pieces and not unit.pieces[0].resident
+        }
+
+    # -- figures -----------------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since wrapping. Bytes, seconds and counts, by name."""
+        counters = dict(self.engine.counters) if self.engine is not None else {}
+        read = int(counters.get("bytes_read", 0)) + sum(table.bytes_read for table in self.tables.values())
+        reading_s = self.reader.stats.busy_s
+        return {
+            "passes": self.passes,
+            "bytes_read": read,
+            "stall_s": float(counters.get("stall_s", 0.0)),
+            "stalls": int(counters.get("stalls", 0)),
+            "unit_uses": int(counters.get("unit_uses", 0)),
+            "unit_hits": int(counters.get("unit_hits", 0)),
+            "schedule_miss": self.engine.schedule.misses if self.engine is not None else 0,
+            "bandwidth": self.reader.stats.bytes / reading_s if reading_s else 0.0,
+            "resident_bytes": self.plan.fixed_bytes + self.plan.resident_bytes,
+            "slot_bytes": self.plan.slots * self.plan.slot_bytes,
+            "held_bytes": self.plan.held_bytes,
+            "streamed_bytes": self.plan.streamed_bytes,
+            "table_bytes": self.plan.table_bytes,
+            "disk_bytes": sum(p.nbytes for p in self.pieces if not p.resident and p.home is not None),
+            "host_bytes": sum(p.nbytes for p in self.pieces if not p.resident and p.host is not None),
+            "total_bytes": sum(p.nbytes for p in self.pieces),
+        }
+
+    def tiers(self) -> dict[str, int]:
+        """Bytes of weights by the tier that is their home; slots count where they compute."""
+        figures = self.stats()
+        return {"device": self.plan.held_bytes, "host": int(figures["host_bytes"]), "disk": int(figures["disk_bytes"])}
+
+    def bytes_moved(self) -> int:
+        """Bytes of weights fetched in a pass that uses every unit once, rows of tables not counted."""
+        return self.plan.streamed_bytes
+
+    def predict(self, *, batch: int = 1, tokens: int = 128) -> Prediction:
+        """What a forward pass will take.
+
+        Args:
+            batch: sequences (or images) per call.
+            tokens: tokens per sequence, prompt and cache included.
+
+        Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md; seconds from the bandwidth seen so far.
+        """
+        return predict_pass(self, batch=batch, tokens=tokens)
+
+    def explain(self) -> str:
+        """The division of the memory as a table, and the one change that would help most."""
+        plan, stats = self.plan, self.stats()
+        rows = [
+            ("weights in all", stats["total_bytes"]),
+            ("budget", plan.budget),
+            ("always present (small or used in several places)", plan.fixed_bytes),
+            ("resident", plan.resident_bytes),
+            (f"{plan.slots} slots of {format_bytes(plan.slot_bytes)}", plan.slots * plan.slot_bytes),
+            ("streamed in each pass", plan.streamed_bytes),
+            ("tables read by row", plan.table_bytes),
+        ]
+        lines = [f"{label:<52} {format_bytes(int(value)):>12}" for label, value in rows]
+        if plan.streamed_bytes:
+            need = plan.fixed_bytes + plan.resident_bytes + plan.streamed_bytes
+            rate = float(stats["bandwidth"])
+            seconds = f", {plan.streamed_bytes / rate:.2f} s per pass at {format_bytes(int(rate))}/s" if rate else ""
+            lines.append(f"Each extra byte of budget is one byte less to read per pass{seconds}; nothing is streamed from {format_bytes(need)} on.")
+        else:
+            lines.append("Nothing is streamed: all units are resident.")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Recorded events and samples, if the config has `record=True`."""
+        return self.engine.timeline if self.engine is not None else None
+
+    @property
+    def events(self) -> list[Event]:
+        """The timeline's events; empty without `record=True`."""
+        return self.timeline.events if self.timeline is not None else []
+
+    def trim(self) -> None:
+        """Free slots and scratch memory until the next forward."""
+        with self.lock:
+            if self.engine is not None:
+                self.engine.trim()
+            for table in self.tables.values():
+                table.free()
+
+    # -- values ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def lock(self) -> threading.RLock:  # type: ignore[valid-type]
+        """Held by the thread that runs the model."""
+        return self.engine.lock if self.engine is not None else self._own_lock
+
+    def piece_of(self, parameter: torch.Tensor | None) -> Piece | None:
+        """The piece behind a parameter object, if it is one of this model's."""
+        return self._by_id.get(id(parameter)) if parameter is not None else None
+
+    def value(self, piece: Piece) -> torch.Tensor:
+        """The piece's real values on the execution device: what the parameter shows, or a private copy read from its home."""
+        shown = data_of(piece.parameter)
+        if not is_placeholder(shown) and (piece.resident or self.engine is None):
+            return shown
+        with self.lock:
+            return read_piece(piece, self.reader, self.config.io_timeout_s, verify=self.config.verify != "header").to(self.device)
+
+    def stored_view(self, piece: Piece) -> torch.Tensor:
+        """The piece's values as a tensor over its home: nothing is read until it is used. One tensor per piece while anyone holds it."""
+        view = self._views.get(piece.index)
+        if view is None:
+            if piece.host is not None:
+                view = piece.host.view(piece.dtype).view(piece.shape)
+            else:
+                assert piece.home is not None
+                piece.home.file.check_unchanged()
+                view = piece.home.file.view(piece.home.name).view(piece.shape)
+            self._views[piece.index] = view
+        return view
+
+    def set_value(self, piece: Piece, value: torch.Tensor) -> None:
+        """Make `value` what the piece is from now on; a file that is not ours is never written, the piece moves to our own."""
+        with self.lock:
+            if piece.host is not None:
+                piece.host.view(piece.dtype).view(piece.shape).copy_(value)
+            else:
+                if self.store is None:
+                    self.store = SpillStore.create(self.config.path, needed=piece.nbytes)
+                piece.home = put_away(self.store, piece, value, crc=self.config.verify == "always")
+            self._views.pop(piece.index, None)
+            for table in self.tables.values():
+                table.forget(piece)
+            if self.engine is not None:
+                self.engine.forget_layouts()
+
+    @contextmanager
+    def lend(self, module: nn.Module, names: tuple[str, ...], write: bool) -> Iterator[dict[str, torch.Tensor]]:
+        """Real values of a module's own parameters; see `core.tensors`."""
+        lent: dict[str, torch.Tensor] = {}
+        for name in names:
+            parameter = module._parameters.get(name)
+            piece = self.piece_of(parameter)
+            lent[name] = data_of(getattr(module, name)) if piece is None else self.value(piece)
+        yield lent
+        if write:
+            for name in names:
+                piece = self.piece_of(module._parameters.get(name))
+                if piece is not None and not piece.resident:
+                    self.set_value(piece, lent[name])
+
+    def plain_table(self, module: nn.Embedding) -> bool:
+        """True if the module's forward is a lookup and nothing else."""
+        return original_class(module).forward is nn.Embedding.forward
+
+    def absent(self, module: nn.Module) -> dict[str, Piece]:
+        """The module's own parameters whose values are away."""
+        found: dict[str, Piece] = {}
+        for name, parameter in module._parameters.items():
+            piece = self.piece_of(parameter)
+            if piece is not None and not piece.resident:
+                found[name] = piece
+        return found
+
+    # -- copies and moves (see copying.py) -----------------------------------------------------------------------------------------
+
+    def convert(self, module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool, original: Callable[..., nn.Module]) -> nn.Module:
+        """Stand in for `nn.Module._apply`."""
+        return copying.convert(self, module, fn, recurse, original)
+
+    def refuse(self, module: nn.Module, verb: str) -> None:
+        """`to_empty` and `share_memory` would lose or duplicate weights that are away."""
+        if any(not piece.resident for piece in self.pieces):
+            raise errors.UnsupportedModelError(
+                f"offload: {verb}() on a model whose weights are streamed",
+                where=type(module).__name__,
+                fix='Call torchwrap.unwrap(model, "offload") first.',
+            )
+
+    def before_deepcopy(self, module: nn.Module, memo: dict[int, Any]) -> None:
+        """Called before a module of this model is deep-copied."""
+        copying.before_deepcopy(self, module, memo)
+
+    def reduce(self, module: nn.Module) -> tuple[Any, ...] | None:
+        """Called when a module of this model is pickled."""
+        return copying.reduce(self, module) if self.pieces else None
+
+    def inert(self) -> OffloadHandle:
+        """A handle that owns nothing, for copies whose weights are all present."""
+        return OffloadHandle(
+            self.config, [], [], _nothing_planned(), None, _reader(self.config, self.reader),
+            store=None, device=self.device, origin=self.origin, baseline_bytes=0, activation=self.activation, mapped=False,
+        )
+
+    def resident_copy(self, piece: Piece) -> torch.Tensor:
+        """A copy of a resident piece that computes the same bits."""
+        return copy_of(data_of(piece.parameter), piece.residue)
+
+    def twin(self, parameters: dict[int, nn.Parameter]) -> OffloadHandle:
+        """An independent handle for a copy of the model, whose parameters are given by piece index."""
+        store = None
+        pieces = {}
+        for piece in self.pieces:
+            replica = dataclasses.replace(piece, parameter=parameters[piece.index], absent=data_of(parameters[piece.index]), names=list(piece.names))
+            if piece.home is not None and self.store is not None and piece.home.file is self.store.file:
+                if store is None:
+                    store = SpillStore.create(None, needed=sum(p.nbytes for p in self.pieces if p.home is not None))
+                replica.home = put_away(store, replica, self.value(piece), crc=self.config.verify == "always")
+            pieces[piece.index] = replica
+        units = [dataclasses.replace(unit, pieces=[pieces[p.index] for p in unit.pieces]) for unit in self.units]
+        reader = _reader(self.config, self.reader)
+        engine = None
+        if self.engine is not None:
+            engine = Engine(
+                units, self.plan, arena_for(self.device), reader,
+                verify=self.config.verify != "header", timeout_s=self.config.io_timeout_s, timeline=Timeline() if self.config.record else None,
+            )
+        return OffloadHandle(
+            self.config, units, list(pieces.values()), self.plan, engine, reader,
+            store=store, device=self.device, origin=self.origin, baseline_bytes=self.baseline_bytes, activation=self.activation, mapped=self.mapped, notes=self.notes,
+        )
+
+    def rehome(self, device: torch.device) -> None:
+        """Compute on another device from now on."""
+        self.device = self.origin = device
+        for piece in self.pieces:
+            if not piece.resident:
+                piece.absent = placeholder(piece.shape, piece.dtype, device)
+                bind(piece.parameter, piece.absent)
+        if self.engine is not None:
+            self.engine.rehome(arena_for(device))
+
+    def replan(self) -> None:
+        """Dtypes changed: size the slots for what the pieces are now."""
+        for piece in self.pieces:
+            piece.dtype, piece.nbytes = piece.parameter.dtype, tensor_bytes(piece.parameter)
+        slot_bytes = max((region_bytes(p.nbytes for p in unit.pieces if not p.resident) for unit in self.units if unit.kind != "rows"), default=0)
+        streamed = {p.index: p.nbytes for unit in self.units if unit.kind != "rows" for p in unit.pieces if not p.resident}
+        self.plan = dataclasses.replace(
+            self.plan,
+            slot_bytes=slot_bytes,
+            resident_bytes=sum(p.nbytes for p in self.pieces if p.resident) - self.plan.fixed_bytes,
+            streamed_bytes=sum(streamed.values()),
+        )
+        if self.engine is not None:
+            self.engine.resize(self.plan)
+
+    # -- ends --------------------------------------------------------------------------------------------------------------------
+
+    def call_lock(self) -> threading.RLock:  # type: ignore[valid-type]
+        """Held while layers change, so that a running forward ends first."""
+        return self.lock
+
+    def close(self) -> None:
+        """End reading and remove our files (unless `keep`). The model must have been given its weights back before."""
+        if self.engine is not None:
+            self.engine.close()
+        self.reader.close()
+        for table in self.tables.values():
+            table.free()
+        if self.store is not None:
+            self.store.close(keep=self.config.keep)
+
+
+def copy_of(value: torch.Tensor, residue: int) -> torch.Tensor:
+    """A copy that computes the same bits: on the CPU at the same alignment, elsewhere an ordinary one."""
+    return aligned_copy(value, residue) if value.device.type == "cpu" and value.is_contiguous() else value.clone()
+
+
+def _reader(config: Offload, like: aio.Reader) -> aio.Reader:
+    return aio.Reader(like.threads, like.chunk, config.io_timeout_s, mode=like.mode)
+
+
+def _nothing_planned() -> ResidencyPlan:
+    return ResidencyPlan(0, 0, frozenset(), 0, 0, 0, 0, 0)

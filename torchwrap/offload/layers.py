@@ -1,0 +1,231 @@
+"""What `offload` attaches to modules: one layer for each unit, one for each row table, one for the root.
+
+They sit in the forward slot ("inside"), which runs again when activation checkpointing recomputes, and are essential: disabling them
+would leave the placeholders, and changes no result anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.core.layer import CallState, Layer
+from torchwrap.core.tensors import bind
+from torchwrap.stream.rows import RowTable
+from torchwrap.stream.units import Piece, Unit
+from torchwrap.stream.watch import AbsentUseGuard
+
+if TYPE_CHECKING:
+    from torchwrap.offload.handle import OffloadHandle
+
+__all__ = ["RootLayer", "RowLayer", "UnitLayer"]
+
+
+class _OffloadLayer(Layer):
+    name = "offload"
+    where = "inside"
+    traceable = False
+    essential = True
+
+    def __init__(self, handle: OffloadHandle | None) -> None:
+        self.owner = handle
+        self._calls = CallState()
+
+    @property
+    def handle(self) -> OffloadHandle:
+        handle: OffloadHandle = self.owner  # type: ignore[assignment]
+        return handle
+
+
+class RootLayer(_OffloadLayer):
+    """Holds the model's lock for a whole forward, counts passes, and watches the first one."""
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        handle = self.handle
+        _refuse_training(module)
+        handle.lock.acquire()
+        try:
+            guard = None
+            if handle.watching:
+                guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)
+                guard.__enter__()
+            self._calls.push(guard)
+        except BaseException:
+            handle.lock.release()
+            raise
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        handle = self.handle
+        self._leave()
+        handle.watching = False
+        handle.passes += 1
+        handle.lock.release()
+        return output
+
+    def failed(self, module: nn.Module, error: BaseException) -> None:
+        self._leave()
+        self.handle.lock.release()
+
+    def _leave(self) -> None:
+        guard: AbsentUseGuard | None = self._calls.pop()
+        if guard is not None:
+            guard.__exit__(None, None, None)
+
+
+class UnitLayer(_OffloadLayer):
+    """Makes a unit's weights present while its module runs."""
+
+    def __init__(self, handle: OffloadHandle | None, unit: int) -> None:
+        super().__init__(handle)
+        self.unit = unit
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        engine = self.handle.engine
+        if engine is None:
+            self._calls.push(None)
+            return args, kwargs
+        _refuse_training(module)
+        unit = engine.units[self.unit]
+        engine.acquire(unit)
+        try:
+            scope = _Scope(self.handle, unit)
+        except BaseException:
+            engine.release(unit)
+            raise
+        self._calls.push(scope)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        self._leave()
+        return output
+
+    def failed(self, module: nn.Module, error: BaseException) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        scope: _Scope | None = self._calls.pop()
+        if scope is not None:
+            scope.close()
+
+
+class RowLayer(_OffloadLayer):
+    """Stands in for an embedding's forward: reads the rows that the ids name."""
+
+    def __init__(self, handle: OffloadHandle | None, unit: int) -> None:
+        super().__init__(handle)
+        self.unit = unit
+
+    def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        table = self.handle.tables.get(self.unit)
+        if table is None:
+            return call(*args, **kwargs)
+        assert isinstance(module, nn.Embedding)
+        with self.handle.lock:
+            if not args and "input" not in kwargs:
+                return call(*args, **kwargs)  # torch's own message about the missing argument
+            ids = args[0] if args else kwargs["input"]
+            if self.handle.plain_table(module):
+                return table.forward(module, ids)
+            return self._through_own_forward(module, table, call, ids, args, kwargs)
+
+    def _through_own_forward(
+        self, module: nn.Embedding, table: RowTable, call: Callable[..., Any], ids: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """For embeddings that work on the rows they looked up (a scale): let their own forward look up in the rows that were read."""
+        piece = table.piece
+        if torch.is_grad_enabled() and module.weight.requires_grad:
+            # The gradient needs the whole table's shape, so the whole table is present for this call.
+            with self.handle.lend(module, ("weight",), False) as real:
+                return _called_with(module, real["weight"], piece, call, args, kwargs)
+        wanted, inverse = torch.unique(ids.detach().reshape(-1).cpu(), return_inverse=True)
+        if wanted.numel() and not (int(wanted[0]) >= 0 and int(wanted[-1]) < piece.shape[0]):
+            raise IndexError("index out of range in self")
+        rows = table.rows(wanted)
+        if module.padding_idx is not None and module.padding_idx >= len(rows):
+            # torch checks padding_idx against the table it sees; the rows added here are never looked up.
+            rows = torch.cat([rows, rows.new_zeros(module.padding_idx + 1 - len(rows), *rows.shape[1:])])
+        local = inverse.reshape(ids.shape).to(ids.device, ids.dtype)
+        new_args, new_kwargs = ((local, *args[1:]), kwargs) if args else (args, {**kwargs, "input": local})
+        return _called_with(module, rows.to(ids.device), piece, call, new_args, new_kwargs)
+
+
+def _called_with(
+    module: nn.Embedding, weight: torch.Tensor, piece: Piece, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    bind(module.weight, weight)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        bind(module.weight, piece.absent)
+
+
+class _Scope:
+    """One use of a unit: autocast's cache off, saved weights replaced by handles, and the release at the end."""
+
+    __slots__ = ("_cache", "_engine", "_hooks", "_unit")
+
+    def __init__(self, handle: OffloadHandle, unit: Unit) -> None:
+        assert handle.engine is not None
+        self._engine, self._unit = handle.engine, unit
+        # With its cache on, autocast keeps a cast copy of every weight until the region ends: all the memory that streaming saves.
+        self._cache = torch.is_autocast_cache_enabled()
+        if self._cache:
+            torch.set_autocast_cache_enabled(False)
+        self._hooks = None
+        if torch.is_grad_enabled():
+            self._hooks = torch.autograd.graph.saved_tensors_hooks(_Pack(handle), _unpack)
+            self._hooks.__enter__()
+
+    def close(self) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__()
+        if self._cache:
+            torch.set_autocast_cache_enabled(True)
+        self._engine.release(self._unit)
+
+
+class _Saved:
+    """A view of a streamed weight that autograd wanted to keep: what is needed to make it again."""
+
+    __slots__ = ("handle", "offset", "piece", "size", "stride")
+
+    def __init__(self, handle: OffloadHandle, piece: Piece, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
+        self.handle, self.piece, self.offset, self.size, self.stride = handle, piece, offset, size, stride
+
+
+class _Pack:
+    """Replaces tensors that lie in a slot, which the next unit overwrites, by a `_Saved`; leaves all others alone."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, handle: OffloadHandle) -> None:
+        self._handle = handle
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
+        engine = self._handle.engine
+        found = engine.piece_at(tensor) if engine is not None else None
+        if found is None:
+            return tensor
+        piece, offset = found
+        return _Saved(self._handle, piece, offset, tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def _unpack(saved: torch.Tensor | _Saved) -> torch.Tensor:
+    if isinstance(saved, torch.Tensor):
+        return saved
+    whole = saved.handle.value(saved.piece)
+    return whole.as_strided(saved.size, saved.stride, whole.storage_offset() + saved.offset)
+
+
+def _refuse_training(module: nn.Module) -> None:
+    if module.training and torch.is_grad_enabled():
+        raise errors.UnsupportedModelError(
+            "offload: this version streams weights for inference; the model is in training mode with gradients on",
+            where=type(module).__name__,
+            fix="Call model.eval(), or run under torch.no_grad(), or torchwrap.unwrap(model) before training.",
+        )

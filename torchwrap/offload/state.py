@@ -1,0 +1,83 @@
+"""`state_dict` and `load_state_dict` of a model whose weights are away.
+
+Modules that own absent parameters get three hooks. When saving, placeholders are replaced by tensors over the stored bytes: nothing is
+read before it is used, so saving a model that does not fit needs no more memory than running it. When loading, a module's own values
+are made present just before torch copies into them and stored just after; a user's file is never written, changed pieces move to ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from torchwrap.core.tensors import bind, data_of, set_holder
+
+if TYPE_CHECKING:
+    from torchwrap.offload.handle import OffloadHandle
+
+__all__ = ["hook_states", "unhook_states"]
+
+
+class _StateHook:
+    """Base of the three; found again by `unhook_states`, copied with the model by deepcopy."""
+
+    def __init__(self, handle: OffloadHandle) -> None:
+        self.handle = handle
+
+
+class _Save(_StateHook):
+    def __call__(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: Any) -> None:
+        for name, piece in self.handle.absent(module).items():
+            saved = state.get(prefix + name)
+            if saved is not None:
+                view = self.handle.stored_view(piece)
+                # state_dict(keep_vars=True) hands out parameters; the model's own shows the placeholder.
+                state[prefix + name] = nn.Parameter(view, piece.parameter.requires_grad) if isinstance(saved, nn.Parameter) else view
+
+
+class _BeforeLoad(_StateHook):
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any) -> None:
+        # assign=True would put other parameter objects in; copying keeps the objects that optimizers and ties refer to.
+        local_metadata["assign_to_params_buffers"] = False
+        for name, piece in self.handle.absent(module).items():
+            if prefix + name in state:
+                # The old values, because a value of another shape is reported by torch and not copied.
+                bind(piece.parameter, self.handle.value(piece))
+
+
+class _AfterLoad(_StateHook):
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        for piece in self.handle.absent(module).values():
+            shown = data_of(piece.parameter)
+            if shown.untyped_storage().data_ptr() != piece.absent.untyped_storage().data_ptr():
+                self.handle.set_value(piece, shown)
+                bind(piece.parameter, piece.absent)
+
+
+def hook_states(model: nn.Module, handle: OffloadHandle) -> None:
+    """Put the hooks and the holder on every module that owns an absent parameter."""
+    for module in model.modules():
+        if handle.absent(module):
+            set_holder(module, handle)
+            module.register_state_dict_post_hook(_Save(handle))
+            module.register_load_state_dict_pre_hook(_BeforeLoad(handle))
+            module.register_load_state_dict_post_hook(_AfterLoad(handle))
+
+
+def unhook_states(model: nn.Module) -> None:
+    """Take them all off again."""
+    for module in model.modules():
+        if "_torchwrap_holder" in module.__dict__:
+            set_holder(module, None)
+        for hooks in _hook_tables(module):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "hook", hook), _StateHook):
+                    del hooks[key]
+
+
+def _hook_tables(module: nn.Module) -> Iterator[MutableMapping[int, Any]]:
+    yield module._state_dict_hooks
+    yield module._load_state_dict_pre_hooks
+    yield module._load_state_dict_post_hooks

@@ -1,0 +1,278 @@
+"""`torchwrap.offload`: weights on disk or host memory, present only while they are used.
+
+Planning (`prepare`) touches nothing; `attach` stores what has to leave and only then hides it; `detach` brings everything back. From a
+folder the same happens without the weights ever having been in memory: see folder.py.
+
+Sources: Rajbhandari et al., "ZeRO-Infinity: Breaking the GPU Memory Wall for Extreme Scale Deep Learning", 2021 (units streamed in the
+order of use, prefetch across the pass); Liao et al., "Adding NVMe SSDs to Enable and Accelerate 100B Model Fine-tuning on a Single GPU",
+2024 (the disk as a tier of its own at full bandwidth). Where we differ: any module instead of a fixed script, the model's own files read
+in place, residency planned per parameter, and every result bit-identical.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.core.config import format_bytes
+from torchwrap.core.integration import Integration
+from torchwrap.core.order import PHASES
+from torchwrap.core.technique import Handle, Place, Prepared, Technique, register
+from torchwrap.offload.budget import Budget, check_room, process_bytes, weight_budget, working_bytes
+from torchwrap.offload.config import Offload
+from torchwrap.offload.handle import OffloadHandle
+from torchwrap.offload.layers import RootLayer, RowLayer, UnitLayer
+from torchwrap.offload.place import Placed, place, take_back
+from torchwrap.offload.state import hook_states, unhook_states
+from torchwrap.storage import aio
+from torchwrap.storage.limits import memory_available
+from torchwrap.stream.arena import arena_for
+from torchwrap.stream.engine import Engine
+from torchwrap.stream.planner import PlannedUnit, ResidencyPlan, plan_residency
+from torchwrap.stream.timeline import Timeline
+from torchwrap.stream.units import Home, UnitMap, find_units
+
+__all__ = ["OffloadTechnique", "offload"]
+
+SOURCES = "_torchwrap_sources"
+"""Key in the `__dict__` of a model built from a folder: {parameter name: Home}. Set by folder.py, taken away by `attach`."""
+
+_THREADS, _CHUNK = 3, 4 << 20  # measured: two requests keep the disk busy, the third covers the time a thread spends on checksums
+
+
+@dataclass(slots=True)
+class Blueprint:
+    """What `prepare` worked out for `attach`."""
+
+    division: UnitMap
+    plan: ResidencyPlan
+    budget: Budget
+    device: torch.device
+    origin: torch.device
+    homes: dict[str, Home] | None
+    integration: Integration
+
+
+class OffloadTechnique(Technique[Offload]):
+    """Streams weights from disk or host memory while the model runs.
+
+    Args:
+        target: a module, a class or a factory of modules; nothing makes a decorator.
+        config: an `Offload`, or its fields as keywords.
+
+    Raises:
+        BudgetError: the budget is below what one unit needs; carries the smallest that works.
+        UnsupportedModelError: parameters on several devices or on meta, or no unit to stream.
+        StorageError: weights could not be stored; the model is as it was.
+
+    Exactness: bit-identical to the unwrapped model on the same device and dtype.
+    Cost: `held_bytes` of `handle.stats()` in memory; `streamed_bytes` read in each pass.
+
+    Example:
+        >>> import torch, torchwrap
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8))).eval()
+        >>> x = torch.ones(1, 64)
+        >>> before = model(x)
+        >>> model = torchwrap.offload(model, device_memory=50_000)
+        >>> torch.equal(model(x), before)
+        True
+        >>> torchwrap.unwrap(model) is model
+        True
+    """
+
+    name = "offload"
+    phase = PHASES["offload"]
+    config_class = Offload
+    exactness = "bit-identical"
+    trains = False
+
+    def prepare(self, model: nn.Module, config: Offload, integration: Integration) -> Prepared[Offload]:
+        """Divide the model and the budget; touches nothing."""
+        homes: dict[str, Home] | None = model.__dict__.get(SOURCES)
+        device = _device(model, config, from_folder=homes is not None)
+        division = find_units(
+            model,
+            _blocks(model, config, integration),
+            gather_only=integration.gather_only(model),
+            split_above=int(config.max_unit_bytes),
+            pin=config.pin,
+        )
+        if device.type != "cpu":
+            for piece in division.pieces:
+                piece.residue = 0  # a device allocator's alignment, whatever the host's was
+        origin = next((p.device for p in model.parameters()), device)
+        largest = max((piece.nbytes for piece in division.pieces), default=0)
+        budget = weight_budget(config, model, integration, device, largest)
+        planned = [
+            PlannedUnit(
+                unit.name,
+                tuple((piece.index, piece.nbytes) for piece in unit.pieces),
+                conditional=unit.kind == "expert",
+                nested=unit.parent is not None,
+                table=unit.kind == "rows",
+            )
+            for unit in division.units
+        ]
+        fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
+        limit = fixed + sum({p.index: p.nbytes for u in division.units for p in u.pieces}.values()) if config.params == "device" else budget.device
+        plan = plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k)
+        layers: list[Place] = [("", model, RootLayer(None))]
+        for unit in division.units:
+            away = [piece for piece in unit.pieces if piece.index not in plan.resident]
+            if away and unit.module is not None:
+                layers.append((unit.name, unit.module, RowLayer(None, unit.index) if unit.kind == "rows" else UnitLayer(None, unit.index)))
+        notes = [*division.notes, f"{format_bytes(plan.held_bytes)} present at most, {format_bytes(plan.streamed_bytes)} streamed per pass"]
+        return Prepared(config=config, layers=layers, notes=notes, data=Blueprint(division, plan, budget, device, origin, homes, integration))
+
+    def attach(self, model: nn.Module, prepared: Prepared[Offload]) -> Handle:
+        """Store what has to leave, then hide it; an error leaves the model as it was."""
+        blueprint: Blueprint = prepared.data
+        config, plan, device = prepared.config, blueprint.plan, blueprint.device
+        reader = aio.Reader(
+            config.io_threads or _THREADS,
+            int(config.io_chunk) or _CHUNK,
+            config.io_timeout_s,
+            mode=config.io_backend,
+        )
+        pieces = blueprint.division.pieces
+        for piece in pieces:
+            piece.resident = piece.index in plan.resident or piece in blueprint.division.fixed
+        placed: Placed | None = None
+        try:
+            placed = place(model, config, blueprint.division, blueprint.budget, device, blueprint.homes, blueprint.integration, reader)
+            arena = arena_for(device)
+            engine = None
+            if any(not piece.resident for piece in pieces):
+                timeline = Timeline(plan.fixed_bytes + plan.resident_bytes) if config.record else None
+                engine = Engine(
+                    blueprint.division.units, plan, arena, reader,
+                    verify=config.verify != "header", timeout_s=config.io_timeout_s, timeline=timeline,
+                )
+            largest = max((piece.nbytes for piece in pieces), default=0)
+            integration = blueprint.integration
+            working = _Working(integration, model, largest)
+            handle = OffloadHandle(
+                config, blueprint.division.units, pieces, plan, engine, reader,
+                store=placed.store, device=device, origin=blueprint.origin, baseline_bytes=process_bytes(), activation=working,
+                mapped=blueprint.homes is not None, notes=prepared.notes,
+            )
+            for _, _, layer in prepared.layers:
+                layer.owner = handle
+            hook_states(model, handle)
+        except BaseException:
+            unhook_states(model)
+            if placed is not None:
+                placed.undo()
+            reader.close()
+            raise
+        placed.keep()
+        for unit in blueprint.division.units:
+            unit.module = None  # layers know their modules; the handle must not keep parts of a model alive that the user replaces
+        model.__dict__.pop(SOURCES, None)
+        return handle
+
+    def detach(self, model: nn.Module, handle: Handle) -> None:
+        """Bring all weights back and remove what was stored.
+
+        Raises:
+            BudgetError: there is not enough memory for them; nothing is changed then.
+        """
+        assert isinstance(handle, OffloadHandle)
+        if not handle.mapped:
+            needed = sum(piece.nbytes for piece in handle.pieces if not piece.resident)
+            check_room(needed, memory_available() if handle.device.type == "cpu" else None, "unwrapping")
+        take_back(handle)
+        unhook_states(model)
+        handle.close()
+
+    def from_pretrained(
+        self, folder: str | os.PathLike[str], config: Offload | None = None, *, dtype: torch.dtype | None = None, **options: Any
+    ) -> nn.Module:
+        """The model stored in a folder, offloaded, without ever having all of its weights in memory.
+
+        Args:
+            folder: a checkpoint with safetensors files that an installed integration can build.
+            config: an `Offload`, or its fields as keywords.
+            dtype: of the weights; None is what the folder says. Another one is written once to `path`.
+
+        Raises:
+            UnsupportedModelError: no integration can build the model, or weights are missing.
+            CorruptDataError: a file breaks a rule of its format.
+            BudgetError: the budget is below what one unit needs.
+
+        Cost: headers and resident weights are read; nothing is written unless the checkpoint has to be converted.
+        """
+        from torchwrap.offload.folder import open_folder
+
+        return open_folder(Path(folder), self._settings(config, options), dtype)
+
+
+class _Working:
+    """`working_bytes` of one model, by batch and tokens; remembers the estimate, not the model."""
+
+    def __init__(self, integration: Integration, model: nn.Module, largest: int) -> None:
+        self._known: dict[tuple[int, int], int] = {}
+        self._integration, self._largest, self._model = integration, largest, weakref.ref(model)
+
+    def __call__(self, batch: int, tokens: int) -> int:
+        key = (batch, tokens)
+        model = self._model()
+        if model is not None:
+            self._known[key] = working_bytes(model, self._integration, batch=batch, tokens=tokens, largest=self._largest)
+        return self._known.get(key, self._largest)
+
+
+def _device(model: nn.Module, config: Offload, *, from_folder: bool) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters()}
+    if any(device.type == "meta" for device in devices):
+        name = next(name for name, parameter in model.named_parameters() if parameter.device.type == "meta")
+        raise errors.UnsupportedModelError(
+            f"offload: {name} is on meta, so it has no values to offload",
+            where=name,
+            fix="Load the model from its folder: torchwrap.offload.from_pretrained(folder).",
+        )
+    if config.device is not None:
+        try:
+            asked = torch.device(config.device)
+        except RuntimeError as error:
+            raise errors.ConfigError(f"offload: {config.device!r} is no device", where="device", fix='Use "cpu" or "cuda".') from error
+        if asked.type == "cuda" and not torch.cuda.is_available():
+            raise errors.ConfigError(f"offload: there is no {asked}", where="device", fix='Leave device out, or use device="cpu".')
+        return asked
+    if from_folder:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if len(devices) > 1:
+        raise errors.UnsupportedModelError(
+            f"offload: the parameters are on {', '.join(sorted(map(str, devices)))}",
+            where="parameters",
+            fix='Say which device computes: device="cuda".',
+        )
+    return next(iter(devices), torch.device("cpu"))
+
+
+def _blocks(model: nn.Module, config: Offload, integration: Integration) -> list[tuple[str, nn.Module]]:
+    if not config.units:
+        return [(block.fqn, block.module) for block in integration.blocks(model) or ()]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and (name in config.units or type(module).__name__ in config.units)
+    ]
+    for wanted in config.units:
+        if not any(name == wanted or type(module).__name__ == wanted for name, module in found):
+            raise errors.ConfigError(
+                f"offload: units names {wanted!r}, which is neither a module nor a class of {type(model).__name__}",
+                where="units",
+                fix="Take names from [name for name, _ in model.named_modules()].",
+            )
+    return found
+
+
+offload = register(OffloadTechnique())

@@ -1,0 +1,64 @@
+"""Reading and writing single pieces: exact bytes at the alignment of the original.
+
+Float32 matrix-vector kernels peel off elements until an address is aligned, so the same weights at another address modulo 64 give other
+last bits (measured: torch 2.13 CPU, 30 of 690 shapes and offsets). A piece therefore always comes back at its own `residue`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from torchwrap.core import errors
+from torchwrap.storage import aio, pool
+from torchwrap.storage.spill import SpillStore
+from torchwrap.stream.planner import PAGE
+from torchwrap.stream.units import Home, Piece
+
+__all__ = ["aligned_copy", "part_of", "put_away", "read_piece"]
+
+
+def read_piece(piece: Piece, reader: aio.Reader, timeout_s: float, *, verify: bool) -> torch.Tensor:
+    """A fresh host tensor with a piece's bytes, at the alignment modulo 64 of the original.
+
+    Cost: the piece's bytes and up to two pages.
+    """
+    if piece.host is not None:
+        return aligned_copy(piece.host.view(piece.dtype).view(piece.shape), piece.residue)
+    home = piece.home
+    if home is None:
+        raise errors.StorageError(f"offload: {piece.name} has no stored copy", where=piece.name)
+    buffer = pool.allocate(piece.nbytes + 2 * PAGE)
+    start = home.offset % PAGE
+    home.file.check_unchanged()
+    parts = (part_of(piece),) if verify else ()
+    ticket = reader.submit([aio.Read(home.file, home.offset, piece.nbytes, buffer, start, parts)])
+    ticket.wait(timeout_s)
+    if piece.checksum is None:
+        piece.checksum = ticket.sums.get(piece.name)
+    if start % 64 != piece.residue:
+        return aligned_copy(buffer.tensor()[start : start + piece.nbytes].view(piece.dtype).view(piece.shape), piece.residue)
+    return buffer.tensor()[start : start + piece.nbytes].view(piece.dtype).view(piece.shape)
+
+
+def part_of(piece: Piece) -> aio.Part:
+    """What the reader compares: the piece's bytes and their sum, if it is known."""
+    assert piece.home is not None
+    return aio.Part(piece.name, piece.home.offset, piece.nbytes, piece.checksum, piece.home.crc32)
+
+
+def aligned_copy(tensor: torch.Tensor, residue: int) -> torch.Tensor:
+    """A contiguous copy whose address is `residue` modulo 64."""
+    nbytes = tensor.numel() * tensor.element_size()
+    room = torch.empty(nbytes + 64, dtype=torch.uint8)
+    start = (residue - room.data_ptr()) % 64
+    copy = room[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
+    copy.copy_(tensor)
+    return copy
+
+
+def put_away(store: SpillStore, piece: Piece, value: torch.Tensor, *, crc: bool = False) -> Home:
+    """Store a piece's values in our own file; its checksums are those of what was written."""
+    segment = store.put(f"{piece.index}:{piece.name}", value)
+    record = store.file.records[segment.name]
+    piece.checksum = record.sum64
+    return Home(store.file, segment.name, segment.offset, segment.nbytes, record.crc32 if crc else None)
