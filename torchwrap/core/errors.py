@@ -32,6 +32,10 @@ class TorchwrapError(Exception):
         fix: what the user can do, as code where possible.
     """
 
+    what: str
+    where: str
+    fix: str
+
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
         message = f"{what} (at {where})" if where else what
@@ -78,6 +82,10 @@ class BudgetError(TorchwrapError, MemoryError):
         largest: fully qualified name of the largest item that has to fit.
     """
 
+    needed: int
+    available: int
+    largest: str
+
     def __init__(
         self, what: str, *, needed: int, available: int, largest: str = "", where: str = "", fix: str = ""
     ) -> None:
@@ -96,6 +104,9 @@ class DiskFullError(StorageError):
         needed: bytes that have to be written.
         available: bytes free for this user.
     """
+
+    needed: int
+    available: int
 
     def __init__(self, what: str, *, needed: int, available: int, where: str = "", fix: str = "") -> None:
         super().__init__(what, where=where, fix=fix)

@@ -22,6 +22,7 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
 from torchwrap.core.swap import original_class
@@ -232,7 +233,7 @@ def _longest_chain(model: nn.Module) -> list[BlockRef] | None:
         prefix = f"{name}." if name else ""
         # What lies inside a member (a mixture's experts, say) is part of that block, however many there are.
         inside = (*inside, *(f"{prefix}{leaf}." for leaf, _ in members))
-        score = (len(members), sum(parameter.numel() for parameter in container.parameters()))
+        score = (len(members), sum(parameter.numel() for parameter in container.parameters() if not is_lazy(parameter)))
         if score > best:
             best = score
             chain = [BlockRef(f"{prefix}{leaf}", member, name) for leaf, member in members]

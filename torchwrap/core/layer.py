@@ -13,16 +13,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from torchwrap.core.swap import Placement
-
-__all__ = ["CallState", "Layer", "run", "suspended"]
+__all__ = ["CallState", "Layer", "Placement", "run", "suspended"]
 
 _logger = logging.getLogger("torchwrap.layer")
 
@@ -64,7 +61,7 @@ class Layer:
     essential: bool = False
     owner: Placement | None = None
     replace: ClassVar[Callable[..., Any] | None] = None
-    """Optional method `replace(self, module, call, args, kwargs) -> output` that stands in for the module's own code, `call(*args, **kwargs)`."""
+    """Optional method `replace(self, module, call, args, kwargs) -> output` in place of the module's own code, `call(*args, **kwargs)`."""
 
     def before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -80,6 +77,39 @@ class Layer:
         """Release what `before` took; called once if the call raised afterwards. Must not raise."""
 
 
+class Placement(Protocol):
+    """Optional methods of a `Layer.owner`; the generated class calls those that are there."""
+
+    def convert(
+        self, module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool, original: Callable[..., nn.Module]
+    ) -> nn.Module:
+        """Stand in for `nn.Module._apply` (`to`, `half`, `cuda`, ...); `original(fn, recurse)` is the plain one."""
+        ...
+
+    def refuse(self, module: nn.Module, verb: str) -> None:
+        """Raise `UnsupportedModelError` if `verb` (`to_empty`, `share_memory`) cannot be done."""
+        ...
+
+    def before_deepcopy(self, module: nn.Module, memo: dict[int, Any]) -> None:
+        """Prepare `memo` before the module's `__dict__` is copied."""
+        ...
+
+    def reduce(self, module: nn.Module) -> tuple[Any, ...] | None:
+        """Stand in for `__reduce_ex__` (pickle, `torch.save`); `None` for the ordinary way."""
+        ...
+
+    def call_lock(self) -> AbstractContextManager[Any]:
+        """Held while layers are changed, so that a running forward ends first."""
+        ...
+
+
+class _Stack(threading.local):
+    """One stack per thread. It is there from the start: an attribute that appears later would make Dynamo compile twice."""
+
+    def __init__(self) -> None:
+        self.values: tuple[Any, ...] = ()
+
+
 class CallState:
     """Values of the calls that are running now in this thread, innermost last: what a layer carries from `before` to `after`.
 
@@ -88,24 +118,24 @@ class CallState:
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._stack = _Stack()
 
     def push(self, value: object) -> None:
         """Begin a call with this value."""
-        self._local.stack = (*getattr(self._local, "stack", ()), value)
+        self._stack.values = (*self._stack.values, value)
 
     def peek(self, default: Any = None) -> Any:
         """The value of the innermost running call, or `default` if none runs."""
-        stack = getattr(self._local, "stack", ())
-        return stack[-1] if stack else default
+        values = self._stack.values
+        return values[-1] if values else default
 
     def pop(self) -> Any:
         """End the innermost call and return its value; `None` if none runs."""
-        stack = getattr(self._local, "stack", ())
-        if not stack:
+        values = self._stack.values
+        if not values:
             return None
-        self._local.stack = stack[:-1]
-        return stack[-1]
+        self._stack.values = values[:-1]
+        return values[-1]
 
     def __reduce__(self) -> tuple[type[CallState], tuple[()]]:
         return (CallState, ())

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchwrap.core.config import Config
 from torchwrap.core.errors import ConfigError, NotAppliedError, PlanError, TorchwrapWarning
@@ -135,7 +136,8 @@ def plan_of(model: nn.Module) -> Plan:
 
 def _describe_model(model: nn.Module) -> dict[str, Any]:
     root = inner_model(model)
-    return {"class": original_class(root).__qualname__, "parameters": sum(parameter.numel() for parameter in root.parameters())}
+    count = sum(parameter.numel() for parameter in root.parameters() if not is_lazy(parameter))
+    return {"class": original_class(root).__qualname__, "parameters": count}
 
 
 def _file(path: str | os.PathLike[str]) -> Path:

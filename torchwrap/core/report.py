@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from torchwrap.core.config import Config, format_bytes
 from torchwrap.core.order import PHASE_NAMES, foreign_mechanisms
@@ -203,9 +204,10 @@ def _model_row(root: nn.Module, records: Sequence[Applied]) -> Row:
         row.device, row.host, row.disk = (sum(found.get(tier, 0) for found in tiers) for tier in TIERS)
         return row
     seen: dict[tuple[str, int], tuple[str, int]] = {}
-    for tensor in (*root.parameters(), *root.buffers()):
-        if tensor.device.type != "meta":
-            seen[storage_key(tensor)] = (tensor.device.type, _bytes_behind(tensor))
+    for tensor in map(_local, (*root.parameters(), *root.buffers())):
+        if tensor.device.type != "meta" and not is_lazy(tensor):
+            key, size = _memory(tensor)
+            seen[key] = (tensor.device.type, size)
     computes_elsewhere = any(kind != "cpu" for kind, _ in seen.values())
     for kind, size in seen.values():
         if kind == "cpu" and computes_elsewhere:
@@ -215,11 +217,17 @@ def _model_row(root: nn.Module, records: Sequence[Applied]) -> Row:
     return row
 
 
-def _bytes_behind(tensor: torch.Tensor) -> int:
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a distributed tensor."""
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def _memory(tensor: torch.Tensor) -> tuple[tuple[str, int], int]:
     try:
-        return tensor.untyped_storage().nbytes()
+        return storage_key(tensor), tensor.untyped_storage().nbytes()
     except (NotImplementedError, RuntimeError):  # a wrapper subclass has no storage of its own
-        return tensor_bytes(tensor)
+        return ("object", id(tensor)), tensor_bytes(tensor)
 
 
 def _flops(model: nn.Module, inputs: Any) -> int:

@@ -17,48 +17,24 @@ import copyreg
 import functools
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
 from torchwrap.core.errors import ConflictError, NotAppliedError, UnsupportedModelError
-from torchwrap.core.layer import Layer, run, switch, tell_failed
+from torchwrap.core.layer import Layer, Placement, run, switch, tell_failed
 
-__all__ = ["Placement", "attach", "detach", "is_dormant", "layers_of", "original_class", "owners_of"]
+__all__ = ["Placement", "attach", "check_swappable", "detach", "is_dormant", "layers_of", "original_class", "owners_of"]
 
 _LAYERS = "_torchwrap"  # all layers of the module, outermost first; the others are derived from it
 _INSIDE, _OUTSIDE = "_torchwrap_inside", "_torchwrap_outside"
+_UNDER = "_torchwrap_under"  # an instance `forward` that was there before the class was changed
 _ONLY_INSIDE, _ONLY_OUTSIDE = "_torchwrap_only_inside", "_torchwrap_only_outside"  # the layer itself where the short way serves
 _BASE, _BOTH = "__torchwrap_base__", "__torchwrap_both__"
-
-
-class Placement(Protocol):
-    """Optional methods of a `Layer.owner`; the generated class calls those that are there."""
-
-    def convert(
-        self, module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool, original: Callable[..., nn.Module]
-    ) -> nn.Module:
-        """Stand in for `nn.Module._apply` (`to`, `half`, `cuda`, ...); `original(fn, recurse)` is the plain one."""
-        ...
-
-    def refuse(self, module: nn.Module, verb: str) -> None:
-        """Raise `UnsupportedModelError` if `verb` (`to_empty`, `share_memory`) cannot be done."""
-        ...
-
-    def before_deepcopy(self, module: nn.Module, memo: dict[int, Any]) -> None:
-        """Prepare `memo` before the module's `__dict__` is copied."""
-        ...
-
-    def reduce(self, module: nn.Module) -> tuple[Any, ...] | None:
-        """Stand in for `__reduce_ex__` (pickle, `torch.save`); `None` for the ordinary way."""
-        ...
-
-    def call_lock(self) -> AbstractContextManager[Any]:
-        """Held while layers are changed, so that a running forward ends first."""
-        ...
 
 
 def layers_of(module: nn.Module) -> tuple[Layer, ...]:
@@ -82,10 +58,29 @@ def is_dormant(module: nn.Module) -> bool:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class as the user wrote it."""
-    cls = type(module)
+    """The module's class as the user wrote it, below generated classes and parametrizations."""
+    cls = _user_class(type(module))
+    # A parametrization is a class with one base, the class it was put on (torch 2.13, `torch.nn.utils.parametrize`).
+    return _user_class(cls.__bases__[0]) if is_parametrized(module) else cls
+
+
+def _user_class(cls: type[nn.Module]) -> type[nn.Module]:
     base: type[nn.Module] = cls.__dict__.get(_BASE, cls)
     return base
+
+
+def check_swappable(module: nn.Module) -> None:
+    """Raise `UnsupportedModelError` if the module's class can take no subclass, before anything is planned for it."""
+    cls = type(module)
+    if issubclass(cls, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{cls.__name__} is a ScriptModule, whose code is fixed", fix="Wrap the module before torch.jit.script, or use it unscripted."
+        )
+    if issubclass(cls, LazyModuleMixin):
+        raise UnsupportedModelError(
+            f"{cls.__name__} changes its own class when it first runs, which would drop every layer",
+            fix="Call the model once, then wrap it.",
+        )
 
 
 def attach(module: nn.Module, layer: Layer, *, outermost_index: int | None = None) -> None:
@@ -112,14 +107,17 @@ def attach(module: nn.Module, layer: Layer, *, outermost_index: int | None = Non
                     fix=f"Unwrap one of them, for example torchwrap.unwrap(model, {other.name!r}).",
                 )
     generated = _generated_in(type(module))
+    own = module.__dict__.get("forward")
+    if layer.where == "inside" and own is not None and (generated is None or own is module.__dict__.get(_UNDER)):
+        raise ConflictError(
+            f"{type(module).__name__} has an instance attribute `forward` (set by {_origin(own)}), so layer {layer.name!r} would never run",
+            fix="Remove that mechanism first (for accelerate hooks: accelerate.hooks.remove_hook_from_module(model, recurse=True); "
+            "after Accelerator.prepare: accelerator.unwrap_model(model, keep_fp32_wrapper=False)), or wrap before it is put on.",
+        )
     if generated is None:
-        if layer.where == "inside" and "forward" in module.__dict__:
-            raise ConflictError(
-                f"{type(module).__name__} has an instance attribute `forward` (set by {_origin(module.__dict__['forward'])}), "
-                f"so layer {layer.name!r} would never run",
-                fix="Remove that mechanism first (for accelerate hooks: accelerate.hooks.remove_hook_from_module(model, recurse=True); "
-                "after Accelerator.prepare: accelerator.unwrap_model(model, keep_fp32_wrapper=False)), or wrap before it is put on.",
-            )
+        check_swappable(module)
+        if own is not None:
+            module.__dict__[_UNDER] = own
         _set_class(module, _generate(type(module), layer.where == "outside"))
     elif layer.where == "outside" and not getattr(generated, _BOTH):
         if generated is not type(module):
@@ -152,7 +150,8 @@ def detach(module: nn.Module, layer: Layer) -> None:
 def wake(module: nn.Module) -> None:
     """Give a module without layers its own class back, unless a foreign mechanism sits on top."""
     base = type(module).__dict__.get(_BASE)
-    if base is not None and _LAYERS not in module.__dict__ and "forward" not in module.__dict__:
+    if base is not None and _LAYERS not in module.__dict__ and module.__dict__.get("forward") is module.__dict__.get(_UNDER):
+        module.__dict__.pop(_UNDER, None)
         _set_class(module, base)
 
 
@@ -231,10 +230,6 @@ def _generate(cls: type[nn.Module], both: bool) -> type[nn.Module]:
     forms = _subclasses.setdefault(cls, {})
     if both in forms:
         return forms[both]
-    if issubclass(cls, torch.jit.ScriptModule):
-        raise UnsupportedModelError(
-            f"{cls.__name__} is a ScriptModule, whose code is fixed", fix="Wrap the module before torch.jit.script, or use it unscripted."
-        )
     namespace = _overrides(cls) | {"forward": _inside_slot(cls)}
     if both:
         namespace["_call_impl"] = _outside_slot(cls)
@@ -301,11 +296,12 @@ def _overrides(cls: Any) -> dict[str, Any]:
         inherited = getattr(cls, "__deepcopy__", None)
         if inherited is not None:
             copied = inherited(self, memo)
-            return copied
+            return _adopt(copied, copy.deepcopy(_ours(self), memo))
         replica: nn.Module = self.__new__(type(self))
         memo[id(self)] = replica
         # A class put on top (a parametrization) may forbid pickling but not copying, so its state is taken from `__dict__`.
-        state = _ordinary_state(self) if type(self).__dict__.get(_BASE) is cls else self.__dict__
+        getstate = getattr(self, "__getstate__", None)  # `object` has one only from Python 3.11
+        state = getstate() if getstate is not None and type(self).__dict__.get(_BASE) is cls else self.__dict__
         _restore(replica, copy.deepcopy(state, memo))
         return replica
 
@@ -322,7 +318,7 @@ def _overrides(cls: Any) -> dict[str, Any]:
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             return (_rebuild, (cls, getattr(type(self), _BOTH) if _LAYERS in self.__dict__ else None), *rest)
         # The class builds itself in its own way: let it, and put the layers on what comes out.
-        return (_rebuild_own_way, (make, args, layers_of(self)), *rest)
+        return (_rebuild_own_way, (make, args, _ours(self)), *rest)
 
     def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         for owner in owners_of(self):
@@ -360,11 +356,6 @@ def _refuse(module: nn.Module, verb: str) -> None:
             _ask(owner, "refuse", part, verb)
 
 
-def _ordinary_state(module: nn.Module) -> Any:
-    getstate = getattr(module, "__getstate__", None)  # `object` has one only from Python 3.11
-    return getstate() if getstate is not None else module.__dict__
-
-
 def _restore(module: nn.Module, state: Any) -> None:
     setstate = getattr(module, "__setstate__", None)
     if setstate is not None and not isinstance(state, tuple):
@@ -382,9 +373,19 @@ def _rebuild(cls: type[nn.Module], both: bool | None) -> nn.Module:
     return target.__new__(target)
 
 
-def _rebuild_own_way(make: Callable[..., nn.Module], args: tuple[Any, ...], layers: tuple[Layer, ...]) -> nn.Module:
-    module = make(*args)
-    if layers and _generated_in(type(module)) is None:
-        _set_class(module, _generate(type(module), any(layer.where == "outside" for layer in layers)))
-        _store(module, layers)
+def _rebuild_own_way(make: Callable[..., nn.Module], args: tuple[Any, ...], ours: dict[str, Any]) -> nn.Module:
+    return _adopt(make(*args), ours)
+
+
+def _ours(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in module.__dict__.items() if key.startswith(_LAYERS)}
+
+
+def _adopt(module: nn.Module, ours: dict[str, Any]) -> nn.Module:
+    """Put layers and records on a copy whose class made it in its own way (`GraphModule`) and may have dropped them."""
+    if _LAYERS in ours:
+        if _generated_in(type(module)) is None:
+            _set_class(module, _generate(type(module), _OUTSIDE in ours))
+        for key, value in ours.items():
+            module.__dict__.setdefault(key, value)
     return module

@@ -135,7 +135,7 @@ class Technique(Generic[C]):
         return Handle()
 
     def detach(self, model: nn.Module, handle: Handle) -> None:
-        """Undo `attach`; called when the layers are off."""
+        """Undo `attach`; called while the layers are still on, so they must not mind that it is undone."""
         handle.close()
 
     @overload

@@ -8,7 +8,7 @@ deepcopy and pickle.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -20,7 +20,7 @@ from torchwrap.core.errors import ConfigError, ConflictError, NotAppliedError, T
 from torchwrap.core.integration import integration_for
 from torchwrap.core.layer import Layer, suspended
 from torchwrap.core.order import check_foreign, check_pair, foreign_mechanisms
-from torchwrap.core.swap import attach, detach, layers_of, owners_of
+from torchwrap.core.swap import attach, check_swappable, detach, layers_of, owners_of
 from torchwrap.core.technique import Applied, Place, Prepared, Technique, technique_named
 
 if TYPE_CHECKING:
@@ -75,21 +75,27 @@ def skipped_of(root: nn.Module) -> dict[str, str]:
 
 
 def prepare_all(
-    root: nn.Module, configs: Sequence[Config], *, on_error: Callable[[Config, TorchwrapError], None] | None = None
+    root: nn.Module,
+    configs: Sequence[Config],
+    *,
+    outer: nn.Module | None = None,
+    on_error: Callable[[Config, TorchwrapError], None] | None = None,
 ) -> list[tuple[Technique[Any], Prepared[Any]]]:
     """Check configs against the model, each other and what is there, and plan them; touches nothing.
 
     Args:
         root: the model, looked through.
         configs: in the user's order.
+        outer: what the user handed over, if that was a wrapper around `root`: it may be a foreign mechanism itself.
         on_error: takes the errors instead of the caller; the config concerned is left out.
 
     Returns:
         (technique, plan) pairs from the outermost phase to the innermost.
     """
+    check_swappable(root)
     ordered = sorted(((technique_named(config.technique), config) for config in configs), key=lambda item: item[0].phase)
     present = _present(root)
-    sightings = foreign_mechanisms(root)
+    sightings = foreign_mechanisms(root if outer is None else outer)
     integration = integration_for(root)
     result: list[tuple[Technique[Any], Prepared[Any]]] = []
     for technique, config in ordered:
@@ -176,11 +182,11 @@ def apply(model: M, configs: Config | Sequence[Config] | Plan, *, strict: bool =
 
     root = inner_model(model)
     done: list[str] = []
-    with _lock, _quiet(root):
-        prepared = prepare_all(root, wanted, on_error=None if strict else skip)
+    with _lock, _Quiet(root) as quiet:
+        prepared = prepare_all(root, wanted, outer=model, on_error=None if strict else skip)
         try:
             for technique, plan in prepared:
-                _put_on(root, technique, plan)
+                _put_on(root, technique, plan, quiet)
                 done.append(technique.name)
         except BaseException:
             for name in reversed(done):
@@ -202,35 +208,38 @@ def _as_configs(configs: Config | Sequence[Config] | Plan) -> list[Config]:
     return listed
 
 
-@contextmanager
-def _quiet(root: nn.Module, extra: Sequence[Any] = ()) -> Iterator[None]:
-    """No forward runs in the block on weights that a placement technique serves."""
-    owners = {id(owner): owner for module in root.modules() for owner in owners_of(module)}
-    owners |= {id(owner): owner for owner in extra if owner is not None}
-    with ExitStack() as stack:
-        for owner in owners.values():
-            if hasattr(owner, "call_lock"):
-                stack.enter_context(owner.call_lock())
-        yield
+class _Quiet(ExitStack):
+    """While it is open no forward runs on weights that the owners held so far place; each is held once."""
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()
+        self.held: set[int] = set()
+        self.hold(owner for module in root.modules() for owner in owners_of(module))
+
+    def hold(self, owners: Iterable[Any]) -> None:
+        for owner in owners:
+            if id(owner) not in self.held and hasattr(owner, "call_lock"):
+                self.enter_context(owner.call_lock())
+                self.held.add(id(owner))
 
 
-def _put_on(root: nn.Module, technique: Technique[Any], prepared: Prepared[Any]) -> None:
+def _put_on(root: nn.Module, technique: Technique[Any], prepared: Prepared[Any], quiet: _Quiet) -> None:
     handle = technique.attach(root, prepared)
     done: list[Place] = []
     try:
-        with _quiet(root, [layer.owner for _, _, layer in prepared.layers]):
-            _check_places(technique, prepared.layers, [])
-            for place in prepared.layers:
-                _, module, layer = place
-                layer.name = layer.name or technique.name
-                attach(module, layer, outermost_index=sum(_phase(other) <= technique.phase for other in layers_of(module)))
-                done.append(place)
-            record = Applied(config=prepared.config, handle=handle, places=list(prepared.layers), notes=prepared.notes)
-            root.__dict__.setdefault(_RECORD, {})[technique.name] = record
+        quiet.hold(layer.owner for _, _, layer in prepared.layers)
+        _check_places(technique, prepared.layers, [])
+        for place in prepared.layers:
+            _, module, layer = place
+            layer.name = layer.name or technique.name
+            attach(module, layer, outermost_index=sum(_phase(other) <= technique.phase for other in layers_of(module)))
+            done.append(place)
+        record = Applied(config=prepared.config, handle=handle, places=list(prepared.layers), notes=prepared.notes)
+        root.__dict__.setdefault(_RECORD, {})[technique.name] = record
     except BaseException:
+        technique.detach(root, handle)
         for _, module, layer in reversed(done):
             detach(module, layer)
-        technique.detach(root, handle)
         raise
 
 
@@ -242,20 +251,15 @@ def _phase(layer: Layer) -> int:
 
 
 def _take_off(root: nn.Module, name: str) -> None:
-    """Undo one technique of `root`; if its `detach` fails it is still applied."""
+    """Undo one technique of `root`; if its `detach` fails it is still applied.
+
+    The technique goes first: another thread that waits for the lock then finds real weights, whether it meets a layer or not.
+    """
     record = records_of(root)[name]
-    taken: list[tuple[nn.Module, Layer, int]] = []
-    try:
-        for _, module, layer in record.places:
-            if any(layer is other for other in layers_of(module)):
-                taken.append((module, layer, [other is layer for other in layers_of(module)].index(True)))
-                detach(module, layer)
-        technique_named(name).detach(root, record.handle)
-    except BaseException:
-        for module, layer, index in reversed(taken):
-            if not any(layer is other for other in layers_of(module)):
-                attach(module, layer, outermost_index=index)
-        raise
+    technique_named(name).detach(root, record.handle)
+    for _, module, layer in record.places:
+        if any(layer is other for other in layers_of(module)):
+            detach(module, layer)
     del root.__dict__[_RECORD][name]
     if not root.__dict__[_RECORD]:
         del root.__dict__[_RECORD]
@@ -280,7 +284,7 @@ def unwrap(model: Any, name: str | type[Config] | None = None) -> Any:
         undecorate_class(model, wanted)
         return model
     root = inner_model(model)
-    with _lock, _quiet(root):
+    with _lock, _Quiet(root):
         if wanted is not None and wanted not in records_of(root) and wanted not in skipped_of(root):
             raise _not_applied(root, wanted)
         if wanted is None:

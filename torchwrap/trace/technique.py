@@ -124,7 +124,7 @@ class TraceTechnique(Technique[Trace]):
 
     def prepare(self, model: nn.Module, config: Trace, integration: Integration) -> Prepared[Trace]:
         known = dict(model.named_modules())
-        names = config.modules or ("", *(block.fqn for block in integration.blocks(model) or ()))
+        names = config.modules or ("", *_block_names(model, integration))
         for name in names:
             if name not in known:
                 raise UnsupportedModelError(f"the model has no module {name!r}", where="Trace.modules")
@@ -133,6 +133,13 @@ class TraceTechnique(Technique[Trace]):
 
     def attach(self, model: nn.Module, prepared: Prepared[Trace]) -> TraceHandle:
         return TraceHandle(prepared.layers)
+
+
+def _block_names(model: nn.Module, integration: Integration) -> list[str]:
+    try:
+        return [block.fqn for block in integration.blocks(model) or ()]
+    except UnsupportedModelError:  # a part of a model, or a family without repeated blocks: the whole is counted
+        return []
 
 
 trace = register(TraceTechnique())

@@ -1,0 +1,33 @@
+"""What every test of the project runs under: this checkout first on the path, offline, one thread, seeded, no time limits in hypothesis."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Another distribution ships a package called `tests`; ours has to win, here and in the processes that tests start.
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests import torchvision_ops
+
+torchvision_ops.ensure()
+torch.set_num_threads(1)  # xdist runs one process per core; results of small models do not depend on it
+
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", deadline=None, max_examples=1000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
