@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchwrap.core.errors import StorageError, TorchwrapWarning
 from torchwrap.storage.backend import Backend, Source, Stats
@@ -22,6 +22,9 @@ from torchwrap.storage.pool import BLOCK, allocate, round_down, round_up
 from torchwrap.storage.request import Read, cut
 from torchwrap.storage.safefile import TensorFile
 from torchwrap.storage.workers import Mode, Pool, Ticket
+
+if TYPE_CHECKING:
+    from torchwrap.storage.spillfile import SpillFile
 
 __all__ = ["Backend", "Mode", "Part", "Probe", "Read", "Reader", "Source", "Stats", "Ticket", "crc32", "probe", "sum64"]
 
@@ -143,7 +146,7 @@ class Probe:
     direct: bool
 
 
-def probe(file: TensorFile, seconds: float = 0.3) -> Probe:
+def probe(file: TensorFile | SpillFile, seconds: float = 0.3) -> Probe:
     """Measure how fast a file can be read, with three combinations of threads and request size.
 
     Cost: about `seconds`, and 64 MiB of memory while it runs.

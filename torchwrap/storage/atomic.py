@@ -236,14 +236,17 @@ def as_storage_error(doing: str, path: Path, needed: int = 0) -> Iterator[None]:
         raise DiskFullError(
             f"{doing} failed: {error.strerror}",
             needed=needed,
-            available=0 if error.errno == errno.EFBIG else free_bytes(path.parent),  # a limit on file size, not on space
+            # EFBIG is a limit on the size of files, not on space. The path itself may have been removed.
+            available=0
+            if error.errno == errno.EFBIG
+            else free_bytes(next(folder for folder in path.absolute().parents if folder.exists())),
             where=str(path),
             fix="Free space, or pass path= on another disk.",
         ) from error
 
 
-def free_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes this user may still write to the folder's file system."""
+def free_bytes(folder: str | os.PathLike[str] | int) -> int:
+    """Bytes this user may still write to the file system of a folder or of an open descriptor."""
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
 

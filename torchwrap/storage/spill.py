@@ -200,7 +200,8 @@ class SpillStore:
 
     def _grow(self, nbytes: int) -> None:
         """Reserve more room at the end of the file, or leave the file as it was."""
-        available = free_bytes(self.file.path.parent)
+        fd = self.file.fd(False)
+        available = free_bytes(fd)
         if nbytes > available:
             raise DiskFullError(
                 f"{nbytes} bytes are needed, {available} are free",
@@ -209,7 +210,6 @@ class SpillStore:
                 where=str(self.folder),
                 fix="Free space, or pass path= on another disk.",
             )
-        fd = self.file.fd(False)
         try:
             with as_storage_error("reserving space", self.file.path, nbytes):
                 self._backend.reserve(fd, self._space.end, nbytes)

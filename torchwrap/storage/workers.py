@@ -139,7 +139,8 @@ class Pool:
                 if quiet >= limit:
                     raise self._stuck(ticket, limit)
                 self._changed.wait(limit - quiet)
-        self._warn_refused()
+        if self.mode == "auto":
+            self._warn_refused()
 
     def stop(self, timeout_s: float) -> None:
         """End the threads after their present request; fail what was not begun. Waits at most `timeout_s`."""
