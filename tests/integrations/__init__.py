@@ -1,0 +1,1 @@
+"""Tests of what the library knows about other frameworks' models."""
