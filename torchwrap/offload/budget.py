@@ -40,7 +40,11 @@ def weight_budget(config: Offload, model: nn.Module, integration: Integration, d
         largest: bytes of the largest parameter, of which matrix products may keep a reordered copy while they run.
     """
     total = sum(p.numel() * p.element_size() for p in model.parameters())
-    reserve = config.reserve if config.reserve is not None else working_bytes(model, integration, batch=1, tokens=_RESERVE_TOKENS, largest=largest)
+    reserve = (
+        config.reserve
+        if config.reserve is not None
+        else working_bytes(model, integration, batch=1, tokens=_RESERVE_TOKENS, largest=largest)
+    )
     reserve = int(reserve)
     available = memory_available()
     # Weights that are in private memory now will be streamed from disk instead, so their memory counts as free.

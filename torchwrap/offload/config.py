@@ -43,7 +43,10 @@ class Offload(Config):
         None, doc="Folder for weights that have no safetensors file of their own; None: a private temporary folder.", machine=True
     )
     params: Literal["auto", "device", "host", "disk"] = option(
-        "auto", doc="Home of the weights that are not resident.", choices=("auto", "device", "host", "disk")
+        "auto",
+        doc="Where weights live: auto keeps what the budget allows on the device and the rest as near as possible; "
+        "host and disk stream all of them from there; device streams nothing.",
+        choices=("auto", "device", "host", "disk"),
     )
     units: tuple[str, ...] = option((), doc="Names or class names of the modules streamed as one unit; (): the repeated blocks.")
     max_unit_bytes: int | str = option(
@@ -55,7 +58,9 @@ class Offload(Config):
         None, doc="Memory left to activations and caches; None: estimated from the model.", unit="bytes", size=True
     )
     io_backend: Literal["auto", "direct", "buffered"] = option(
-        "auto", doc="Reads past the page cache, or through it; auto: past it where the file system allows.", choices=("auto", "direct", "buffered")
+        "auto",
+        doc="Reads past the page cache, or through it; auto: past it where the file system allows.",
+        choices=("auto", "direct", "buffered"),
     )
     io_threads: int = option(0, doc="Reading threads; 0 chooses.", low=0, high=64, machine=True)
     io_chunk: int | str = option(0, doc="Bytes per read request; 0 chooses.", unit="bytes", size=True, machine=True)

@@ -8,6 +8,8 @@ model that is copied or pickled by itself comes out as an ordinary module with r
 from __future__ import annotations
 
 import copy
+import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 from torchwrap.core import errors
+from torchwrap.core.errors import TorchwrapWarning
 from torchwrap.core.swap import detach, layers_of
 from torchwrap.core.tensors import bind, data_of, placeholder, tensor_bytes
 from torchwrap.offload.layers import RootLayer
@@ -35,7 +38,9 @@ def before_deepcopy(handle: OffloadHandle, module: nn.Module, memo: dict[int, An
         if _is_root(handle, module):
             parameters = {}
             for piece in handle.pieces:
-                value = handle.resident_copy(piece) if piece.resident else piece.absent.clone().as_strided(piece.shape, (0,) * len(piece.shape))
+                value = (
+                    handle.resident_copy(piece) if piece.resident else piece.absent.clone().as_strided(piece.shape, (0,) * len(piece.shape))
+                )
                 parameters[piece.index] = memo[id(piece.parameter)] = nn.Parameter(value, piece.parameter.requires_grad)
             memo[id(handle)] = handle.twin(parameters)
         else:
@@ -61,7 +66,7 @@ def reduce(handle: OffloadHandle, module: nn.Module) -> tuple[Any, ...]:
         for layer in layers_of(part):
             if layer.owner is inert:
                 detach(part, layer)
-    unhook_states(plain)
+    unhook_states(plain.modules())
     if not _is_root(handle, module):
         return (_same, (plain,))
     applied = plain.__dict__.get("_torchwrap_applied", {})
@@ -112,4 +117,10 @@ def _same(module: nn.Module) -> nn.Module:
 def _offload_again(module: nn.Module, config: Offload) -> nn.Module:
     from torchwrap.offload.technique import offload
 
-    return offload(module, config)
+    try:
+        return offload(module, config)
+    except errors.BudgetError as error:
+        # Memory layout is not part of a pickle (views of one storage come apart), so a budget without slack may miss by some pages.
+        # Failing here would keep the user from the weights.
+        warnings.warn(f"{error} Using {error.needed} bytes.", TorchwrapWarning, stacklevel=2)
+        return offload(module, dataclasses.replace(config, device_memory=error.needed, host_memory=None))

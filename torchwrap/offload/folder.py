@@ -16,8 +16,8 @@ from torch import nn
 
 from torchwrap.core import errors
 from torchwrap.core.integration import Skeleton, integration_for_folder
-from torchwrap.core.transaction import apply
 from torchwrap.core.tensors import map_parameters, placeholder
+from torchwrap.core.transaction import apply
 from torchwrap.offload.config import Offload
 from torchwrap.storage.atomic import private_folder
 from torchwrap.storage.safefile import TensorFile
@@ -61,7 +61,9 @@ def _homes(skeleton: Skeleton) -> dict[str, Home]:
             file = files[path] = TensorFile.open(path)
         segment = file.segments.get(key)
         if segment is None:
-            raise errors.CorruptDataError(f"{key!r} is not in this file, although the index says so", where=str(path), fix="Restore the checkpoint.")
+            raise errors.CorruptDataError(
+                f"{key!r} is not in this file, although the index says so", where=str(path), fix="Restore the checkpoint."
+            )
         homes[name] = Home(file, key, segment.offset, segment.nbytes)
     return homes
 

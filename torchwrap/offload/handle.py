@@ -28,7 +28,7 @@ from torchwrap.storage import aio
 from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.arena import arena_for
 from torchwrap.stream.engine import Engine
-from torchwrap.stream.pieces import aligned_copy, put_away, read_piece
+from torchwrap.stream.pieces import aligned_copy, drop_home, put_away, read_piece
 from torchwrap.stream.planner import ResidencyPlan, region_bytes
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.timeline import Event, Timeline
@@ -70,6 +70,8 @@ class OffloadHandle(Handle):
         self.origin = origin  # where the weights go when the model is unwrapped
         self.mapped = mapped  # built from a folder: after unwrap, weights show the folder's files, as a framework's own loading would
         self.notes = list(notes)
+        self.hooked: list[nn.Module] = []  # modules with our state hooks, also those the user took out of the model since
+        self.is_inert = False
         self.passes = 0
         self.watching = any(not piece.resident for piece in pieces)
         self._own_lock = threading.RLock()
@@ -144,7 +146,9 @@ class OffloadHandle(Handle):
             need = plan.fixed_bytes + plan.resident_bytes + plan.streamed_bytes
             rate = float(stats["bandwidth"])
             seconds = f", {plan.streamed_bytes / rate:.2f} s per pass at {format_bytes(int(rate))}/s" if rate else ""
-            lines.append(f"Each extra byte of budget is one byte less to read per pass{seconds}; nothing is streamed from {format_bytes(need)} on.")
+            lines.append(
+                f"Each extra byte of budget is one byte less to read per pass{seconds}; nothing is streamed from {format_bytes(need)} on."
+            )
         else:
             lines.append("Nothing is streamed: all units are resident.")
         lines += [f"note: {note}" for note in self.notes]
@@ -203,17 +207,25 @@ class OffloadHandle(Handle):
     def set_value(self, piece: Piece, value: torch.Tensor) -> None:
         """Make `value` what the piece is from now on; a file that is not ours is never written, the piece moves to our own."""
         with self.lock:
+            if self.engine is not None:
+                self.engine.forget_layouts()  # nothing reads or shows the old version any more
             if piece.host is not None:
                 piece.host.view(piece.dtype).view(piece.shape).copy_(value)
             else:
-                if self.store is None:
-                    self.store = SpillStore.create(self.config.path, needed=piece.nbytes)
-                piece.home = put_away(self.store, piece, value, crc=self.config.verify == "always")
-            self._views.pop(piece.index, None)
+                self._replace_home(piece, value)
             for table in self.tables.values():
                 table.forget(piece)
-            if self.engine is not None:
-                self.engine.forget_layouts()
+
+    def _replace_home(self, piece: Piece, value: torch.Tensor) -> None:
+        before, view = piece.home, self._views.pop(piece.index, None)
+        if self.store is None:
+            self.store = SpillStore.create(self.config.path, needed=piece.nbytes)
+        piece.home = put_away(self.store, piece, value, crc=self.config.verify == "always")
+        if before is not None and before.file is self.store.file:
+            if view is None:
+                drop_home(self.store, before)
+            else:
+                weakref.finalize(view, drop_home, self.store, before)
 
     @contextmanager
     def lend(self, module: nn.Module, names: tuple[str, ...], write: bool) -> Iterator[dict[str, torch.Tensor]]:
@@ -245,7 +257,9 @@ class OffloadHandle(Handle):
 
     # -- copies and moves (see copying.py) -----------------------------------------------------------------------------------------
 
-    def convert(self, module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool, original: Callable[..., nn.Module]) -> nn.Module:
+    def convert(
+        self, module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool, original: Callable[..., nn.Module]
+    ) -> nn.Module:
         """Stand in for `nn.Module._apply`."""
         return copying.convert(self, module, fn, recurse, original)
 
@@ -264,14 +278,26 @@ class OffloadHandle(Handle):
 
     def reduce(self, module: nn.Module) -> tuple[Any, ...] | None:
         """Called when a module of this model is pickled."""
-        return copying.reduce(self, module) if self.pieces else None
+        return None if self.is_inert else copying.reduce(self, module)
 
     def inert(self) -> OffloadHandle:
         """A handle that owns nothing, for copies whose weights are all present."""
-        return OffloadHandle(
-            self.config, [], [], _nothing_planned(), None, _reader(self.config, self.reader),
-            store=None, device=self.device, origin=self.origin, baseline_bytes=0, activation=self.activation, mapped=False,
+        made = OffloadHandle(
+            self.config,
+            [],
+            [],
+            _nothing_planned(),
+            None,
+            _reader(self.config, self.reader),
+            store=None,
+            device=self.device,
+            origin=self.origin,
+            baseline_bytes=0,
+            activation=self.activation,
+            mapped=False,
         )
+        made.is_inert = True
+        return made
 
     def resident_copy(self, piece: Piece) -> torch.Tensor:
         """A copy of a resident piece that computes the same bits."""
@@ -282,7 +308,9 @@ class OffloadHandle(Handle):
         store = None
         pieces = {}
         for piece in self.pieces:
-            replica = dataclasses.replace(piece, parameter=parameters[piece.index], absent=data_of(parameters[piece.index]), names=list(piece.names))
+            replica = dataclasses.replace(
+                piece, parameter=parameters[piece.index], absent=data_of(parameters[piece.index]), names=list(piece.names)
+            )
             if piece.home is not None and self.store is not None and piece.home.file is self.store.file:
                 if store is None:
                     store = SpillStore.create(None, needed=sum(p.nbytes for p in self.pieces if p.home is not None))
@@ -293,12 +321,28 @@ class OffloadHandle(Handle):
         engine = None
         if self.engine is not None:
             engine = Engine(
-                units, self.plan, arena_for(self.device), reader,
-                verify=self.config.verify != "header", timeout_s=self.config.io_timeout_s, timeline=Timeline() if self.config.record else None,
+                units,
+                self.plan,
+                arena_for(self.device),
+                reader,
+                verify=self.config.verify != "header",
+                timeout_s=self.config.io_timeout_s,
+                timeline=Timeline() if self.config.record else None,
             )
         return OffloadHandle(
-            self.config, units, list(pieces.values()), self.plan, engine, reader,
-            store=store, device=self.device, origin=self.origin, baseline_bytes=self.baseline_bytes, activation=self.activation, mapped=self.mapped, notes=self.notes,
+            self.config,
+            units,
+            list(pieces.values()),
+            self.plan,
+            engine,
+            reader,
+            store=store,
+            device=self.device,
+            origin=self.origin,
+            baseline_bytes=self.baseline_bytes,
+            activation=self.activation,
+            mapped=self.mapped,
+            notes=self.notes,
         )
 
     def rehome(self, device: torch.device) -> None:
@@ -315,7 +359,9 @@ class OffloadHandle(Handle):
         """Dtypes changed: size the slots for what the pieces are now."""
         for piece in self.pieces:
             piece.dtype, piece.nbytes = piece.parameter.dtype, tensor_bytes(piece.parameter)
-        slot_bytes = max((region_bytes(p.nbytes for p in unit.pieces if not p.resident) for unit in self.units if unit.kind != "rows"), default=0)
+        slot_bytes = max(
+            (region_bytes(p.nbytes for p in unit.pieces if not p.resident) for unit in self.units if unit.kind != "rows"), default=0
+        )
         streamed = {p.index: p.nbytes for unit in self.units if unit.kind != "rows" for p in unit.pieces if not p.resident}
         self.plan = dataclasses.replace(
             self.plan,

@@ -1,13 +1,13 @@
 """What `offload` attaches to modules: one layer for each unit, one for each row table, one for the root.
 
-They sit in the forward slot ("inside"), which runs again when activation checkpointing recomputes, and are essential: disabling them
-would leave the placeholders, and changes no result anyway.
+They sit in the forward slot ("inside"), which runs again when activation checkpointing recomputes, those of units also around the whole
+call. They are essential: disabling them would leave the placeholders, and changes no result anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torchwrap.core.layer import CallState, Layer
 from torchwrap.core.tensors import bind
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.units import Piece, Unit
-from torchwrap.stream.watch import AbsentUseGuard
+from torchwrap.stream.watch import AbsentUseGuard, can_watch
 
 if TYPE_CHECKING:
     from torchwrap.offload.handle import OffloadHandle
@@ -27,7 +27,6 @@ __all__ = ["RootLayer", "RowLayer", "UnitLayer"]
 
 class _OffloadLayer(Layer):
     name = "offload"
-    where = "inside"
     traceable = False
     essential = True
 
@@ -50,7 +49,7 @@ class RootLayer(_OffloadLayer):
         handle.lock.acquire()
         try:
             guard = None
-            if handle.watching:
+            if handle.watching and can_watch():
                 guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)
                 guard.__enter__()
             self._calls.push(guard)
@@ -61,8 +60,7 @@ class RootLayer(_OffloadLayer):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         handle = self.handle
-        self._leave()
-        handle.watching = False
+        handle.watching = handle.watching and not self._leave()
         handle.passes += 1
         handle.lock.release()
         return output
@@ -71,18 +69,20 @@ class RootLayer(_OffloadLayer):
         self._leave()
         self.handle.lock.release()
 
-    def _leave(self) -> None:
+    def _leave(self) -> bool:
+        """End the call; whether it was watched."""
         guard: AbsentUseGuard | None = self._calls.pop()
         if guard is not None:
             guard.__exit__(None, None, None)
+        return guard is not None
 
 
 class UnitLayer(_OffloadLayer):
     """Makes a unit's weights present while its module runs."""
 
-    def __init__(self, handle: OffloadHandle | None, unit: int) -> None:
+    def __init__(self, handle: OffloadHandle | None, unit: int, where: Literal["inside", "outside"]) -> None:
         super().__init__(handle)
-        self.unit = unit
+        self.unit, self.where = unit, where
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         engine = self.handle.engine
@@ -134,7 +134,13 @@ class RowLayer(_OffloadLayer):
             return self._through_own_forward(module, table, call, ids, args, kwargs)
 
     def _through_own_forward(
-        self, module: nn.Embedding, table: RowTable, call: Callable[..., Any], ids: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: nn.Embedding,
+        table: RowTable,
+        call: Callable[..., Any],
+        ids: torch.Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         """For embeddings that work on the rows they looked up (a scale): let their own forward look up in the rows that were read."""
         piece = table.piece

@@ -118,7 +118,14 @@ def take_back(handle: OffloadHandle) -> None:
 
 
 def _store(
-    away: list[Piece], model: nn.Module, config: Offload, integration: Integration, reader: aio.Reader, placed: Placed, *, match_alignment: bool
+    away: list[Piece],
+    model: nn.Module,
+    config: Offload,
+    integration: Integration,
+    reader: aio.Reader,
+    placed: Placed,
+    *,
+    match_alignment: bool,
 ) -> None:
     """A stored copy for each piece: where the model was loaded from if that still holds these bytes, else in our spill file."""
     found = _stored_tensors(integration.source(model)) if config.path is None else {}
@@ -130,7 +137,9 @@ def _store(
         else:
             piece.home = home
     if rest:
-        placed.store = SpillStore.create(Path(config.path) if config.path is not None else None, needed=sum(p.nbytes + 2 * PAGE for p in rest))
+        placed.store = SpillStore.create(
+            Path(config.path) if config.path is not None else None, needed=sum(p.nbytes + 2 * PAGE for p in rest)
+        )
         for piece in progress(rest, "storing weights", lambda piece: piece.nbytes):
             piece.home = put_away(placed.store, piece, data_of(piece.parameter), crc=config.verify == "always")
 
@@ -215,7 +224,9 @@ def _lock_in_host(away: list[Piece], budget: Budget, arena: Arena, reader: aio.R
         needed = sum(piece.nbytes + _ALIGN for piece in away)
         raise errors.BudgetError(
             'offload: params="host", but the weights that are not resident do not fit host memory',
-            needed=needed, available=budget.host, largest=max(away, key=lambda p: p.nbytes).name,
+            needed=needed,
+            available=budget.host,
+            largest=max(away, key=lambda p: p.nbytes).name,
             fix=f'Set host_memory={needed}, or params="auto".',
         )
     if chosen:

@@ -7,7 +7,7 @@ are made present just before torch copies into them and stored just after; a use
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -56,19 +56,20 @@ class _AfterLoad(_StateHook):
                 bind(piece.parameter, piece.absent)
 
 
-def hook_states(model: nn.Module, handle: OffloadHandle) -> None:
-    """Put the hooks and the holder on every module that owns an absent parameter."""
-    for module in model.modules():
-        if handle.absent(module):
-            set_holder(module, handle)
-            module.register_state_dict_post_hook(_Save(handle))
-            module.register_load_state_dict_pre_hook(_BeforeLoad(handle))
-            module.register_load_state_dict_post_hook(_AfterLoad(handle))
+def hook_states(model: nn.Module, handle: OffloadHandle) -> list[nn.Module]:
+    """Put the hooks and the holder on every module that owns an absent parameter; the modules that got them."""
+    hooked = [module for module in model.modules() if handle.absent(module)]
+    for module in hooked:
+        set_holder(module, handle)
+        module.register_state_dict_post_hook(_Save(handle))
+        module.register_load_state_dict_pre_hook(_BeforeLoad(handle))
+        module.register_load_state_dict_post_hook(_AfterLoad(handle))
+    return hooked
 
 
-def unhook_states(model: nn.Module) -> None:
-    """Take them all off again."""
-    for module in model.modules():
+def unhook_states(modules: Iterable[nn.Module]) -> None:
+    """Take them all off again; modules without any are left alone."""
+    for module in modules:
         if "_torchwrap_holder" in module.__dict__:
             set_holder(module, None)
         for hooks in _hook_tables(module):

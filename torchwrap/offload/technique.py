@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
@@ -96,6 +97,7 @@ class OffloadTechnique(Technique[Offload]):
     def prepare(self, model: nn.Module, config: Offload, integration: Integration) -> Prepared[Offload]:
         """Divide the model and the budget; touches nothing."""
         homes: dict[str, Home] | None = model.__dict__.get(SOURCES)
+        _refuse_uninitialised(model)
         device = _device(model, config, from_folder=homes is not None)
         division = find_units(
             model,
@@ -121,15 +123,32 @@ class OffloadTechnique(Technique[Offload]):
             for unit in division.units
         ]
         fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
-        limit = fixed + sum({p.index: p.nbytes for u in division.units for p in u.pieces}.values()) if config.params == "device" else budget.device
-        plan = plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k)
+        limit = (
+            fixed + sum({p.index: p.nbytes for u in division.units for p in u.pieces}.values())
+            if config.params == "device"
+            else budget.device
+        )
+        plan = plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k, keep_resident=config.params in ("auto", "device"))
         layers: list[Place] = [("", model, RootLayer(None))]
         for unit in division.units:
             away = [piece for piece in unit.pieces if piece.index not in plan.resident]
-            if away and unit.module is not None:
-                layers.append((unit.name, unit.module, RowLayer(None, unit.index) if unit.kind == "rows" else UnitLayer(None, unit.index)))
+            if not away or unit.module is None:
+                continue
+            if unit.kind == "rows":
+                layers.append((unit.name, unit.module, RowLayer(None, unit.index)))
+            else:
+                # Outside as well, because torch hooks on the module itself (weight norm, say) may read its weights.
+                layers += [(unit.name, unit.module, UnitLayer(None, unit.index, where)) for where in ("outside", "inside")]
+        if config.params in ("host", "disk") and len(layers) == 1:
+            raise errors.UnsupportedModelError(
+                f"offload: nothing in {type(model).__name__} can be streamed",
+                where=type(model).__name__,
+                fix="Name the modules to stream: units=(...), or leave the model as it is.",
+            )
         notes = [*division.notes, f"{format_bytes(plan.held_bytes)} present at most, {format_bytes(plan.streamed_bytes)} streamed per pass"]
-        return Prepared(config=config, layers=layers, notes=notes, data=Blueprint(division, plan, budget, device, origin, homes, integration))
+        return Prepared(
+            config=config, layers=layers, notes=notes, data=Blueprint(division, plan, budget, device, origin, homes, integration)
+        )
 
     def attach(self, model: nn.Module, prepared: Prepared[Offload]) -> Handle:
         """Store what has to leave, then hide it; an error leaves the model as it was."""
@@ -152,22 +171,37 @@ class OffloadTechnique(Technique[Offload]):
             if any(not piece.resident for piece in pieces):
                 timeline = Timeline(plan.fixed_bytes + plan.resident_bytes) if config.record else None
                 engine = Engine(
-                    blueprint.division.units, plan, arena, reader,
-                    verify=config.verify != "header", timeout_s=config.io_timeout_s, timeline=timeline,
+                    blueprint.division.units,
+                    plan,
+                    arena,
+                    reader,
+                    verify=config.verify != "header",
+                    timeout_s=config.io_timeout_s,
+                    timeline=timeline,
                 )
             largest = max((piece.nbytes for piece in pieces), default=0)
             integration = blueprint.integration
             working = _Working(integration, model, largest)
             handle = OffloadHandle(
-                config, blueprint.division.units, pieces, plan, engine, reader,
-                store=placed.store, device=device, origin=blueprint.origin, baseline_bytes=process_bytes(), activation=working,
-                mapped=blueprint.homes is not None, notes=prepared.notes,
+                config,
+                blueprint.division.units,
+                pieces,
+                plan,
+                engine,
+                reader,
+                store=placed.store,
+                device=device,
+                origin=blueprint.origin,
+                baseline_bytes=process_bytes(),
+                activation=working,
+                mapped=blueprint.homes is not None,
+                notes=prepared.notes,
             )
             for _, _, layer in prepared.layers:
                 layer.owner = handle
-            hook_states(model, handle)
+            handle.hooked = hook_states(model, handle)
         except BaseException:
-            unhook_states(model)
+            unhook_states(model.modules())
             if placed is not None:
                 placed.undo()
             reader.close()
@@ -189,7 +223,7 @@ class OffloadTechnique(Technique[Offload]):
             needed = sum(piece.nbytes for piece in handle.pieces if not piece.resident)
             check_room(needed, memory_available() if handle.device.type == "cpu" else None, "unwrapping")
         take_back(handle)
-        unhook_states(model)
+        unhook_states([*model.modules(), *handle.hooked])
         handle.close()
 
     def from_pretrained(
@@ -229,6 +263,14 @@ class _Working:
         return self._known.get(key, self._largest)
 
 
+def _refuse_uninitialised(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedTensorMixin):
+            raise errors.UnsupportedModelError(
+                f"offload: {name} is uninitialized, it has no shape yet (a lazy module)", where=name, fix="Run the model once, then wrap it."
+            )
+
+
 def _device(model: nn.Module, config: Offload, *, from_folder: bool) -> torch.device:
     devices = {parameter.device for parameter in model.parameters()}
     if any(device.type == "meta" for device in devices):
@@ -261,9 +303,7 @@ def _blocks(model: nn.Module, config: Offload, integration: Integration) -> list
     if not config.units:
         return [(block.fqn, block.module) for block in integration.blocks(model) or ()]
     found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and (name in config.units or type(module).__name__ in config.units)
+        (name, module) for name, module in model.named_modules() if name and (name in config.units or type(module).__name__ in config.units)
     ]
     for wanted in config.units:
         if not any(name == wanted or type(module).__name__ == wanted for name, module in found):

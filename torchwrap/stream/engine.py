@@ -145,8 +145,8 @@ class Engine:
             self.lock.release()
 
     def _acquire(self, unit: Unit) -> None:
-        if self._closed:
-            raise errors.StorageError("offload: the streaming engine is closed", where=unit.name, fix="Wrap the model again.")
+        if self._closed:  # unwrapped by another thread while this one waited for the lock: the weights are all there
+            return
         self.counters["unit_uses"] += 1
         fetch = self._fetches.get(unit.index)
         if fetch is not None and fetch.users:  # a unit inside itself: already bound
@@ -273,7 +273,8 @@ class Engine:
     def _free_slot(self, spare: set[int]) -> Slot | None:
         """A free slot; else one whose unit is idle and not in `spare`; else None."""
         while len(self._slots) < self.plan.slots:
-            slot = self.arena.make_slot(len(self._slots), self.plan.slot_bytes)
+            with torch.inference_mode(False):
+                slot = self.arena.make_slot(len(self._slots), self.plan.slot_bytes)
             self._slots.append(slot)
             self._free.append(slot)
         if not self._free:
@@ -323,9 +324,10 @@ class Engine:
         layout = self.layout(unit)
         views = layout.views.get(slot.index)
         if views is None:
-            views = layout.views[slot.index] = [
-                slot.device[offset : offset + piece.nbytes].view(piece.dtype).view(piece.shape) for piece, offset in layout.places
-            ]
+            with torch.inference_mode(False):  # made in inference mode, they could not be used by autograd later
+                views = layout.views[slot.index] = [
+                    slot.device[offset : offset + piece.nbytes].view(piece.dtype).view(piece.shape) for piece, offset in layout.places
+                ]
         return views
 
     def _prefetched(self, unit: Unit) -> bool:
@@ -414,7 +416,7 @@ class Engine:
             self.plan = plan
 
     def close(self) -> None:
-        """End all reading and free all slots. Idempotent."""
+        """End all reading and free all slots; the parameters must show real values again. Idempotent."""
         with self.lock:
             if not self._closed:
                 self.trim()
@@ -443,7 +445,12 @@ def _lay_out(unit: Unit, slot_bytes: int, separate: bool) -> _Layout:
             layout.landing.append((piece, at + piece.residue))
             at = (at + piece.residue + piece.nbytes + PAGE - 1) // PAGE * PAGE
             continue
-        if last is not None and last.slot_offset % PAGE == last.offset % PAGE and last.file is home.file and 0 <= home.offset - (last.offset + last.nbytes) <= _MERGE_GAP:
+        if (
+            last is not None
+            and last.slot_offset % PAGE == last.offset % PAGE
+            and last.file is home.file
+            and 0 <= home.offset - (last.offset + last.nbytes) <= _MERGE_GAP
+        ):
             last.nbytes = home.offset + piece.nbytes - last.offset
             last.pieces.append(piece)
         else:

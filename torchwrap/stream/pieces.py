@@ -6,6 +6,9 @@ last bits (measured: torch 2.13 CPU, 30 of 690 shapes and offsets). A piece ther
 
 from __future__ import annotations
 
+import itertools
+from contextlib import suppress
+
 import torch
 
 from torchwrap.core import errors
@@ -14,9 +17,11 @@ from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.planner import PAGE
 from torchwrap.stream.units import Home, Piece
 
-__all__ = ["aligned_copy", "part_of", "put_away", "read_piece"]
+__all__ = ["aligned_copy", "drop_home", "part_of", "put_away", "read_piece"]
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def read_piece(piece: Piece, reader: aio.Reader, timeout_s: float, *, verify: bool) -> torch.Tensor:
     """A fresh host tensor with a piece's bytes, at the alignment modulo 64 of the original.
 
@@ -57,8 +62,20 @@ def aligned_copy(tensor: torch.Tensor, residue: int) -> torch.Tensor:
 
 
 def put_away(store: SpillStore, piece: Piece, value: torch.Tensor, *, crc: bool = False) -> Home:
-    """Store a piece's values in our own file; its checksums are those of what was written."""
-    segment = store.put(f"{piece.index}:{piece.name}", value)
+    """Store a piece's values in our own file, beside any earlier version; its checksums are those of what was written.
+
+    The earlier version stays until `drop_home`, because a `state_dict` handed out before may still show it.
+    """
+    segment = store.put(f"{piece.name}#{next(_numbers)}", value)
     record = store.file.records[segment.name]
     piece.checksum = record.sum64
     return Home(store.file, segment.name, segment.offset, segment.nbytes, record.crc32 if crc else None)
+
+
+def drop_home(store: SpillStore, home: Home) -> None:
+    """Forget a stored version; its room is used for others."""
+    with suppress(errors.StorageError, KeyError):  # the store was closed meanwhile: the file is gone anyway
+        store.remove(home.name)
+
+
+_numbers = itertools.count()

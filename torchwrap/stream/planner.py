@@ -12,6 +12,7 @@ Time per pass is `max(compute, streamed / bandwidth)` with two or more slots and
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -76,7 +77,9 @@ def region_bytes(sizes: Iterable[int]) -> int:
     return sum((size + 2 * PAGE - 1) // PAGE * PAGE for size in sizes)
 
 
-def plan_residency(units: Sequence[PlannedUnit], *, fixed_bytes: int, budget: int, slots: int = 0) -> ResidencyPlan:
+def plan_residency(
+    units: Sequence[PlannedUnit], *, fixed_bytes: int, budget: int, slots: int = 0, keep_resident: bool = True
+) -> ResidencyPlan:
     """Divide `budget` bytes.
 
     Args:
@@ -84,6 +87,7 @@ def plan_residency(units: Sequence[PlannedUnit], *, fixed_bytes: int, budget: in
         fixed_bytes: what stays in any case and counts against the budget.
         budget: bytes of weights that may be present at once.
         slots: number of slots; 0 chooses two (read one unit while another computes), one if two do not fit.
+        keep_resident: turn what is left of the budget into resident pieces; False streams every piece.
 
     Raises:
         BudgetError: not even one slot fits; `needed` is the smallest budget that works.
@@ -94,13 +98,22 @@ def plan_residency(units: Sequence[PlannedUnit], *, fixed_bytes: int, budget: in
     scanned_pieces = {index for unit in scanned for index, _ in unit.pieces}
     table_only = in_tables - scanned_pieces
     total = sum(sizes.values())
-    if fixed_bytes + total <= budget:
+    if fixed_bytes + total <= budget and keep_resident:
         return ResidencyPlan(budget, fixed_bytes, frozenset(sizes), total, 0, 0, 0, 0)
     table_bytes = sum(sizes[index] for index in table_only)
-    if fixed_bytes + total - table_bytes <= budget:  # only rows of tables are read
+    if fixed_bytes + total - table_bytes <= budget and (keep_resident or not scanned):  # only rows of tables are read
         resident = frozenset(scanned_pieces)
         return ResidencyPlan(budget, fixed_bytes, resident, total - table_bytes, 0, 0, 0, table_bytes)
 
+    if not scanned:
+        if not keep_resident and fixed_bytes <= budget:
+            return ResidencyPlan(budget, fixed_bytes, frozenset(), 0, 0, 0, 0, table_bytes)
+        raise errors.BudgetError(
+            f"offload: a budget of {_mib(budget)} is too small: {_mib(fixed_bytes)} always stay and there is no unit to stream",
+            needed=fixed_bytes,
+            available=budget,
+            fix=f"Set device_memory={fixed_bytes} or more, or name the modules to stream: units=(...).",
+        )
     depth = 2 if any(unit.nested for unit in scanned) else 1
     counts = [slots] if slots else [depth + 1, depth]
     if slots and slots < depth:
@@ -108,12 +121,12 @@ def plan_residency(units: Sequence[PlannedUnit], *, fixed_bytes: int, budget: in
             f"offload: k={slots} slots, but blocks with experts need {depth} at once", where="k", fix=f"Set k={depth} or more."
         )
     best: ResidencyPlan | None = None
-    least = 0
+    least = fixed_bytes + total - table_bytes if keep_resident else sys.maxsize  # everything but tables resident needs no slot
     for count in counts:
-        for slot_bytes in _candidate_slots(scanned):
-            plan = _divide(scanned, sizes, fixed_bytes, budget, count, slot_bytes, table_bytes)
+        for slot_bytes in _candidate_slots(scanned) if keep_resident else _candidate_slots(scanned)[:1]:
+            plan = _divide(scanned, sizes, fixed_bytes, budget, count, slot_bytes, table_bytes, keep_resident)
             if isinstance(plan, int):
-                least = min(least or plan, plan)
+                least = min(least, plan)
             elif best is None or plan.streamed_bytes < best.streamed_bytes:
                 best = plan
         if best is not None:
@@ -139,7 +152,14 @@ def _candidate_slots(units: Sequence[PlannedUnit]) -> list[int]:
 
 
 def _divide(
-    units: Sequence[PlannedUnit], sizes: dict[int, int], fixed: int, budget: int, count: int, slot_bytes: int, table_bytes: int
+    units: Sequence[PlannedUnit],
+    sizes: dict[int, int],
+    fixed: int,
+    budget: int,
+    count: int,
+    slot_bytes: int,
+    table_bytes: int,
+    keep_resident: bool,
 ) -> ResidencyPlan | int:
     """The plan with this slot size, or the smallest budget it would need."""
     streamed: dict[int, list[int]] = {}
@@ -156,7 +176,7 @@ def _divide(
     needed = fixed + resident_bytes + count * slot_bytes
     if needed > budget:
         return needed
-    rest = budget - needed
+    rest = budget - needed if keep_resident else 0
     # Spread what is left evenly over the scan: ordinary units first, then experts; in each round the largest piece that fits.
     for conditional in (False, True):
         order = _spread([p for p, unit in enumerate(units) if unit.conditional is conditional])
@@ -174,9 +194,7 @@ def _divide(
     resident_bytes = sum(sizes[index] for index in resident)
     largest = max((region_bytes(sizes[i] for i in pieces) for pieces in streamed.values()), default=0)
     streamed_bytes = sum(sizes[i] for pieces in streamed.values() for i in pieces)
-    return ResidencyPlan(
-        budget, fixed, frozenset(resident), resident_bytes, count if largest else 0, largest, streamed_bytes, table_bytes
-    )
+    return ResidencyPlan(budget, fixed, frozenset(resident), resident_bytes, count if largest else 0, largest, streamed_bytes, table_bytes)
 
 
 def _fill(sizes: Sequence[int], capacity: int) -> list[int]:

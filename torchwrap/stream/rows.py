@@ -186,7 +186,9 @@ class _Lookup(torch.autograd.Function):
     """Lookup in rows that were read, with the gradient of a lookup in the whole table."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor, ids: torch.Tensor, module: nn.Embedding) -> torch.Tensor:
+    def forward(
+        ctx: Any, weight: torch.Tensor, rows: torch.Tensor, inverse: torch.Tensor, ids: torch.Tensor, module: nn.Embedding
+    ) -> torch.Tensor:
         ctx.save_for_backward(ids)
         ctx.module = module
         return nn.functional.embedding(inverse, rows)

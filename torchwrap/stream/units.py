@@ -180,16 +180,7 @@ def find_units(
         else:
             notes.append(f"{name or 'the model itself'} keeps {own_bytes} bytes of own parameters in place: used by its own forward")
 
-    # A parameter in two streamed units (a tie across blocks) would be bound twice: it stays. An embedding and its tied head may
-    # share one, because a row table never binds its parameter.
-    for unit in units:
-        if unit.kind != "rows":
-            assert unit.module is not None
-            for piece in [pieces[id(p)] for p in unit.module.parameters() if id(p) in pieces]:
-                owner = taken.get(piece.index)
-                if owner is not None and owner != unit.index and units[owner].parent != unit.index:
-                    held.add(piece.index)
-                    notes.append(f"{piece.name} is shared by {units[owner].name} and {unit.name}: it stays in memory")
+    _hold_shared(model, units, taken, held, notes)
     for unit in units:
         small = unit.nbytes // _SMALL_SHARE if unit.kind != "rows" else 0
         unit.pieces = [piece for piece in unit.pieces if piece.index not in held and piece.nbytes > small]
@@ -199,6 +190,23 @@ def find_units(
     fixed = [piece for piece in pieces.values() if piece.index not in free]
     buffers = {storage_key(b): b.untyped_storage().nbytes() for b in model.buffers() if b.device.type != "meta"}
     return UnitMap(_call_order(units), fixed, sum(buffers.values()), notes)
+
+
+def _hold_shared(model: nn.Module, units: list[Unit], taken: dict[int, int], held: set[int], notes: list[str]) -> None:
+    """A parameter that a module outside its unit owns too would be missing there: it stays.
+
+    An embedding and its tied head may share one, because a row table never binds its parameter.
+    """
+    owners = dict(model.named_modules(remove_duplicate=False))
+    tables = {id(unit.module) for unit in units if unit.kind == "rows"}
+    inside = {unit.index: {id(m) for m in unit.module.modules()} for unit in units if unit.module is not None}
+    for unit in units:
+        for piece in unit.pieces:
+            home = taken.get(piece.index, unit.index)
+            outside = [name for name in piece.names if id(owners[name.rpartition(".")[0]]) not in inside[home] | tables]
+            if outside and piece.index not in held:
+                held.add(piece.index)
+                notes.append(f"{outside[0]} is shared with {unit.name}: it stays in memory")
 
 
 def claim_rows(index: int, name: str, module: nn.Module, pieces: dict[int, Piece], held: set[int]) -> Unit:
@@ -291,8 +299,6 @@ def _is_row_table(module: nn.Module, gather_only: tuple[type, ...]) -> bool:
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return False  # max_norm renormalises the table in place during forward
     return original_class(module).forward is nn.Embedding.forward or original_class(module) in gather_only
-
-
 
 
 def _renumber(units: list[Unit]) -> None:

@@ -7,6 +7,7 @@ the storages of every operator's arguments and raises an error that names the pa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,9 +18,13 @@ from torch.utils._pytree import tree_leaves
 from torchwrap.core import errors
 from torchwrap.stream.units import Piece
 
-__all__ = ["AbsentUseGuard"]
+__all__ = ["AbsentUseGuard", "can_watch"]
 
-_HARMLESS = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}  # move no element
+_HARMLESS = {  # read no element
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten._has_compatible_shallow_copy_type.default,
+}
 
 
 class AbsentUseGuard(TorchDispatchMode):
@@ -28,6 +33,11 @@ class AbsentUseGuard(TorchDispatchMode):
     def __init__(self, pieces: Iterable[Piece]) -> None:
         super().__init__()
         self._names = {piece.absent.untyped_storage().data_ptr(): piece.name for piece in pieces}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch 2.13 wraps the handler in a lazily imported Dynamo otherwise: seconds, and a hundred megabytes, for an eager program.
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func not in _HARMLESS:
@@ -41,3 +51,19 @@ class AbsentUseGuard(TorchDispatchMode):
                             fix=f'Keep it in memory: pin=("{name}",).',
                         )
         return func(*args, **(kwargs or {}))
+
+
+def can_watch() -> bool:
+    """Whether a dispatch mode changes nothing here.
+
+    Below one, autocast no longer reaches the operators inside a fused one (the encoder layer of torch 2.13 then computes in another
+    type), and Dynamo compiles nothing.
+    """
+    if torch.is_autocast_enabled("cpu") or (torch.cuda.is_available() and torch.is_autocast_enabled("cuda")):
+        return False
+    frame = sys._getframe(1) if "torch._dynamo" in sys.modules else None
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("_dynamo/eval_frame.py"):
+            return False
+        frame = frame.f_back  # type: ignore[assignment]
+    return True
