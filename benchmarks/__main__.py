@@ -1,0 +1,95 @@
+"""`python -m benchmarks`: run the offload benchmarks, judge them, write docs/results/<machine>-<date>.json.
+
+python -m benchmarks                          everything `make bench` runs
+python -m benchmarks offload-limit --shape llama-2.7GB --limit 1GiB --rounds 3
+python -m benchmarks offload-limit --only torchwrap mmap --rounds 1 --no-write
+python -m benchmarks offload-fits
+python -m benchmarks --check                  exit status 1 when a bar of targets.toml is missed
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness.campaign import ALL, Campaign, available
+from benchmarks.harness.cgroup import unavailable_reason
+from benchmarks.harness.contenders import declare_torchvision_operators
+from benchmarks.harness.results import RESULTS, judge, verdict_lines, write_results
+
+GIB = 1 << 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="all", choices=("all", "offload-limit", "offload-fits"))
+    parser.add_argument("--shape", nargs="+", default=["llama-2.7GB", "llama-thin-tied"])
+    parser.add_argument("--limit", type=_size, default=GIB, help="memory limit, as 1GiB or 700MiB")
+    parser.add_argument("--only", nargs="+", choices=ALL, help="these contenders instead of all installed ones")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=6)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--check", action="store_true", help="exit status 1 when a bar is missed")
+    given = parser.parse_args(arguments)
+    runs: dict[str, dict[str, Any]] = {}
+    if given.what in ("all", "offload-limit"):
+        reason = unavailable_reason()
+        if reason:
+            print(f"offload-limit skipped: {reason}")
+        else:
+            for campaign in _campaigns(given):
+                runs[campaign.title] = _complete(campaign, given.rounds)
+    if given.what in ("all", "offload-fits"):
+        declare_torchvision_operators()
+        from benchmarks.harness.fits import TITLE, measure_fits
+
+        runs[TITLE] = measure_fits()
+        print(TITLE, {name: {phase: round(ratio, 3) for phase, ratio in speeds.items()} for name, speeds in runs[TITLE]["speed"].items()})
+    verdicts = [verdict for title, summary in runs.items() for verdict in judge(title, summary)]
+    print(*verdict_lines(verdicts), sep="\n")
+    if runs and not given.no_write:
+        print(f"written: {write_results(runs, folder=given.results)}")
+    return int(given.check and not all(verdict["met"] for verdict in verdicts))
+
+
+def _campaigns(given: argparse.Namespace) -> list[Campaign]:
+    names = available(given.only or ALL)
+    found = [Campaign(shape=shape, limit=given.limit, names=names, tokens=given.tokens) for shape in given.shape]
+    if given.what == "all":
+        # More memory, same model: only the law (streamed bytes / bandwidth) is at stake, so no rivals but the compute floor.
+        found += [Campaign(shape="llama-2.7GB", limit=GIB * 3 // 2, names=("torchwrap", "memory"), tokens=given.tokens)]
+    return found
+
+
+def _complete(campaign: Campaign, rounds: int) -> dict[str, Any]:
+    campaign.prepare()
+    for index in range(rounds):
+        campaign.round(index)
+    summary = campaign.summary()
+    for key in ("equal_tokens", "equal_logits", "decode_ratio", "prefill_ratio", "prediction", "physics"):
+        if key in summary:
+            print(f"{campaign.title} {key}: {_rounded(summary[key])}")
+    return summary
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _size(text: str) -> int:
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": GIB, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            return int(float(text.removesuffix(unit)) * factor)
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

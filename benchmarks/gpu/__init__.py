@@ -1,0 +1,1 @@
+"""Benchmarks that need one CUDA card; everything here collects and skips without."""

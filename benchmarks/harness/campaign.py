@@ -1,0 +1,221 @@
+"""Several contenders, one checkpoint, one memory limit, alternating rounds: the memory-limit benchmark as data.
+
+Each run is a fresh child in a fresh memory group, after the page-cache pages of every weight file have been dropped, with a raw disk
+probe right before and right after. Rounds alternate and start with a different contender each time, so that a machine that changes
+speed within minutes changes it for all. Figures are medians over rounds (of the median token of each run); ratios are ratios of those
+medians. The physical limit is `max(streamed bytes / best raw probe, time of the computation alone)`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.harness.cgroup import run_child
+from benchmarks.harness.checkpoints import SHAPES, checkpoint, weight_files
+from benchmarks.harness.contenders import OURS
+from benchmarks.harness.disk import cached_bytes, drop_cached_pages, raw_read_rate
+from benchmarks.harness.statistics import ratio_of_medians, spread
+
+__all__ = ["ALL", "FAMILIES", "Campaign", "available"]
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = ("torchwrap", "torchwrap-explicit", "mmap", "accelerate-disk", "accelerate-map", "airllm", "memory")
+# A rival that offers several ways is represented by its fastest one.
+FAMILIES = {"accelerate": ("accelerate-disk", "accelerate-map"), "mmap": ("mmap",), "airllm": ("airllm",), "memory": ("memory",)}
+_NEEDS = {"accelerate-disk": "accelerate", "accelerate-map": "accelerate", "airllm": "airllm"}
+UNLIMITED = frozenset({"memory"})
+
+
+def available(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of `names` whose package is installed."""
+    return tuple(name for name in names if name not in _NEEDS or importlib.util.find_spec(_NEEDS[name]) is not None)
+
+
+@dataclass(kw_only=True)
+class Campaign:
+    """One checkpoint under one limit.
+
+    Args:
+        shape: name in `SHAPES`.
+        limit: bytes of the memory group.
+        names: contenders, see `ALL`.
+        prompt: tokens of the prefill.
+        tokens: tokens decoded after it.
+        threads: compute threads of every contender.
+        say: called with one line per finished run.
+    """
+
+    shape: str
+    limit: int
+    names: Sequence[str] = ALL
+    prompt: int = 128
+    tokens: int = 6
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    say: Callable[[str], None] = print
+    runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    probes: list[float] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        """Group name, `technique[shape@limit]`."""
+        return f"offload[{self.shape}@{self.limit / 2**30:g}GiB]"
+
+    def prepare(self) -> None:
+        """Make the checkpoint and every contender's own format; not timed, not limited."""
+        folder = checkpoint(self.shape)
+        for name in self.names:
+            run_child(self._command(name, folder, "--prepare"), environment=self._environment(), folder=ROOT).check()
+
+    def round(self, index: int) -> None:
+        """Run every contender once, starting with another one each time."""
+        first = index % len(self.names)
+        for name in (*self.names[first:], *self.names[:first]):
+            self.run(name)
+
+    def run(self, name: str) -> float:
+        """One measured run; returns its median seconds per decoded token.
+
+        Raises:
+            RuntimeError: the child failed, with its output.
+        """
+        folder = checkpoint(self.shape)
+        work = _work(folder, name)
+        files = [*weight_files(folder), *(weight_files(work) if work.exists() else [])]
+        drop_cached_pages(files)
+        still_cached = cached_bytes(files)
+        before = raw_read_rate(files)
+        limit = None if name in UNLIMITED else self.limit
+        options = f'{{"host_memory": {self.limit}}}' if name == "torchwrap-explicit" else "{}"
+        child = run_child(
+            self._command(name, folder, "--options", options), limit=limit, environment=self._environment(), folder=ROOT, timeout_s=900
+        ).check()
+        after = raw_read_rate(files)
+        self.probes += [before, after]
+        record = {
+            **child.data,
+            "limit_bytes": limit,
+            "peak_bytes": child.peak_bytes,
+            "failures": child.failures,
+            "refaulted_pages": child.refaulted_pages,
+            "hwm_bytes": child.hwm_bytes,
+            "wall_s": child.wall_s,
+            "raw_bytes_per_s": [before, after],
+            "cached_bytes_at_start": still_cached,
+        }
+        self.runs.setdefault(name, []).append(record)
+        decode_s = float(median(record["decode_s"]))
+        self.say(_line(self.title, name, record, decode_s, before, after))
+        return decode_s
+
+    def summary(self) -> dict[str, Any]:
+        """Everything measured, with ratios of medians, equality, and promise against measurement."""
+        ours = next((name for name in OURS if name in self.runs), None)
+        result: dict[str, Any] = {
+            "title": self.title,
+            "model_bytes": SHAPES[self.shape].nbytes(),
+            "limit_bytes": self.limit,
+            "prompt": self.prompt,
+            "tokens": self.tokens,
+            "threads": self.threads,
+            "rounds": max(map(len, self.runs.values()), default=0),
+            "contenders": {name: _contender(records) for name, records in self.runs.items()},
+            "equal_tokens": len({tuple(record["ids"]) for records in self.runs.values() for record in records}) == 1,
+            "equal_logits": len({record["logit_sha256"] for records in self.runs.values() for record in records}) == 1,
+            "best_raw_bytes_per_s": max(self.probes, default=0.0),
+            "raw_bytes_per_s": spread(self.probes),
+        }
+        if ours is not None:
+            mine = self.runs[ours]
+            result["ours"] = ours
+            result["decode_ratio"] = self._ratios(mine, _decode)
+            result["prefill_ratio"] = self._ratios(mine, lambda record: record["prefill_s"])
+            result["prediction"] = _prediction(mine)
+            result["physics"] = self._physics(mine)
+        return result
+
+    def _ratios(self, mine: list[dict[str, Any]], seconds: Callable[[dict[str, Any]], float]) -> dict[str, float]:
+        own = [seconds(record) for record in mine]
+        ratios = {
+            name: ratio_of_medians([seconds(record) for record in records], own) for name, records in self.runs.items() if name not in OURS
+        }
+        for family, members in FAMILIES.items():
+            present = [ratios[member] for member in members if member in ratios]
+            if present:
+                ratios[family] = min(present)
+        return ratios
+
+    def _physics(self, mine: list[dict[str, Any]]) -> dict[str, float | None]:
+        streamed = next((record["prediction"]["streamed_bytes"] for record in mine if record.get("prediction")), None)
+        if streamed is None or not self.probes or not max(self.probes):
+            return {}
+        reading = streamed / max(self.probes)
+        computing = min((_decode(record) for record in self.runs.get("memory", [])), default=0.0)
+        measured = median(_decode(record) for record in mine)
+        ideal = max(reading, computing)
+        return {
+            "streamed_bytes": streamed,
+            "reading_s": reading,
+            "computing_s": computing or None,
+            "measured_s": measured,
+            "measured_over_reading": measured / reading if reading else None,
+            "measured_over_ideal": measured / ideal if ideal else None,
+            "fraction_of_ideal": ideal / measured,
+            "fraction_of_raw_probe": reading / measured,
+        }
+
+    def _command(self, name: str, folder: Path, *more: str) -> list[str]:
+        base = [sys.executable, "-m", "benchmarks.harness.contenders", name, str(folder), "--work", str(_work(folder, name))]
+        return [*base, "--prompt", str(self.prompt), "--tokens", str(self.tokens), *more]
+
+    def _environment(self) -> dict[str, str]:
+        return {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _work(folder: Path, name: str) -> Path:
+    return folder.with_name(f"{folder.name}-{name}")
+
+
+def _decode(record: dict[str, Any]) -> float:
+    return float(median(record["decode_s"]))
+
+
+def _contender(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "decode_s": spread([_decode(record) for record in records]),
+        "prefill_s": spread([record["prefill_s"] for record in records]),
+        "load_s": spread([record["load_s"] for record in records]),
+        "every_token_s": spread([seconds for record in records for seconds in record["decode_s"]]),
+        "peak_bytes": max((record["peak_bytes"] or 0) for record in records),
+        "failures": max((record["failures"] or 0) for record in records),
+        "refaulted_pages": max((record["refaulted_pages"] or 0) for record in records),
+        "hwm_bytes": max((record["hwm_bytes"] or 0) for record in records),
+        "runs": records,
+    }
+
+
+def _prediction(mine: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest relative distance of `predict().peak_process` from the measured peaks over all runs."""
+    errors: dict[str, float] = {}
+    for record in mine:
+        promised = (record.get("prediction") or {}).get("peak_process")
+        for key in ("peak_bytes", "hwm_bytes"):
+            if promised and record[key]:
+                errors[f"error_{key}"] = max(errors.get(f"error_{key}", 0.0), abs(promised - record[key]) / record[key])
+                errors["promised_bytes"] = promised
+    return errors
+
+
+def _line(title: str, name: str, record: dict[str, Any], decode_s: float, before: float, after: float) -> str:
+    peak, hwm = (record["peak_bytes"] or 0) / 2**20, (record["hwm_bytes"] or 0) / 2**20
+    return (
+        f"{title} {name:19} decode {decode_s:6.3f} s/token  prefill {record['prefill_s']:6.3f} s  load {record['load_s']:5.2f} s  "
+        f"peak {peak:6.0f} MiB  VmHWM {hwm:6.0f} MiB  refaults {record['refaulted_pages'] or 0:8d}  "
+        f"raw {before / 1e9:.2f}/{after / 1e9:.2f} GB/s"
+    )

@@ -1,0 +1,92 @@
+"""The model fits: what does the wrapper cost then? Unwrapped and wrapped models side by side in one process.
+
+The shape is SmolLM2-135M's, where a forward is short and any work per call shows. Turns alternate A B B A, so that slow drift of the
+machine cancels, and outputs are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness.checkpoints import checkpoint
+from benchmarks.harness.statistics import ratio_of_medians, spread
+
+__all__ = ["TITLE", "generate_timed", "load_models", "measure_fits"]
+
+TITLE = "offload[llama-135M fits]"
+
+
+def measure_fits(*, rounds: int = 12, prompt: int = 64, tokens: int = 16) -> dict[str, Any]:
+    """Speed of wrapped models as a fraction of the unwrapped one (1.0: no cost).
+
+    Returns:
+        `speed.<contender>.prefill` and `.decode`: median seconds unwrapped / median seconds wrapped; the spreads; `equal_tokens`.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        models = load_models(checkpoint("llama-135M"))
+        ids = torch.randint(3, 49152, (1, prompt), generator=torch.Generator().manual_seed(7))
+        outputs = {name: generate_timed(model, ids, tokens)[2] for name, model in models.items()}
+        equal = all(torch.equal(output, outputs["unwrapped"]) for output in outputs.values())
+        seconds: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+        for index in range(rounds):
+            names = list(models) if index % 2 else list(reversed(models))
+            for name in (*names, *reversed(names)):
+                prefill_s, decode_s, _ = generate_timed(models[name], ids, tokens)
+                seconds[name]["prefill"].append(prefill_s)
+                seconds[name]["decode"].append(decode_s)
+    finally:
+        torch.set_num_threads(threads)
+    plain = seconds["unwrapped"]
+    return {
+        "title": TITLE,
+        "prompt": prompt,
+        "tokens": tokens,
+        "equal_tokens": equal,
+        "contenders": {name: {phase: spread(values) for phase, values in phases.items()} for name, phases in seconds.items()},
+        "speed": {
+            name: {phase: ratio_of_medians(plain[phase], values) for phase, values in phases.items()}
+            for name, phases in seconds.items()
+            if name != "unwrapped"
+        },
+    }
+
+
+def load_models(folder: Path) -> dict[str, Any]:
+    """The unwrapped model, one wrapped in memory, one opened from its folder."""
+    from transformers import AutoModelForCausalLM
+
+    import torchwrap
+
+    def resident() -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+        for parameter in model.parameters():
+            # Out of the mapped file, so that no contender pays page faults that another does not.
+            parameter.data = parameter.data.clone()
+        return model
+
+    return {
+        "unwrapped": resident(),
+        "torchwrap": torchwrap.offload(resident()),
+        "torchwrap-folder": torchwrap.offload.from_pretrained(folder),
+    }
+
+
+@torch.inference_mode()
+def generate_timed(model: Any, ids: torch.Tensor, tokens: int) -> tuple[float, float, torch.Tensor]:
+    """Greedy decoding; seconds of the prefill, seconds per decoded token, and the chosen tokens (1, tokens + 1)."""
+    started = time.perf_counter()
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    chosen = [output.logits[:, -1].argmax(-1, keepdim=True)]
+    middle = time.perf_counter()
+    for _ in range(tokens):
+        output = model(input_ids=chosen[-1], past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        chosen.append(output.logits[:, -1].argmax(-1, keepdim=True))
+    ended = time.perf_counter()
+    return middle - started, (ended - middle) / tokens, torch.cat(chosen, dim=1)

@@ -1,0 +1,159 @@
+"""What runs inside the limited or watched process: `python children.py FUNCTION ARGUMENT...` (conftest.py starts it).
+
+Growth is measured in a process of its own, because a test runner's memory grows by itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchwrap as tw
+from benchmarks.harness.cgroup import report
+from tests import torchvision_ops
+
+torchvision_ops.ensure()
+
+FORWARDS = 200
+CYCLES = 200
+WARM_UP = 40
+
+
+def small_model() -> Any:
+    """Llama, 8 blocks of 0.4 MB: large enough to stream, small enough for 200 passes in a second or two."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def budget(model: Any) -> int:
+    """Two fifths of the weights: most blocks have to be streamed."""
+    return sum(parameter.nbytes for parameter in model.parameters()) * 2 // 5
+
+
+def forwards(folder: str) -> dict[str, Any]:
+    """Growth over 200 forwards of one offloaded model."""
+    model = small_model()
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        tw.offload(model, device_memory=budget(model), params="disk", path=folder)
+        streamed = int(tw.handle_of(model, "offload").predict(batch=1, tokens=8).streamed_bytes)
+        equal = True
+
+        def once() -> None:
+            nonlocal equal
+            equal = equal and torch.equal(model(ids).logits, expected)
+
+        growth = watch(once, FORWARDS)
+    tw.unwrap(model)
+    return {**growth, "equal": equal, "streamed_bytes": streamed}
+
+
+def cycles(folder: str) -> dict[str, Any]:
+    """Growth over 200 times wrap, one forward, unwrap."""
+    model = small_model()
+    ids = torch.arange(8).unsqueeze(0)
+    limit = budget(model)
+    with torch.inference_mode():
+        expected = model(ids).logits
+        equal = True
+
+        def once() -> None:
+            nonlocal equal
+            tw.offload(model, device_memory=limit, params="disk", path=folder)
+            equal = equal and torch.equal(model(ids).logits, expected)
+            tw.unwrap(model)
+
+        growth = watch(once, CYCLES)
+    return {**growth, "equal": equal and torch.equal(model(ids).logits, expected), "left_over": sorted(os.listdir(folder))}
+
+
+def generate(folder: str, tokens: str, *options: str) -> dict[str, Any]:
+    """Open `folder` offloaded, run a prefill and `tokens` greedy steps; what was promised and what came out."""
+    model = tw.offload.from_pretrained(Path(folder), **dict(option.split("=", 1) for option in options))
+    handle = tw.handle_of(model, "offload")
+    prompt = torch.arange(3, 35).unsqueeze(0)
+    promised = handle.predict(batch=1, tokens=prompt.shape[1] + int(tokens))
+    with torch.inference_mode():
+        chosen = model.generate(prompt, max_new_tokens=int(tokens), min_new_tokens=int(tokens), do_sample=False)
+    return {
+        "ids": chosen[0].tolist(),
+        "peak_process": promised.peak_process,
+        "streamed_bytes": promised.streamed_bytes,
+        "explain": handle.explain(),
+    }
+
+
+def plain(folder: str, tokens: str) -> dict[str, Any]:
+    """The same without torchwrap."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    prompt = torch.arange(3, 35).unsqueeze(0)
+    with torch.inference_mode():
+        chosen = model.generate(prompt, max_new_tokens=int(tokens), min_new_tokens=int(tokens), do_sample=False)
+    return {"ids": chosen[0].tolist()}
+
+
+def refuse(folder: str, host_memory: str) -> dict[str, Any]:
+    """The typed error of a budget that cannot work, and whether anything was left behind."""
+    try:
+        tw.offload.from_pretrained(Path(folder), host_memory=int(host_memory))
+    except tw.core.errors.BudgetError as error:
+        return {"error": str(error), "memory_error": isinstance(error, MemoryError), "threads": threading.active_count()}
+    return {"error": None}
+
+
+def watch(action: Callable[[], None], count: int) -> dict[str, Any]:
+    """Repeat `action` and fit resident bytes against repetitions, after a warm-up in which allocators settle."""
+    for _ in range(WARM_UP):
+        action()
+    gc.collect()
+    before = {"descriptors": descriptors(), "threads": threading.active_count(), "objects": len(gc.get_objects())}
+    resident = []
+    for _ in range(count):
+        action()
+        resident.append(resident_bytes())
+    gc.collect()
+    after = {"descriptors": descriptors(), "threads": threading.active_count(), "objects": len(gc.get_objects())}
+    return {"slope_bytes_per_100": slope(resident) * 100, "before": before, "after": after}
+
+
+def slope(values: list[int]) -> float:
+    """Least-squares slope per step."""
+    middle = (len(values) - 1) / 2
+    mean = sum(values) / len(values)
+    above = sum((index - middle) * (value - mean) for index, value in enumerate(values))
+    return above / sum((index - middle) ** 2 for index in range(len(values)))
+
+
+def resident_bytes() -> int:
+    """Resident set now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def descriptors() -> int:
+    """Open file descriptors of this process."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+if __name__ == "__main__":
+    report(globals()[sys.argv[1]](*sys.argv[2:]))

@@ -1,0 +1,59 @@
+"""Memory tests run a child in a memory control group; where that is impossible they skip and say why."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness.cgroup import ChildResult, run_child, unavailable_reason
+from benchmarks.harness.checkpoints import SHAPES, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+CHILDREN = Path(__file__).with_name("children.py")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "2",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+}
+
+RunChild = Callable[..., ChildResult]
+
+
+@pytest.fixture
+def child() -> RunChild:
+    """`child("name", argument, ..., limit=bytes)` runs that function of children.py in a fresh process and returns its result."""
+
+    def run(name: str, *arguments: Any, limit: int | None = None) -> ChildResult:
+        command = [sys.executable, str(CHILDREN), name, *map(str, arguments)]
+        return run_child(command, limit=limit, environment=ENVIRONMENT, folder=ROOT, timeout_s=120)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference_tokens(large_checkpoint: Path) -> list[int]:
+    """Tokens that the checkpoint generates without torchwrap and without a limit, a 32-token prompt and three new ones."""
+    command = [sys.executable, str(CHILDREN), "plain", str(large_checkpoint), "3"]
+    return run_child(command, environment=ENVIRONMENT, folder=ROOT, timeout_s=120).check().data["ids"]
+
+
+@pytest.fixture(scope="session")
+def limits() -> None:
+    """Skip where no memory limit can be set."""
+    reason = unavailable_reason()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 0.9 GB on disk; the tests run it in much less memory."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "llama-0.9GB"
+    write_checkpoint(SHAPES["llama-0.9GB"], folder)
+    return folder

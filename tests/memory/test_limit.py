@@ -1,0 +1,45 @@
+"""A model far above the memory limit of its process: it finishes, it is right, and the peak is what was promised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.harness.checkpoints import SHAPES
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("limits")
+
+MIB = 1 << 20
+TOKENS = 3
+# Interpreter, torch and transformers take about 260 MiB of the group; the embedding and two slots of 35 MB come on top.
+LIMIT = 400 * MIB
+
+
+OPTIONS = {"automatic": (), "explicit": (f"host_memory={110 * MIB}",), "buffered": ("io_backend=buffered",)}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_model_above_the_limit_finishes_with_the_right_tokens(
+    child: Any, large_checkpoint: Path, reference_tokens: list[int], options: tuple[str, ...]
+) -> None:
+    result = child("generate", large_checkpoint, TOKENS, *options, limit=LIMIT).check()
+    assert SHAPES["llama-0.9GB"].nbytes() > 2 * LIMIT
+    assert result.data["ids"] == reference_tokens
+    assert result.peak_bytes <= LIMIT
+    assert result.data["streamed_bytes"] > 0
+
+
+def test_peak_is_within_a_tenth_of_the_promise(child: Any, large_checkpoint: Path) -> None:
+    result = child("generate", large_checkpoint, TOKENS, limit=LIMIT).check()
+    promised = result.data["peak_process"]
+    assert abs(promised - result.peak_bytes) <= 0.10 * result.peak_bytes, (promised, result.peak_bytes, result.data["explain"])
+
+
+def test_budget_below_the_minimum_is_refused_before_anything_is_taken(child: Any, large_checkpoint: Path) -> None:
+    result = child("refuse", large_checkpoint, 1 * MIB, limit=LIMIT).check()
+    assert result.data["error"] is not None
+    assert result.data["memory_error"]
+    assert result.data["threads"] == 1
