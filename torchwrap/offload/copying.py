@@ -46,9 +46,9 @@ def before_deepcopy(handle: OffloadHandle, module: nn.Module, memo: dict[int, An
         else:
             memo[id(handle)] = handle.inert()
             for parameter in module.parameters():
-                piece = handle.piece_of(parameter)
-                if piece is not None and not piece.resident:
-                    memo[id(parameter)] = nn.Parameter(handle.value(piece), parameter.requires_grad)
+                owned = handle.piece_of(parameter)
+                if owned is not None and not owned.resident:
+                    memo[id(parameter)] = nn.Parameter(handle.value(owned), parameter.requires_grad)
 
 
 def reduce(handle: OffloadHandle, module: nn.Module) -> tuple[Any, ...]:

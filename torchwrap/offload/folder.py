@@ -23,20 +23,20 @@ from torchwrap.storage.atomic import private_folder
 from torchwrap.storage.safefile import TensorFile
 from torchwrap.stream.units import Home
 
-__all__ = ["open_folder"]
+SOURCES = "_torchwrap_sources"
+"""Key in the `__dict__` of a model built from a folder: {parameter name: Home}. `attach` takes it away."""
+
+__all__ = ["SOURCES", "as_placeholders", "open_folder", "work_folder"]
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be used outside it
 def open_folder(folder: Path, config: Offload, dtype: torch.dtype | None) -> nn.Module:
     """See `OffloadTechnique.from_pretrained`."""
     integration = integration_for_folder(folder)
-    work = _work_folder(config)
+    work = work_folder(config)
     keep_work = False
     try:
-        skeleton = integration.skeleton(folder, work, dtype=dtype)
-        homes = _homes(skeleton)
-        model = skeleton.model.eval()
-        _show_placeholders(model, homes, folder)
-        model.__dict__["_torchwrap_sources"] = homes
+        model, homes = as_placeholders(integration.skeleton(folder, work, dtype=dtype), folder)
         apply(model, config)
         keep_work = any(work in home.file.path.parents for home in homes.values())
         if keep_work:
@@ -47,9 +47,19 @@ def open_folder(folder: Path, config: Offload, dtype: torch.dtype | None) -> nn.
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _work_folder(config: Offload) -> Path:
+def work_folder(config: Offload) -> Path:
+    """A new private folder for converted weights; the caller removes it."""
     parent = private_folder(Path(config.path)) if config.path is not None else None
     return Path(tempfile.mkdtemp(prefix="torchwrap-convert-", dir=parent))
+
+
+def as_placeholders(skeleton: Skeleton, folder: Path) -> tuple[nn.Module, dict[str, Home]]:
+    """The skeleton's model with placeholders for parameters, in eval mode, and where each of them is stored."""
+    homes = _homes(skeleton)
+    model = skeleton.model.eval()
+    _show_placeholders(model, homes, folder)
+    model.__dict__[SOURCES] = homes
+    return model, homes
 
 
 def _homes(skeleton: Skeleton) -> dict[str, Home]:

@@ -65,19 +65,27 @@ class OffloadHandle(Handle):
         mapped: bool,
         notes: Sequence[str] = (),
     ) -> None:
-        self.config, self.units, self.pieces, self.plan, self.engine, self.reader = config, units, pieces, plan, engine, reader
-        self.store, self.device, self.baseline_bytes, self.activation = store, device, baseline_bytes, activation
-        self.origin = origin  # where the weights go when the model is unwrapped
-        self.mapped = mapped  # built from a folder: after unwrap, weights show the folder's files, as a framework's own loading would
-        self.notes = list(notes)
+        self.config: Offload = config
+        self.units: list[Unit] = units
+        self.pieces: list[Piece] = pieces
+        self.plan: ResidencyPlan = plan
+        self.engine: Engine | None = engine
+        self.reader: aio.Reader = reader
+        self.store: SpillStore | None = store
+        self.device: torch.device = device
+        self.baseline_bytes: int = baseline_bytes
+        self.activation: Callable[[int, int], int] = activation
+        self.origin: torch.device = origin  # where the weights go when the model is unwrapped
+        self.mapped: bool = mapped  # built from a folder: after unwrap, weights show the folder's files, as a framework's own loading would
+        self.notes: list[str] = list(notes)
         self.hooked: list[nn.Module] = []  # modules with our state hooks, also those the user took out of the model since
-        self.is_inert = False
-        self.passes = 0
-        self.watching = any(not piece.resident for piece in pieces)
+        self.is_inert: bool = False
+        self.passes: int = 0
+        self.watching: bool = any(not piece.resident for piece in pieces)
         self._own_lock = threading.RLock()
         self._by_id = {id(piece.parameter): piece for piece in pieces}
         self._views: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
-        self.tables = {
+        self.tables: dict[int, RowTable] = {
             unit.index: RowTable(unit.pieces[0], reader, verify=config.verify != "header", timeout_s=config.io_timeout_s)
             for unit in units
             if unit.kind == "rows" and unit.pieces and not unit.pieces[0].resident
@@ -175,7 +183,7 @@ class OffloadHandle(Handle):
     # -- values ------------------------------------------------------------------------------------------------------------------
 
     @property
-    def lock(self) -> threading.RLock:  # type: ignore[valid-type]
+    def lock(self) -> threading.RLock:
         """Held by the thread that runs the model."""
         return self.engine.lock if self.engine is not None else self._own_lock
 
@@ -374,7 +382,7 @@ class OffloadHandle(Handle):
 
     # -- ends --------------------------------------------------------------------------------------------------------------------
 
-    def call_lock(self) -> threading.RLock:  # type: ignore[valid-type]
+    def call_lock(self) -> threading.RLock:
         """Held while layers change, so that a running forward ends first."""
         return self.lock
 

@@ -51,7 +51,7 @@ class RootLayer(_OffloadLayer):
             guard = None
             if handle.watching and can_watch():
                 guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)
-                guard.__enter__()
+                guard.__enter__()  # type: ignore[no-untyped-call]
             self._calls.push(guard)
         except BaseException:
             handle.lock.release()
@@ -73,7 +73,7 @@ class RootLayer(_OffloadLayer):
         """End the call; whether it was watched."""
         guard: AbsentUseGuard | None = self._calls.pop()
         if guard is not None:
-            guard.__exit__(None, None, None)
+            guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         return guard is not None
 
 
@@ -91,7 +91,7 @@ class UnitLayer(_OffloadLayer):
             return args, kwargs
         _refuse_training(module)
         unit = engine.units[self.unit]
-        engine.acquire(unit)
+        engine.acquire(unit, roomy=unit.kind == "leaf" and _copies_weight(args))
         try:
             scope = _Scope(self.handle, unit)
         except BaseException:
@@ -226,6 +226,14 @@ def _unpack(saved: torch.Tensor | _Saved) -> torch.Tensor:
         return saved
     whole = saved.handle.value(saved.piece)
     return whole.as_strided(saved.size, saved.stride, whole.storage_offset() + saved.offset)
+
+
+def _copies_weight(args: tuple[Any, ...]) -> bool:
+    """Whether a matrix product with this input keeps a reordered copy of its weight: several rows, or one cut out of a larger tensor."""
+    x = args[0] if args else None
+    if not isinstance(x, torch.Tensor) or not x.numel() or not x.dim():
+        return False
+    return x.numel() > x.shape[-1] or x.untyped_storage().nbytes() > x.numel() * x.element_size()
 
 
 def _refuse_training(module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
@@ -28,6 +28,7 @@ from torchwrap.core.order import PHASES
 from torchwrap.core.technique import Handle, Place, Prepared, Technique, register
 from torchwrap.offload.budget import Budget, check_room, process_bytes, weight_budget, working_bytes
 from torchwrap.offload.config import Offload
+from torchwrap.offload.folder import SOURCES, open_folder
 from torchwrap.offload.handle import OffloadHandle
 from torchwrap.offload.layers import RootLayer, RowLayer, UnitLayer
 from torchwrap.offload.place import Placed, place, take_back
@@ -42,10 +43,7 @@ from torchwrap.stream.units import Home, UnitMap, find_units
 
 __all__ = ["OffloadTechnique", "offload"]
 
-SOURCES = "_torchwrap_sources"
-"""Key in the `__dict__` of a model built from a folder: {parameter name: Home}. Set by folder.py, taken away by `attach`."""
-
-_THREADS, _CHUNK = 3, 4 << 20  # measured: two requests keep the disk busy, the third covers the time a thread spends on checksums
+_THREADS, _CHUNK = 4, 4 << 20  # measured: two or three requests keep the disk busy, the rest cover the time spent on checksums
 
 
 @dataclass(slots=True)
@@ -57,6 +55,7 @@ class Blueprint:
     budget: Budget
     device: torch.device
     origin: torch.device
+    scratch: int
     homes: dict[str, Home] | None
     integration: Integration
 
@@ -94,6 +93,7 @@ class OffloadTechnique(Technique[Offload]):
     exactness = "bit-identical"
     trains = False
 
+    @torch.inference_mode(False)
     def prepare(self, model: nn.Module, config: Offload, integration: Integration) -> Prepared[Offload]:
         """Divide the model and the budget; touches nothing."""
         homes: dict[str, Home] | None = model.__dict__.get(SOURCES)
@@ -110,8 +110,6 @@ class OffloadTechnique(Technique[Offload]):
             for piece in division.pieces:
                 piece.residue = 0  # a device allocator's alignment, whatever the host's was
         origin = next((p.device for p in model.parameters()), device)
-        largest = max((piece.nbytes for piece in division.pieces), default=0)
-        budget = weight_budget(config, model, integration, device, largest)
         planned = [
             PlannedUnit(
                 unit.name,
@@ -123,16 +121,32 @@ class OffloadTechnique(Technique[Offload]):
             for unit in division.units
         ]
         fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
-        limit = (
-            fixed + sum({p.index: p.nbytes for u in division.units for p in u.pieces}.values())
-            if config.params == "device"
-            else budget.device
-        )
-        plan = plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k, keep_resident=config.params in ("auto", "device"))
+        inside, alone = _scratch(division)
+        scratch = max(inside, alone)
+        budget = weight_budget(config, model, integration, device, scratch)
+        whole = fixed + sum({p.index: p.nbytes for u in division.units for p in u.pieces}.values())
+        keep_resident = config.params in ("auto", "device")
+
+        def planned_for(budget: Budget) -> ResidencyPlan:
+            limit = whole if config.params == "device" else budget.device
+            return plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k, keep_resident=keep_resident)
+
+        plan = planned_for(budget)
+        for _ in range(3):
+            # While a leaf outside the blocks runs (the head), slots that hold nothing in use give their memory to its reordered copy
+            # (see Engine.acquire), so that much need not be reserved beside them. Fewer reserved bytes mean smaller slots: settle.
+            idle = max(0, plan.slots - 1) * plan.slot_bytes if device.type == "cpu" else 0
+            shared = max(inside, alone - idle)
+            if shared == scratch:
+                break
+            scratch = shared
+            budget = weight_budget(config, model, integration, device, scratch)
+            plan = planned_for(budget)
         layers: list[Place] = [("", model, RootLayer(None))]
         for unit in division.units:
             away = [piece for piece in unit.pieces if piece.index not in plan.resident]
-            if not away or unit.module is None:
+            roomy = unit.kind == "leaf" and max(piece.nbytes for piece in unit.pieces) > inside
+            if unit.module is None or not (away or (roomy and plan.slots)):
                 continue
             if unit.kind == "rows":
                 layers.append((unit.name, unit.module, RowLayer(None, unit.index)))
@@ -147,9 +161,11 @@ class OffloadTechnique(Technique[Offload]):
             )
         notes = [*division.notes, f"{format_bytes(plan.held_bytes)} present at most, {format_bytes(plan.streamed_bytes)} streamed per pass"]
         return Prepared(
-            config=config, layers=layers, notes=notes, data=Blueprint(division, plan, budget, device, origin, homes, integration)
+            config=config, layers=layers, notes=notes, data=Blueprint(division, plan, budget, device, origin, scratch, homes, integration)
         )
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def attach(self, model: nn.Module, prepared: Prepared[Offload]) -> Handle:
         """Store what has to leave, then hide it; an error leaves the model as it was."""
         blueprint: Blueprint = prepared.data
@@ -179,9 +195,8 @@ class OffloadTechnique(Technique[Offload]):
                     timeout_s=config.io_timeout_s,
                     timeline=timeline,
                 )
-            largest = max((piece.nbytes for piece in pieces), default=0)
             integration = blueprint.integration
-            working = _Working(integration, model, largest)
+            working = _Working(integration, model, blueprint.scratch)
             handle = OffloadHandle(
                 config,
                 blueprint.division.units,
@@ -212,6 +227,8 @@ class OffloadTechnique(Technique[Offload]):
         model.__dict__.pop(SOURCES, None)
         return handle
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def detach(self, model: nn.Module, handle: Handle) -> None:
         """Bring all weights back and remove what was stored.
 
@@ -243,31 +260,39 @@ class OffloadTechnique(Technique[Offload]):
 
         Cost: headers and resident weights are read; nothing is written unless the checkpoint has to be converted.
         """
-        from torchwrap.offload.folder import open_folder
-
         return open_folder(Path(folder), self._settings(config, options), dtype)
 
 
 class _Working:
     """`working_bytes` of one model, by batch and tokens; remembers the estimate, not the model."""
 
-    def __init__(self, integration: Integration, model: nn.Module, largest: int) -> None:
+    def __init__(self, integration: Integration, model: nn.Module, scratch: int) -> None:
         self._known: dict[tuple[int, int], int] = {}
-        self._integration, self._largest, self._model = integration, largest, weakref.ref(model)
+        self._integration, self._scratch, self._model = integration, scratch, weakref.ref(model)
 
     def __call__(self, batch: int, tokens: int) -> int:
         key = (batch, tokens)
         model = self._model()
         if model is not None:
-            self._known[key] = working_bytes(model, self._integration, batch=batch, tokens=tokens, largest=self._largest)
-        return self._known.get(key, self._largest)
+            self._known[key] = working_bytes(model, self._integration, batch=batch, tokens=tokens, scratch=self._scratch)
+        return self._known.get(key, self._scratch)
+
+
+def _scratch(division: UnitMap) -> tuple[int, int]:
+    """Bytes of the largest parameter inside a block (or anywhere but in a leaf outside the blocks), and of the largest such leaf."""
+    alone = {piece.index for unit in division.units if unit.kind == "leaf" for piece in unit.pieces}
+    tables = {piece.index for unit in division.units if unit.kind == "rows" for piece in unit.pieces}
+    inside = [piece.nbytes for piece in division.pieces if piece.index not in alone | tables]
+    return max(inside, default=0), max((piece.nbytes for piece in division.pieces if piece.index in alone), default=0)
 
 
 def _refuse_uninitialised(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedTensorMixin):
+        if isinstance(parameter, UninitializedParameter):
             raise errors.UnsupportedModelError(
-                f"offload: {name} is uninitialized, it has no shape yet (a lazy module)", where=name, fix="Run the model once, then wrap it."
+                f"offload: {name} is uninitialized, it has no shape yet (a lazy module)",
+                where=name,
+                fix="Run the model once, then wrap it.",
             )
 
 
@@ -315,4 +340,4 @@ def _blocks(model: nn.Module, config: Offload, integration: Integration) -> list
     return found
 
 
-offload = register(OffloadTechnique())
+offload: OffloadTechnique = register(OffloadTechnique())

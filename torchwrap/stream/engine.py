@@ -97,14 +97,14 @@ class Engine:
         timeout_s: float = 60.0,
         timeline: Timeline | None = None,
     ) -> None:
-        self.units = list(units)
-        self.plan = plan
-        self.arena = arena
-        self.reader = reader
-        self.lock = threading.RLock()
-        self.schedule = Schedule()
-        self.schedule.seed([u.index for u in self.units if self._prefetched(u)])
-        self.timeline = timeline
+        self.units: list[Unit] = list(units)
+        self.plan: ResidencyPlan = plan
+        self.arena: Arena = arena
+        self.reader: aio.Reader = reader
+        self.lock: threading.RLock = threading.RLock()
+        self.schedule: Schedule = Schedule()
+        self.schedule.seed([u.index for u in self.units if self._prefetched(u) and any(not piece.resident for piece in u.pieces)])
+        self.timeline: Timeline | None = timeline
         self._verify, self._timeout_s = verify, timeout_s
         self._layouts: dict[int, _Layout] = {}
         self._slots: list[Slot] = []
@@ -113,12 +113,25 @@ class Engine:
         self._uploads: SimpleQueue[_Fetch | None] = SimpleQueue()
         self._uploader: threading.Thread | None = None
         self._closed = False
-        self.counters = {"bytes_read": 0, "reads": 0, "stalls": 0, "stall_s": 0.0, "unit_uses": 0, "unit_hits": 0, "uploads": 0}
+        self._making_room = False
+        self.counters: dict[str, float] = {
+            "bytes_read": 0,
+            "reads": 0,
+            "stalls": 0,
+            "stall_s": 0.0,
+            "unit_uses": 0,
+            "unit_hits": 0,
+            "uploads": 0,
+        }
 
     # -- use ---------------------------------------------------------------------------------------------------------------------
 
-    def acquire(self, unit: Unit) -> None:
+    def acquire(self, unit: Unit, *, roomy: bool = False) -> None:
         """Make the unit's weights present; other threads wait until the matching `release`.
+
+        Args:
+            roomy: the unit's computation needs memory of the size of its weights: until `release`, nothing is read ahead and slots not
+                in use give their memory back to the system (not on a separate device).
 
         Raises:
             StorageError: a read failed or did not finish in time.
@@ -126,16 +139,23 @@ class Engine:
         """
         self.lock.acquire()
         try:
+            if roomy and not self.arena.separate:
+                self._make_room(unit)
             self._acquire(unit)
         except BaseException:
+            self._making_room = False
             self.lock.release()
             raise
 
     def release(self, unit: Unit) -> None:
         """End the use that the matching `acquire` began. Never raises."""
         try:
+            if self._making_room:
+                self._making_room = False
+                with suppress(errors.TorchwrapError):
+                    self._prefetch()
             fetch = self._fetches.get(unit.index)
-            if fetch is not None:
+            if fetch is not None and fetch.users:
                 fetch.users -= 1
                 if fetch.users == 0:
                     self._retire(fetch)
@@ -179,14 +199,22 @@ class Engine:
         self.arena.after_compute(fetch.slot)
         if fetch.unit.index not in self.schedule.predict(max(1, len(self._slots) - 1)):
             self._drop(fetch)
-        try:
+        with suppress(errors.TorchwrapError):  # nobody asked for these bytes yet; the acquire that does meets the same error
             self._prefetch()
-        except errors.TorchwrapError:
-            pass  # nobody asked for these bytes yet; the acquire that does meets the same error
 
     # -- fetching ----------------------------------------------------------------------------------------------------------------
 
+    def _make_room(self, unit: Unit) -> None:
+        for fetch in list(self._fetches.values()):
+            if not fetch.users and fetch.unit is not unit:
+                self._discard(fetch)
+        for slot in self._free:
+            slot.host.release_pages()
+        self._making_room = True
+
     def _prefetch(self) -> None:
+        if self._making_room:
+            return
         wanted = self.schedule.predict(len(self._slots) or self.plan.slots)
         for index in wanted:
             unit = self.units[index]

@@ -62,7 +62,7 @@ class RowTable:
         inverse = inverse.reshape(ids.shape).to(ids.device)
         weight = module.weight
         if torch.is_grad_enabled() and weight.requires_grad:
-            result: torch.Tensor = _Lookup.apply(weight, rows, inverse, ids, module)
+            result: torch.Tensor = _Lookup.apply(weight, rows, inverse, ids, module)  # type: ignore[no-untyped-call]
             return result
         return nn.functional.embedding(inverse, rows)
 
@@ -179,7 +179,8 @@ def _row_sums(rows: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, numpy.dtype[n
         words: numpy.ndarray[Any, numpy.dtype[numpy.uint64]] = rows.view(numpy.uint64).sum(axis=1, dtype=numpy.uint64)
         return words
     places = numpy.arange(1, rows.shape[1] + 1, dtype=numpy.uint64)
-    return (rows.astype(numpy.uint64) * places).sum(axis=1, dtype=numpy.uint64)
+    weighted: numpy.ndarray[Any, numpy.dtype[numpy.uint64]] = (rows.astype(numpy.uint64) * places).sum(axis=1, dtype=numpy.uint64)
+    return weighted
 
 
 class _Lookup(torch.autograd.Function):

@@ -76,6 +76,7 @@ class Piece:
 
     @property
     def name(self) -> str:
+        """The first of its names."""
         return self.names[0]
 
 
@@ -92,6 +93,7 @@ class Unit:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all its pieces."""
         return sum(piece.nbytes for piece in self.pieces)
 
 
@@ -109,6 +111,7 @@ class UnitMap:
 
     @property
     def pieces(self) -> list[Piece]:
+        """All distinct pieces, fixed ones included."""
         seen: dict[int, Piece] = {piece.index: piece for piece in self.fixed}
         for unit in self.units:
             seen |= {piece.index: piece for piece in unit.pieces}

@@ -31,7 +31,7 @@ class AbsentUseGuard(TorchDispatchMode):
     """Raises `UnsupportedModelError` when an operator reads the placeholder of one of `pieces`."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._names = {piece.absent.untyped_storage().data_ptr(): piece.name for piece in pieces}
 
     @classmethod
@@ -65,5 +65,5 @@ def can_watch() -> bool:
     while frame is not None:
         if frame.f_code.co_filename.endswith("_dynamo/eval_frame.py"):
             return False
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return True

@@ -1,0 +1,110 @@
+"""What `offload` would do with a checkpoint folder, from its config and headers alone."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from torchwrap.core.config import format_bytes
+from torchwrap.core.integration import integration_for_folder
+from torchwrap.offload.config import Offload
+from torchwrap.offload.folder import as_placeholders, work_folder
+from torchwrap.offload.technique import Blueprint, offload
+from torchwrap.storage.aio import probe
+
+__all__ = ["FolderPlan", "plan_folder"]
+
+
+@dataclass(frozen=True, slots=True)
+class FolderPlan:
+    """How a folder's weights would be divided. Bytes, unless the name says otherwise.
+
+    Attributes:
+        held_bytes: present at once where the model computes.
+        streamed_bytes: fetched for each token, or each pass.
+        table_bytes: embeddings of which only rows are read.
+        bandwidth: bytes per second that the disk gave just now.
+        seconds_per_token: of a decoded token when reading is what takes the time; 0 if nothing is streamed.
+    """
+
+    model: str
+    device: str
+    total_bytes: int
+    budget: int
+    fixed_bytes: int
+    resident_bytes: int
+    slots: int
+    slot_bytes: int
+    held_bytes: int
+    streamed_bytes: int
+    table_bytes: int
+    bandwidth: float
+    seconds_per_token: float
+
+    def to_dict(self) -> dict[str, int | float | str]:
+        """The same, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = {
+            "weights": self.total_bytes,
+            "budget": self.budget,
+            "always present": self.fixed_bytes,
+            "resident": self.resident_bytes,
+            f"{self.slots} slots": self.slots * self.slot_bytes,
+            "present at once": self.held_bytes,
+            "streamed per token": self.streamed_bytes,
+            "tables read by row": self.table_bytes,
+        }
+        lines = [f"{self.model} on {self.device}"] + [f"  {label:<20} {format_bytes(value):>12}" for label, value in rows.items()]
+        speed = (
+            f"{self.seconds_per_token:.3f} s per token at {format_bytes(int(self.bandwidth))}/s"
+            if self.streamed_bytes
+            else "nothing is streamed"
+        )
+        return "\n".join([*lines, f"  {speed}"])
+
+
+@torch.inference_mode(False)
+def plan_folder(folder: str | Path, config: Offload) -> FolderPlan:
+    """Plan without loading.
+
+    Args:
+        folder: a checkpoint that an installed integration can build.
+        config: the settings `offload` would get.
+
+    Raises:
+        BudgetError: the budget is below what one unit needs; carries the smallest that works.
+        UnsupportedModelError: no integration can build the model.
+
+    Cost: the headers, and a third of a second of reading for the bandwidth.
+    """
+    path = Path(folder)
+    integration = integration_for_folder(path)
+    work = work_folder(config)
+    try:
+        model, homes = as_placeholders(integration.skeleton(path, work), path)
+        blueprint: Blueprint = offload.prepare(model, config, integration).data
+        largest = max((home.file for home in homes.values()), key=lambda file: file.path.stat().st_size)
+        plan = blueprint.plan
+        bandwidth = probe(largest).bytes_per_s if plan.streamed_bytes else 0.0  # type: ignore[arg-type]
+        return FolderPlan(
+            model=type(model).__name__,
+            device=str(blueprint.device),
+            total_bytes=sum(piece.nbytes for piece in blueprint.division.pieces),
+            budget=plan.budget,
+            fixed_bytes=plan.fixed_bytes,
+            resident_bytes=plan.resident_bytes,
+            slots=plan.slots,
+            slot_bytes=plan.slot_bytes,
+            held_bytes=plan.held_bytes,
+            streamed_bytes=plan.streamed_bytes,
+            table_bytes=plan.table_bytes,
+            bandwidth=bandwidth,
+            seconds_per_token=plan.streamed_bytes / bandwidth if bandwidth else 0.0,
+        )
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
