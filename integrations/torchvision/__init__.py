@@ -82,4 +82,4 @@ def _walk(prefix: str, module: nn.Module) -> Iterator[BlockRef]:
             yield from _walk(here, child)
 
 
-integration = TorchvisionIntegration()
+integration: TorchvisionIntegration = TorchvisionIntegration()

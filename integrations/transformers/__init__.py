@@ -85,4 +85,4 @@ class TransformersIntegration(Integration):
         return memory.activation_bytes(model, batch=batch, tokens=tokens)
 
 
-integration = TransformersIntegration()
+integration: TransformersIntegration = TransformersIntegration()

@@ -153,10 +153,11 @@ class _Switch:
     __slots__ = ("on", "users")
 
     def __init__(self) -> None:
-        self.on, self.users = False, 0
+        self.on: bool = False
+        self.users: int = 0
 
 
-switch = _Switch()
+switch: _Switch = _Switch()
 _suspension = _Suspension()
 _switch_lock = threading.Lock()
 

@@ -66,7 +66,7 @@ class Offload(Config):
     io_chunk: int | str = option(0, doc="Bytes per read request; 0 chooses.", unit="bytes", size=True, machine=True)
     verify: Literal["first", "always", "header"] = option(
         "first",
-        doc="first: every read is compared with the sum of the first read (or the stored one); always: also CRC-32; header: file identity only.",
+        doc="first: every read is compared with the sum of the first read, or the stored one; always: also CRC-32; header: file identity.",
         choices=("first", "always", "header"),
     )
     io_timeout_s: float = option(60.0, doc="Time after which a read that does not finish is an error.", unit="seconds", low=0.001)

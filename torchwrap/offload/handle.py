@@ -80,6 +80,7 @@ class OffloadHandle(Handle):
         self.notes: list[str] = list(notes)
         self.hooked: list[nn.Module] = []  # modules with our state hooks, also those the user took out of the model since
         self.is_inert: bool = False
+        self.on_close: Callable[[], object] = _nothing
         self.passes: int = 0
         self.watching: bool = any(not piece.resident for piece in pieces)
         self._own_lock = threading.RLock()
@@ -395,6 +396,7 @@ class OffloadHandle(Handle):
             table.free()
         if self.store is not None:
             self.store.close(keep=self.config.keep)
+        self.on_close()
 
 
 def copy_of(value: torch.Tensor, residue: int) -> torch.Tensor:
@@ -404,6 +406,10 @@ def copy_of(value: torch.Tensor, residue: int) -> torch.Tensor:
 
 def _reader(config: Offload, like: aio.Reader) -> aio.Reader:
     return aio.Reader(like.threads, like.chunk, config.io_timeout_s, mode=like.mode)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _nothing_planned() -> ResidencyPlan:

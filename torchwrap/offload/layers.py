@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchwrap.core import errors
-from torchwrap.core.layer import CallState, Layer
+from torchwrap.core.layer import CallState, Layer, Placement
 from torchwrap.core.tensors import bind
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.units import Piece, Unit
@@ -31,7 +31,7 @@ class _OffloadLayer(Layer):
     essential = True
 
     def __init__(self, handle: OffloadHandle | None) -> None:
-        self.owner = handle
+        self.owner: Placement | None = handle
         self._calls = CallState()
 
     @property
@@ -46,6 +46,8 @@ class RootLayer(_OffloadLayer):
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         handle = self.handle
         _refuse_training(module)
+        if handle.engine is not None:
+            handle.engine.check_process()
         handle.lock.acquire()
         try:
             guard = None
@@ -60,7 +62,10 @@ class RootLayer(_OffloadLayer):
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         handle = self.handle
-        handle.watching = handle.watching and not self._leave()
+        guard: AbsentUseGuard | None = self._calls.peek()
+        if guard is not None and guard.error is not None:
+            raise guard.error  # the model swallowed it and went on computing with NaN
+        handle.watching = not self._leave() and handle.watching
         handle.passes += 1
         handle.lock.release()
         return output
@@ -82,7 +87,8 @@ class UnitLayer(_OffloadLayer):
 
     def __init__(self, handle: OffloadHandle | None, unit: int, where: Literal["inside", "outside"]) -> None:
         super().__init__(handle)
-        self.unit, self.where = unit, where
+        self.unit: int = unit
+        self.where: Literal["inside", "outside"] = where
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         engine = self.handle.engine

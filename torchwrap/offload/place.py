@@ -43,6 +43,7 @@ class Placed:
     """What was stored and changed, so that it can be undone."""
 
     store: SpillStore | None = None
+    locked: pool.Buffer | None = None  # page-locked copies, on a separate device
     shown: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)  # parameter and what it showed before
     buffers: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
 
@@ -84,9 +85,11 @@ def place(
         if homes is not None:
             for piece in division.pieces:
                 piece.home = next(homes[name] for name in piece.names if name in homes)
-                piece.residue = 0 if arena.separate else piece.home.offset % 64
+                # An offset between two elements cannot be an address of theirs; a loader copies such a tensor to an even address.
+                aligned = not arena.separate and piece.home.offset % piece.dtype.itemsize == 0
+                piece.residue = piece.home.offset % 64 if aligned else 0
             _load_residents([piece for piece in division.pieces if piece.resident], reader, device, placed, config)
-        on_disk = _lock_in_host(away, budget, arena, reader, config) if arena.separate else away
+        on_disk = _lock_in_host(away, budget, arena, reader, config, placed) if arena.separate else away
         if homes is None and on_disk:
             _store(on_disk, model, config, integration, reader, placed, match_alignment=not arena.separate)
         _move(model, [piece for piece in division.pieces if piece.resident], device, placed)
@@ -193,7 +196,7 @@ def _load_batch(pieces: list[Piece], reader: aio.Reader, device: torch.device, p
     at, reads, starts = 0, [], []
     for piece in pieces:
         assert piece.home is not None
-        start = at + piece.home.offset % PAGE
+        start = at + (piece.home.offset % PAGE if piece.home.offset % 64 == piece.residue else piece.residue)
         parts = (part_of(piece),) if config.verify != "header" else ()
         reads.append(aio.Read(piece.home.file, piece.home.offset, piece.nbytes, buffer, start, parts))
         starts.append(start)
@@ -203,13 +206,10 @@ def _load_batch(pieces: list[Piece], reader: aio.Reader, device: torch.device, p
     memory = buffer.tensor()
     for piece, start in zip(pieces, starts, strict=True):
         piece.checksum = ticket.sums.get(piece.name)
-        raw = memory[start : start + piece.nbytes]
-        if start % piece.dtype.itemsize:
-            raw = raw.clone()  # a file may pack types so that one begins between two of its elements
-        placed.show(piece.parameter, raw.view(piece.dtype).view(piece.shape).to(device))
+        placed.show(piece.parameter, memory[start : start + piece.nbytes].view(piece.dtype).view(piece.shape).to(device))
 
 
-def _lock_in_host(away: list[Piece], budget: Budget, arena: Arena, reader: aio.Reader, config: Offload) -> list[Piece]:
+def _lock_in_host(away: list[Piece], budget: Budget, arena: Arena, reader: aio.Reader, config: Offload, placed: Placed) -> list[Piece]:
     """Page-locked copies of as many pieces as host memory takes; the pieces that must go to disk."""
     if config.params == "disk":
         return away
@@ -230,7 +230,7 @@ def _lock_in_host(away: list[Piece], budget: Budget, arena: Arena, reader: aio.R
             fix=f'Set host_memory={needed}, or params="auto".',
         )
     if chosen:
-        buffer = arena.host_buffer(sum(piece.nbytes + _ALIGN for piece in chosen))
+        buffer = placed.locked = arena.host_buffer(sum(piece.nbytes + _ALIGN for piece in chosen))
         memory, at = buffer.tensor(), 0
         for piece in progress(chosen, "copying weights to host memory", lambda piece: piece.nbytes):
             value = data_of(piece.parameter) if piece.home is None else read_piece(piece, reader, config.io_timeout_s, verify=True)

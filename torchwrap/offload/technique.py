@@ -15,7 +15,7 @@ import os
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -88,7 +88,7 @@ class OffloadTechnique(Technique[Offload]):
     """
 
     name = "offload"
-    phase = PHASES["offload"]
+    phase: ClassVar[int] = PHASES["offload"]
     config_class = Offload
     exactness = "bit-identical"
     trains = False
@@ -212,6 +212,8 @@ class OffloadTechnique(Technique[Offload]):
                 mapped=blueprint.homes is not None,
                 notes=prepared.notes,
             )
+            if placed.locked is not None:
+                handle.on_close = weakref.finalize(handle, arena.release_host, placed.locked)
             for _, _, layer in prepared.layers:
                 layer.owner = handle
             handle.hooked = hook_states(model, handle)

@@ -64,9 +64,12 @@ class Reader:
     ) -> None:
         if threads < 1 or chunk < BLOCK or timeout_s <= 0 or mode not in ("auto", "direct", "buffered"):
             raise ValueError(f"threads={threads}, chunk={chunk}, timeout_s={timeout_s}, mode={mode!r} is no way to read")
-        self.threads, self.chunk, self.timeout_s, self.mode = threads, round_up(chunk), timeout_s, mode
-        self.backend = backend or Backend()
-        self.stats = Stats()
+        self.threads: int = threads
+        self.chunk: int = round_up(chunk)
+        self.timeout_s: float = timeout_s
+        self.mode: Mode = mode
+        self.backend: Backend = backend or Backend()
+        self.stats: Stats = Stats()
         self._pool: Pool | None = None
         self._closed = False
 

@@ -141,7 +141,7 @@ class Lock:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path: Path = Path(path)
         self._pid = os.getpid()
         self._fd: int | None = None
         try:

@@ -51,9 +51,9 @@ class OwnFolder:
                 TorchwrapWarning,
                 stacklevel=3,
             )
-        self.pid = os.getpid()
+        self.pid: int = os.getpid()
         self._name = f"torchwrap-{secrets.token_hex(8)}"
-        self.path = parent / self._name
+        self.path: Path = parent / self._name
         with as_storage_error("making a folder", self.path):
             above = Descriptor(os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
             sweep(above)

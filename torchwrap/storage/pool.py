@@ -55,11 +55,11 @@ class Buffer:
     def __init__(self, nbytes: int) -> None:
         if nbytes < 0:
             raise ValueError(f"a buffer cannot have {nbytes} bytes")
-        self.nbytes = max(BLOCK, round_up(nbytes))
+        self.nbytes: int = max(BLOCK, round_up(nbytes))
         self._map: mmap.mmap | None = _map(self.nbytes + HUGE)
         base = _address(self._map)
         self._start = round_up(base, HUGE) - base
-        self.address = base + self._start
+        self.address: int = base + self._start
         # Only whole huge pages inside the buffer: advising the rest would take up to 2 MiB more than was asked for.
         if whole := round_down(self.nbytes, HUGE):
             with suppress(OSError):  # a kernel without transparent huge pages: slower, not wrong

@@ -66,7 +66,7 @@ class TensorFile:
         fd = self._descriptors[False] = Descriptor(_open_regular(path))
         self._identity = _identity(os.fstat(fd))
         header = read_header(fd, path, self._identity.size)
-        self.header_hash = hashlib.sha256(header).hexdigest()
+        self.header_hash: str = hashlib.sha256(header).hexdigest()
         segments, metadata = parse_header(header, path, self._identity.size)
         self.segments: Mapping[str, Segment] = MappingProxyType(segments)
         self.metadata: Mapping[str, str] = MappingProxyType(metadata)

@@ -14,7 +14,7 @@ class Space:
     """Free places of a file of `end` bytes."""
 
     def __init__(self) -> None:
-        self.end = 0
+        self.end: int = 0
         self._free: list[tuple[int, int]] = []
 
     def take(self, nbytes: int) -> int | None:

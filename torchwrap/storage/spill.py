@@ -52,10 +52,10 @@ class SpillStore:
     def __init__(self, folder: OwnFolder, backend: Backend) -> None:
         self._cleanup = weakref.finalize(self, folder.close, False)
         self._own, self._backend = folder, backend
-        self.folder = folder.path
+        self.folder: Path = folder.path
         name = f"weights-{secrets.token_hex(4)}.tws"
         with as_storage_error("making the spill file", folder.path / name):
-            self.file = SpillFile(folder.path / name, Descriptor(folder.create(name)), os.O_RDWR)
+            self.file: SpillFile = SpillFile(folder.path / name, Descriptor(folder.create(name)), os.O_RDWR)
         self._space = Space()
         self._generation = 0
         self._direct = True

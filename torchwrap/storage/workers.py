@@ -38,8 +38,8 @@ class Ticket:
     """
 
     def __init__(self, reads: Sequence[Read], pool: Pool) -> None:
-        self.nbytes = sum(read.nbytes for read in reads)
-        self.seconds = 0.0
+        self.nbytes: int = sum(read.nbytes for read in reads)
+        self.seconds: float = 0.0
         self.sums: dict[str, int] = {}
         self._reads = tuple(reads)
         self._first = f"{self._reads[0].file.path}, offset {self._reads[0].offset}" if reads else ""
@@ -98,8 +98,13 @@ class Pool:
     """Queue and threads of one reader in one process."""
 
     def __init__(self, threads: int, chunk: int, timeout_s: float, backend: Backend, mode: Mode, stats: Stats) -> None:
-        self.pid = os.getpid()
-        self.threads, self.chunk, self.timeout_s, self.backend, self.mode, self.stats = threads, chunk, timeout_s, backend, mode, stats
+        self.pid: int = os.getpid()
+        self.threads: int = threads
+        self.chunk: int = chunk
+        self.timeout_s: float = timeout_s
+        self.backend: Backend = backend
+        self.mode: Mode = mode
+        self.stats: Stats = stats
         self._changed = threading.Condition()
         self._queue: deque[tuple[Ticket, Piece]] = deque()
         self._active: dict[int, tuple[Ticket, Piece]] = {}

@@ -57,6 +57,10 @@ class Arena(Protocol):
         """Host memory that copies to the device can start from."""
         ...
 
+    def release_host(self, buffer: pool.Buffer) -> None:
+        """Give back what `host_buffer` made."""
+        ...
+
     def before_read(self, slot: Slot) -> None:
         """Block until the host side of the slot may be overwritten."""
         ...
@@ -84,7 +88,7 @@ class HostArena:
     separate = False
 
     def __init__(self) -> None:
-        self.device = torch.device("cpu")
+        self.device: torch.device = torch.device("cpu")
 
     def make_slot(self, index: int, nbytes: int) -> Slot:
         buffer = pool.allocate(nbytes)
@@ -92,6 +96,9 @@ class HostArena:
 
     def host_buffer(self, nbytes: int) -> pool.Buffer:
         return pool.allocate(nbytes)
+
+    def release_host(self, buffer: pool.Buffer) -> None:
+        buffer.free()
 
     def before_read(self, slot: Slot) -> None:
         pass
@@ -118,7 +125,7 @@ class CudaArena:
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device(device.type, index)
+        self.device: torch.device = torch.device(device.type, index)
         self._copies = torch.cuda.Stream(self.device)
 
     def make_slot(self, index: int, nbytes: int) -> Slot:
@@ -168,9 +175,7 @@ class CudaArena:
         self.release_host(slot.host)
         slot.device = torch.empty(0, dtype=torch.uint8)
 
-    @staticmethod
-    def release_host(buffer: pool.Buffer) -> None:
-        """Unregister and free what `host_buffer` made."""
+    def release_host(self, buffer: pool.Buffer) -> None:
         torch.cuda.cudart().cudaHostUnregister(buffer.address)
         buffer.free()
 

@@ -11,11 +11,11 @@ unit and reused.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 import torch
@@ -24,41 +24,14 @@ from torchwrap.core import errors
 from torchwrap.core.tensors import bind
 from torchwrap.storage import aio
 from torchwrap.stream.arena import Arena, Slot
+from torchwrap.stream.layout import Layout, Region, lay_out
 from torchwrap.stream.pieces import part_of, read_piece
-from torchwrap.stream.planner import PAGE, ResidencyPlan
+from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.schedule import Schedule
 from torchwrap.stream.timeline import Timeline
-from torchwrap.stream.units import Piece, SourceFile, Unit
+from torchwrap.stream.units import Piece, Unit
 
 __all__ = ["Engine"]
-
-_DEVICE_ALIGN = 256
-_MERGE_GAP = 2 * PAGE  # the slot was sized for two pages of slack per piece, so a gap this small costs nothing
-
-
-@dataclass(slots=True)
-class _Region:
-    """A run of bytes of one file that is read in one go, and where it lands in the slot."""
-
-    file: SourceFile
-    offset: int
-    nbytes: int
-    slot_offset: int  # congruent to `offset` modulo a page
-    pieces: list[Piece]
-
-
-@dataclass(slots=True)
-class _Layout:
-    """How a unit's streamed pieces lie in a slot."""
-
-    regions: list[_Region] = field(default_factory=list)
-    landing: list[tuple[Piece, int]] = field(default_factory=list)  # (piece read from disk, offset in the slot's host side)
-    places: list[tuple[Piece, int]] = field(default_factory=list)  # (piece, offset in the slot's device side)
-    views: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # slot index -> views in the order of `places`
-
-    @property
-    def read_bytes(self) -> int:
-        return sum(region.nbytes for region in self.regions)
 
 
 class _Fetch:
@@ -106,13 +79,16 @@ class Engine:
         self.schedule.seed([u.index for u in self.units if self._prefetched(u) and any(not piece.resident for piece in u.pieces)])
         self.timeline: Timeline | None = timeline
         self._verify, self._timeout_s = verify, timeout_s
-        self._layouts: dict[int, _Layout] = {}
+        self._layouts: dict[int, Layout] = {}
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
         self._fetches: dict[int, _Fetch] = {}
         self._uploads: SimpleQueue[_Fetch | None] = SimpleQueue()
         self._uploader: threading.Thread | None = None
         self._closed = False
+        self._pid = os.getpid()
+        self._parents = {unit.parent for unit in self.units if unit.parent is not None}
+        self._slots_made = 0  # a slot that a hung read keeps is replaced by one of another number
         self._making_room = False
         self.counters: dict[str, float] = {
             "bytes_read": 0,
@@ -137,6 +113,7 @@ class Engine:
             StorageError: a read failed or did not finish in time.
             CorruptDataError: the file is not what it was.
         """
+        self.check_process()
         self.lock.acquire()
         try:
             if roomy and not self.arena.separate:
@@ -152,8 +129,7 @@ class Engine:
         try:
             if self._making_room:
                 self._making_room = False
-                with suppress(errors.TorchwrapError):
-                    self._prefetch()
+                self._guess()
             fetch = self._fetches.get(unit.index)
             if fetch is not None and fetch.users:
                 fetch.users -= 1
@@ -181,14 +157,15 @@ class Engine:
                 self.counters["unit_hits"] += 1
             try:
                 self._wait(fetch)
+                self.arena.before_compute(fetch.slot)
+                views = self._views(unit, fetch.slot)
             except BaseException:
                 self._discard(fetch)
                 raise
-            self.arena.before_compute(fetch.slot)
-            for (piece, _), view in zip(self.layout(unit).places, self._views(unit, fetch.slot), strict=True):
+            for (piece, _), view in zip(self.layout(unit).places, views, strict=True):
                 bind(piece.parameter, view)
             fetch.users = 1
-        self._prefetch()
+        self._guess()
         if self.timeline is not None:
             self.timeline.begin("compute", unit.name)
 
@@ -197,10 +174,9 @@ class Engine:
         for piece, _ in self.layout(fetch.unit).places:
             bind(piece.parameter, piece.absent)
         self.arena.after_compute(fetch.slot)
-        if fetch.unit.index not in self.schedule.predict(max(1, len(self._slots) - 1)):
+        if fetch.unit.index not in self.schedule.predict(len(self._slots)):
             self._drop(fetch)
-        with suppress(errors.TorchwrapError):  # nobody asked for these bytes yet; the acquire that does meets the same error
-            self._prefetch()
+        self._guess()
 
     # -- fetching ----------------------------------------------------------------------------------------------------------------
 
@@ -212,15 +188,23 @@ class Engine:
             slot.host.release_pages()
         self._making_room = True
 
+    def _guess(self) -> None:
+        with suppress(errors.TorchwrapError):  # nobody asked for these bytes yet; the acquire that does meets the same error
+            self._prefetch()
+
     def _prefetch(self) -> None:
         if self._making_room:
             return
         wanted = self.schedule.predict(len(self._slots) or self.plan.slots)
+        # An expert will want a slot while its block is still in use: one taken for a guess would be given up for each of them again.
+        in_use = [fetch for fetch in self._fetches.values() if fetch.users]
+        kept = int(any(fetch.unit.index in self._parents for fetch in in_use) and len(in_use) == 1)
         for index in wanted:
             unit = self.units[index]
             if index in self._fetches or not self.layout(unit).places:
                 continue
-            slot = self._free_slot(spare=set(wanted))
+            held = sum(1 for fetch in self._fetches.values() if fetch.users or fetch.unit.index in wanted)
+            slot = self._free_slot(spare=set(wanted)) if self.plan.slots - held > kept else None
             if slot is None:
                 return
             self._start(unit, slot)
@@ -252,7 +236,7 @@ class Engine:
                 self._uploads.put(fetch)
         return fetch
 
-    def _read(self, region: _Region, slot: Slot) -> aio.Read:
+    def _read(self, region: Region, slot: Slot) -> aio.Read:
         parts = tuple(part_of(piece) for piece in region.pieces) if self._verify else ()
         return aio.Read(region.file, region.offset, region.nbytes, slot.host, region.slot_offset, parts)
 
@@ -285,8 +269,8 @@ class Engine:
     # -- slots -------------------------------------------------------------------------------------------------------------------
 
     def _take_slot(self, unit: Unit) -> Slot:
-        slot = self._free_slot(spare={unit.index})
-        if slot is None:  # every slot is in use by an enclosing unit, or holds what is needed even sooner: give up the latest guess
+        while (slot := self._free_slot(spare={unit.index})) is None:
+            # Every slot is in use by an enclosing unit, or holds what is needed even sooner: give up the latest guess.
             idle = [fetch for fetch in self._fetches.values() if not fetch.users]
             if not idle:
                 raise errors.UnsupportedModelError(
@@ -295,14 +279,14 @@ class Engine:
                     fix=f"Set k={len(self._slots) + 1}.",
                 )
             self._discard(idle[-1])
-            slot = self._free.pop()
         return slot
 
     def _free_slot(self, spare: set[int]) -> Slot | None:
         """A free slot; else one whose unit is idle and not in `spare`; else None."""
         while len(self._slots) < self.plan.slots:
             with torch.inference_mode(False):
-                slot = self.arena.make_slot(len(self._slots), self.plan.slot_bytes)
+                slot = self.arena.make_slot(self._slots_made, self.plan.slot_bytes)
+            self._slots_made += 1
             self._slots.append(slot)
             self._free.append(slot)
         if not self._free:
@@ -334,16 +318,17 @@ class Engine:
 
     # -- layouts -----------------------------------------------------------------------------------------------------------------
 
-    def layout(self, unit: Unit) -> _Layout:
+    def layout(self, unit: Unit) -> Layout:
         """Where the unit's streamed pieces lie in a slot; computed once."""
         layout = self._layouts.get(unit.index)
         if layout is None:
-            layout = self._layouts[unit.index] = _lay_out(unit, self.plan.slot_bytes, self.arena.separate)
+            layout = self._layouts[unit.index] = lay_out(unit, self.plan.slot_bytes, self.arena.separate)
         return layout
 
     def forget_layouts(self) -> None:
         """Homes or dtypes of pieces changed: nothing computed from them holds."""
         with self.lock:
+            self._refuse_in_use("weights were to change")
             for fetch in list(self._fetches.values()):
                 self._discard(fetch)
             self._layouts.clear()
@@ -418,8 +403,7 @@ class Engine:
     def trim(self) -> None:
         """Free all slots; the next forward allocates and fills them again."""
         with self.lock:
-            if any(fetch.users for fetch in self._fetches.values()):
-                raise errors.StorageError("offload: trim() during a forward pass", fix="Call it between calls.")
+            self._refuse_in_use("slots were to be freed")
             for fetch in list(self._fetches.values()):
                 self._discard(fetch)
             for layout in self._layouts.values():
@@ -428,6 +412,21 @@ class Engine:
                 self.arena.free_slot(slot)
             self._slots.clear()
             self._free.clear()
+
+    def check_process(self) -> None:
+        """In a forked child, begin anew: reads that were under way never end there, and a thread that holds the lock does not exist."""
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        self.lock = threading.RLock()
+        self._fetches.clear()
+        self._free = list(self._slots)
+        self._uploader = None
+
+    def _refuse_in_use(self, what: str) -> None:
+        used = [fetch.unit.name for fetch in self._fetches.values() if fetch.users]
+        if used:
+            raise errors.StorageError(f"offload: {what} during a forward pass", where=used[0], fix="Do it between calls.")
 
     def rehome(self, arena: Arena) -> None:
         """Use other slots from now on."""
@@ -453,48 +452,3 @@ class Engine:
                 if self._uploader is not None:
                     self._uploader.join(5.0)
                 self.reader.close()
-
-
-def _lay_out(unit: Unit, slot_bytes: int, separate: bool) -> _Layout:
-    """Place a unit's streamed pieces.
-
-    Where reads land in the memory that computes, a piece keeps its file offset modulo a page, so that it needs no second copy. On a
-    separate device each piece is copied anyway and goes to a multiple of 256 bytes, where the device's kernels want it.
-    """
-    streamed = [piece for piece in unit.pieces if not piece.resident]
-    homes = sorted(((p.home, p) for p in streamed if p.home is not None), key=lambda pair: (id(pair[0].file), pair[0].offset))
-    layout = _Layout()
-    at = 0
-    for home, piece in homes:
-        last = layout.regions[-1] if layout.regions else None
-        if not separate and home.offset % 64 != piece.residue:
-            # The original had another alignment than the file gives: the reader copies it into place.
-            layout.regions.append(_Region(home.file, home.offset, piece.nbytes, at + piece.residue, [piece]))
-            layout.landing.append((piece, at + piece.residue))
-            at = (at + piece.residue + piece.nbytes + PAGE - 1) // PAGE * PAGE
-            continue
-        if (
-            last is not None
-            and last.slot_offset % PAGE == last.offset % PAGE
-            and last.file is home.file
-            and 0 <= home.offset - (last.offset + last.nbytes) <= _MERGE_GAP
-        ):
-            last.nbytes = home.offset + piece.nbytes - last.offset
-            last.pieces.append(piece)
-        else:
-            last = _Region(home.file, home.offset, piece.nbytes, at + home.offset % PAGE, [piece])
-            layout.regions.append(last)
-        layout.landing.append((piece, last.slot_offset + home.offset - last.offset))
-        at = (last.slot_offset + last.nbytes + PAGE - 1) // PAGE * PAGE
-    needed = at
-    if separate:
-        at = 0
-        for piece in [p for p in streamed if p.host is not None] + [piece for _, piece in homes]:
-            layout.places.append((piece, at))
-            at = -(-(at + piece.nbytes) // _DEVICE_ALIGN) * _DEVICE_ALIGN
-        needed = max(needed, at)
-    else:
-        layout.places = layout.landing
-    if needed > slot_bytes:
-        raise errors.StorageError(f"offload: {unit.name} needs a slot of {needed} bytes, but slots have {slot_bytes}", where=unit.name)
-    return layout

@@ -72,9 +72,10 @@ class ResidencyPlan:
 def region_bytes(sizes: Iterable[int]) -> int:
     """Slot bytes that pieces of these sizes can need, whatever their alignment in their files.
 
-    A direct read covers whole 4096-byte pages, so each piece may begin late in its first page and end early in its last.
+    A direct read covers whole 4096-byte pages, so each piece may begin late in its first page and end early in its last; the second page
+    of slack pays for the gap to a neighbour that is read in the same go.
     """
-    return sum((size + 2 * PAGE - 1) // PAGE * PAGE for size in sizes)
+    return sum(-(-size // PAGE) * PAGE + 2 * PAGE for size in sizes)
 
 
 def plan_residency(

@@ -19,12 +19,13 @@ from torch import nn
 
 from torchwrap.core import errors
 from torchwrap.storage import aio, pool
+from torchwrap.storage.checksum import sum64
 from torchwrap.stream.planner import PAGE
 from torchwrap.stream.units import Home, Piece
 
 __all__ = ["RowTable"]
 
-_SCRATCH = 4 << 20  # bytes read per batch of rows, and per step of the first verification
+_SCRATCH = 16 << 20  # bytes read per batch of rows, and per step of the first verification
 _MERGE_GAP = 2 * PAGE
 
 
@@ -44,7 +45,7 @@ class RowTable:
         self._row_bytes = piece.nbytes // piece.shape[0]
         self._sums: numpy.ndarray[Any, numpy.dtype[numpy.uint64]] | None = None
         self._scratch: pool.Buffer | None = None
-        self.bytes_read = 0
+        self.bytes_read: int = 0
 
     def forward(self, module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
         """What `F.embedding(ids, table)` gives, for a module whose table is away.
@@ -55,6 +56,8 @@ class RowTable:
             IndexError: an id is outside [0, N), as torch raises it.
             CorruptDataError: a row is not what it was.
         """
+        if ids.dtype not in (torch.int64, torch.int32):
+            return nn.functional.embedding(ids, torch.empty(1, *self.piece.shape[1:], dtype=self.piece.dtype))  # torch's own refusal
         wanted, inverse = torch.unique(ids.detach().reshape(-1).cpu(), return_inverse=True)
         if wanted.numel() and not (int(wanted[0]) >= 0 and int(wanted[-1]) < self.piece.shape[0]):
             raise IndexError("index out of range in self")
@@ -132,7 +135,7 @@ class RowTable:
         step = max(1, _SCRATCH // self._row_bytes)
         scratch = self._memory(step * self._row_bytes + 2 * PAGE)
         sums = numpy.empty(count, dtype=numpy.uint64)
-        total = numpy.zeros((), dtype=numpy.uint64)
+        total = 0
         for first in range(0, count, step):
             rows = min(step, count - first)
             offset = home.offset + first * self._row_bytes
@@ -140,11 +143,13 @@ class RowTable:
             self._reader.submit([aio.Read(home.file, offset, rows * self._row_bytes, scratch, start)]).wait(self._timeout_s)
             chunk = scratch.tensor()[start : start + rows * self._row_bytes].numpy().reshape(rows, self._row_bytes)
             sums[first : first + rows] = _row_sums(chunk)
+            if self._row_bytes % 8:
+                total = (total + sum64(chunk.reshape(-1).data, first * self._row_bytes)) % (1 << 64)
         if self._row_bytes % 8 == 0:
-            total = sums.sum(dtype=numpy.uint64)
-            if self.piece.checksum is not None and int(total) != self.piece.checksum:
-                self._corrupt(home, "the table", self.piece.checksum, int(total))
-            self.piece.checksum = int(total)
+            total = int(sums.sum(dtype=numpy.uint64))  # rows of whole words: the sum of all is the sum of theirs
+        if self.piece.checksum is not None and total != self.piece.checksum:
+            self._corrupt(home, "the table", self.piece.checksum, total)
+        self.piece.checksum = total
         return sums
 
     def _compare(self, out: torch.Tensor, positions: list[int], home: Home) -> None:

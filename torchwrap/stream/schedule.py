@@ -20,7 +20,7 @@ class Schedule:
         self._after_two: dict[tuple[int, int], int] = {}
         self._after_one: dict[int, int] = {}
         self._before = self._now = -1
-        self.misses = 0
+        self.misses: int = 0
 
     def advance(self, unit: int) -> None:
         """Note that `unit` is being used now."""

@@ -33,18 +33,19 @@ class Timeline:
     Attributes:
         events: intervals, in order of their ends.
         samples: (seconds, bytes of weights present from then on).
+        zero: `time.monotonic()` at the timeline's own zero.
     """
 
     base_bytes: int = 0
     events: list[Event] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
-    _zero: float = field(default_factory=time.monotonic)
+    zero: float = field(default_factory=time.monotonic)
     _open: dict[tuple[int, str], float] = field(default_factory=dict)
     _present: int = 0
 
     def add(self, lane: Lane, unit: str, start: float, end: float, nbytes: int) -> None:
         """Record an interval given in `time.monotonic()` seconds."""
-        self.events.append(Event(start - self._zero, end - self._zero, lane, unit, nbytes))
+        self.events.append(Event(start - self.zero, end - self.zero, lane, unit, nbytes))
 
     def begin(self, lane: Lane, unit: str) -> None:
         """Start an interval of this thread."""
@@ -59,4 +60,4 @@ class Timeline:
     def present(self, change: int) -> None:
         """Bytes of weights came (positive) or went (negative)."""
         self._present += change
-        self.samples.append((time.monotonic() - self._zero, self.base_bytes + self._present))
+        self.samples.append((time.monotonic() - self.zero, self.base_bytes + self._present))

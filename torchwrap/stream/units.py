@@ -184,6 +184,7 @@ def find_units(
             notes.append(f"{name or 'the model itself'} keeps {own_bytes} bytes of own parameters in place: used by its own forward")
 
     _hold_shared(model, units, taken, held, notes)
+    _nest(units)
     for unit in units:
         small = unit.nbytes // _SMALL_SHARE if unit.kind != "rows" else 0
         unit.pieces = [piece for piece in unit.pieces if piece.index not in held and piece.nbytes > small]
@@ -200,16 +201,30 @@ def _hold_shared(model: nn.Module, units: list[Unit], taken: dict[int, int], hel
 
     An embedding and its tied head may share one, because a row table never binds its parameter.
     """
-    owners = dict(model.named_modules(remove_duplicate=False))
+    modules = {name: id(module) for name, module in model.named_modules(remove_duplicate=False)}
     tables = {id(unit.module) for unit in units if unit.kind == "rows"}
-    inside = {unit.index: {id(m) for m in unit.module.modules()} for unit in units if unit.module is not None}
+
+    def served(name: str, unit: Unit) -> bool:
+        """Whether this way to the parameter leads through the unit's module, or ends at a table."""
+        path = name.split(".")[:-1]
+        return modules[".".join(path)] in tables or any(modules[".".join(path[:n])] == id(unit.module) for n in range(len(path) + 1))
+
     for unit in units:
         for piece in unit.pieces:
-            home = taken.get(piece.index, unit.index)
-            outside = [name for name in piece.names if id(owners[name.rpartition(".")[0]]) not in inside[home] | tables]
+            home = units[taken.get(piece.index, unit.index)]
+            outside = [name for name in piece.names if not served(name, home)]
             if outside and piece.index not in held:
                 held.add(piece.index)
                 notes.append(f"{outside[0]} is shared with {unit.name}: it stays in memory")
+
+
+def _nest(units: list[Unit]) -> None:
+    """A unit inside another one (modules shared between blocks can be) is present together with it, as an expert is with its block."""
+    for outer in units:
+        inside = {id(module) for module in outer.module.modules()} if outer.module is not None else set()
+        for unit in units:
+            if unit is not outer and unit.parent is None and unit.kind != "rows" and id(unit.module) in inside:
+                unit.parent = outer.index
 
 
 def claim_rows(index: int, name: str, module: nn.Module, pieces: dict[int, Piece], held: set[int]) -> Unit:

@@ -28,10 +28,11 @@ _HARMLESS = {  # read no element
 
 
 class AbsentUseGuard(TorchDispatchMode):
-    """Raises `UnsupportedModelError` when an operator reads the placeholder of one of `pieces`."""
+    """Raises `ConflictError` when an operator reads the placeholder of one of `pieces`; keeps it in `error`, should somebody swallow it."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.error: errors.ConflictError | None = None
         self._names = {piece.absent.untyped_storage().data_ptr(): piece.name for piece in pieces}
 
     @classmethod
@@ -45,11 +46,13 @@ class AbsentUseGuard(TorchDispatchMode):
                 if type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type != "meta":
                     name = self._names.get(value.untyped_storage().data_ptr())
                     if name is not None:
-                        raise errors.UnsupportedModelError(
+                        # No TypeError: torch turns those raised inside an arithmetic operator into "unsupported operand".
+                        self.error = errors.ConflictError(
                             f"offload: {name} is read by {func} outside the forward of the unit it belongs to, while it is away",
                             where=name,
                             fix=f'Keep it in memory: pin=("{name}",).',
                         )
+                        raise self.error
         return func(*args, **(kwargs or {}))
 
 

@@ -7,7 +7,7 @@ a tensor, which a graph updates in place like any other, and eager calls add to 
 from __future__ import annotations
 
 import threading
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -30,9 +30,9 @@ class TraceLayer(Layer):
     name = "trace"
 
     def __init__(self, where: Literal["inside", "outside"]) -> None:
-        self.where = where
+        self.where: Literal["inside", "outside"] = where
         # calls, bytes in, bytes out, failures. On the CPU, also for a model elsewhere: a graph may update it there too.
-        self.counts = torch.zeros(4, dtype=torch.int64, device="cpu")
+        self.counts: torch.Tensor = torch.zeros(4, dtype=torch.int64, device="cpu")
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._add((1, tensor_bytes_in(args) + tensor_bytes_in(kwargs), 0, 0))
@@ -118,7 +118,7 @@ class TraceTechnique(Technique[Trace]):
     """
 
     name = "trace"
-    phase = PHASES["trace"]
+    phase: ClassVar[int] = PHASES["trace"]
     config_class = Trace
     exactness = "bit-identical"
 
@@ -142,4 +142,4 @@ def _block_names(model: nn.Module, integration: Integration) -> list[str]:
         return []
 
 
-trace = register(TraceTechnique())
+trace: TraceTechnique = register(TraceTechnique())

@@ -1,0 +1,66 @@
+# Every target does its own set-up, once, through a stamp file: `make demo` and `make test` work on a machine that has only Python.
+# Plain pip on purpose: it honours a configured local wheel folder, and with torch pinned in constraints.txt it takes the CPU build there.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.10 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.torchwrap-dev
+BENCH_STAMP := $(VENV)/.torchwrap-bench
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+# One thread per test worker: two workers with two threads each on two cores are slower than two workers with one.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+# torchvision's wheel does not import beside the CPU build of torch and takes transformers down with it: tests/torchvision_ops.py.
+RUN_ENV := PYTHONPATH=$(CURDIR)/tests/startup:$(CURDIR)
+
+.PHONY: help setup demo test check lint types imports docs bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   the main job on a real model: stream SmolLM2-135M under 40 % of its memory, compare, draw the memory timeline"
+	@echo "make test   all tests (two workers)"
+	@echo "make check  ruff, mypy, public types, import directions, documentation build"
+	@echo "make bench  measure against accelerate, AirLLM and plain memory mapping; needs root for the memory limit"
+	@echo "make docs   build the documentation into site/"
+
+$(STAMP): pyproject.toml constraints.txt requirements/no-deps.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps -r requirements/no-deps.txt
+	touch $@
+
+$(BENCH_STAMP): $(STAMP) requirements/bench-no-deps.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements/bench-no-deps.txt
+	touch $@
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	$(RUN_ENV) $(BIN)/torchwrap demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal --benchmark-disable $(PYTEST_ARGS) tests
+
+check: lint imports types docs
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+imports: $(STAMP)
+	$(BIN)/lint-imports
+
+types: $(STAMP)
+	$(BIN)/mypy -p torchwrap.core -p torchwrap.storage -p torchwrap.stream -p torchwrap.offload -p torchwrap.trace -p torchwrap.cli -p torchwrap.demo
+	$(BIN)/python .ci/public_types.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python -m pytest benchmarks -p no:cacheprovider -p no:xdist $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist site demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

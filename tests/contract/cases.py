@@ -1,0 +1,155 @@
+"""The techniques under contract, each at its exact setting. A new technique joins the suite with one line of `TECHNIQUES`.
+
+An exemption names a check that a technique does not pass by design, with the reason; where it has to refuse instead, the exemption
+holds the error class, and the check then asserts the refusal. An exemption that is no longer true fails the suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from torch import nn
+
+import torchwrap as tw
+from tests.models import FIXTURES, ModelFixture, by_name, select
+
+__all__ = [
+    "CHECKS",
+    "TECHNIQUES",
+    "Case",
+    "Exemption",
+    "every_model",
+    "every_technique",
+    "model_bytes",
+    "models_named",
+    "models_with",
+]
+
+CHECKS: Mapping[str, str] = MappingProxyType(
+    {
+        "gradients": "backward through the model in eval mode",
+        "training": "forward and backward in training mode",
+        "fullgraph": "torch.compile(fullgraph=True) and torch.export",
+        "sharded-before": "applied to a model whose parameters FSDP2 has sharded",
+        "sharded-after": "FSDP2 on a model to which the technique is applied",
+        "replicated-before": "applied to a model inside DistributedDataParallel",
+        "replicated-after": "DistributedDataParallel around a model to which the technique is applied",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Exemption:
+    """A check a technique does not pass, why, and the error it must raise there (None: the check has no meaning for it)."""
+
+    reason: str
+    raises: type[Exception] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One technique at a setting at which it must be exact; the name is the technique's, or that with a hyphen and a word."""
+
+    name: str
+    config: Callable[[nn.Module], tw.Config]
+    exempt: Mapping[str, Exemption] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.exempt) - set(CHECKS)
+        if unknown:
+            raise ValueError(f"{self.name}: no such checks: {sorted(unknown)}; there are {sorted(CHECKS)}")
+
+    @property
+    def technique(self) -> str:
+        """Name of the technique in the registry: that of the case up to the first hyphen."""
+        return self.name.partition("-")[0]
+
+    @property
+    def callable(self) -> Any:
+        """The technique's public callable."""
+        return getattr(tw, self.technique)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Apply it to `model` at the exact setting."""
+        return tw.apply(model, self.config(model))
+
+    @contextmanager
+    def expects(self, check: str) -> Iterator[None]:
+        """Around the body of a check: asserts the refusal where the case is exempt, skips where there is nothing to assert."""
+        assert check in CHECKS
+        exemption = self.exempt.get(check)
+        if exemption is None:
+            yield
+        elif exemption.raises is None:
+            pytest.skip(exemption.reason)
+        else:
+            with pytest.raises(exemption.raises):
+                yield
+
+    def passes(self, check: str) -> bool:
+        """Whether the case has to pass this check."""
+        return check not in self.exempt
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, tied ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+# DistributedDataParallel and FSDP2 write into every parameter when they are made. Absent weights are one element expanded, into which
+# torch refuses to write or which it refuses to shard: loud, and before anything is changed. Wrapping comes after them.
+OFFLOAD_EXEMPT = {
+    "training": Exemption("weights are streamed for inference in this release", tw.UnsupportedModelError),
+    "fullgraph": Exemption("moving weights is no part of a graph; each block is a graph of its own", RuntimeError),
+    "sharded-before": Exemption("FSDP gathers and frees the same weights", tw.ConflictError),
+    "sharded-after": Exemption("FSDP shards weights that are absent", NotImplementedError),
+    "replicated-after": Exemption("DistributedDataParallel writes into weights that are absent", RuntimeError),
+}
+
+
+def _smallest_budget(model: nn.Module) -> tw.Config:
+    """`offload` with every unit streamed through as few slots as work; where there is no unit to stream, the smallest budget."""
+    config = tw.Offload()
+    for params in ("disk", "auto"):
+        try:
+            tw.unwrap(tw.apply(model, tw.Offload(device_memory=1, reserve=0, params=params)), "offload")
+        except tw.BudgetError as error:
+            config = tw.Offload(device_memory=error.needed, reserve=0, params=params)
+        except tw.TorchwrapError:  # refused whatever the budget, as the test that asked will see
+            continue
+        try:
+            tw.unwrap(tw.apply(model, config), "offload")
+        except tw.TorchwrapError:
+            continue
+        break
+    return config
+
+
+TECHNIQUES: tuple[Case, ...] = (
+    Case("trace", lambda model: tw.Trace()),
+    Case("offload", _smallest_budget, OFFLOAD_EXEMPT),
+)
+
+every_technique = pytest.mark.parametrize("case", TECHNIQUES, ids=[case.name for case in TECHNIQUES])
+
+
+def _over(fixtures: tuple[ModelFixture, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("fixture", fixtures, ids=[fixture.name for fixture in fixtures])
+
+
+every_model = _over(FIXTURES)
+
+
+def models_named(*names: str) -> pytest.MarkDecorator:
+    """Parametrise over these fixtures: for checks too slow for all of them."""
+    return _over(tuple(by_name(name) for name in names))
+
+
+def models_with(**flags: object) -> pytest.MarkDecorator:
+    """Parametrise over the fixtures with these flags."""
+    return _over(select(**flags))
