@@ -8,7 +8,10 @@ from typing import ClassVar, Literal
 from torchwrap.core import errors
 from torchwrap.core.config import Config, option
 
-__all__ = ["Offload"]
+__all__ = ["CRC", "Offload"]
+
+CRC: dict[str, Literal["never", "once", "always"]] = {"header": "never", "first": "once", "always": "always"}
+"""When the CRC-32 of what we stored is compared, by `Offload.verify`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,8 @@ class Offload(Config):
 
     def validate(self) -> None:
         """Rules that concern more than one field."""
+        if self.path is not None and ("\0" in self.path or not self.path):
+            raise errors.ConfigError(f"offload: {self.path!r} is no path", where="path", fix="Name a folder.")
         if self.keep and self.path is None:
             raise errors.ConfigError("offload: keep=True needs a folder to keep", where="keep", fix='Give path="/some/folder".')
         if self.params == "device" and (self.device_memory is not None):

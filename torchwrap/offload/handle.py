@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,17 +21,19 @@ from torchwrap.core.swap import original_class
 from torchwrap.core.technique import Handle
 from torchwrap.core.tensors import bind, data_of, is_placeholder, placeholder, tensor_bytes
 from torchwrap.offload import copying
-from torchwrap.offload.config import Offload
+from torchwrap.offload.config import CRC, Offload
 from torchwrap.offload.predict import Prediction, predict_pass
 from torchwrap.storage import aio
+from torchwrap.storage.checksum import memory_of, sum64
 from torchwrap.storage.spill import SpillStore
+from torchwrap.storage.workers import mismatch
 from torchwrap.stream.arena import arena_for
 from torchwrap.stream.engine import Engine
-from torchwrap.stream.pieces import aligned_copy, drop_home, put_away, read_piece
+from torchwrap.stream.pieces import aligned_copy, drop_home, part_of, put_away, read_piece
 from torchwrap.stream.planner import ResidencyPlan, region_bytes
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.timeline import Event, Timeline
-from torchwrap.stream.units import Piece, Unit
+from torchwrap.stream.units import Crc, Piece, Unit
 
 __all__ = ["OffloadHandle"]
 
@@ -85,7 +86,8 @@ class OffloadHandle(Handle):
         self.watching: bool = any(not piece.resident for piece in pieces)
         self._own_lock = threading.RLock()
         self._by_id = {id(piece.parameter): piece for piece in pieces}
-        self._views: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+        self.handed: dict[int, weakref.ref[torch.Tensor]] = {}  # what state dicts were given last, by piece
+        self.lent: dict[int, Piece] = {}  # shown in full while load_state_dict copies into them
         self.tables: dict[int, RowTable] = {
             unit.index: RowTable(unit.pieces[0], reader, verify=config.verify != "header", timeout_s=config.io_timeout_s)
             for unit in units
@@ -201,16 +203,14 @@ class OffloadHandle(Handle):
             return read_piece(piece, self.reader, self.config.io_timeout_s, verify=self.config.verify != "header").to(self.device)
 
     def stored_view(self, piece: Piece) -> torch.Tensor:
-        """The piece's values as a tensor over its home: nothing is read until it is used. One tensor per piece while anyone holds it."""
-        view = self._views.get(piece.index)
-        if view is None:
-            if piece.host is not None:
-                view = piece.host.view(piece.dtype).view(piece.shape)
-            else:
-                assert piece.home is not None
-                piece.home.file.check_unchanged()
-                view = piece.home.file.view(piece.home.name).view(piece.shape)
-            self._views[piece.index] = view
+        """The piece's values as a tensor over its home, compared with its sum if that is known. Cost: one read, no memory of its own."""
+        if piece.host is not None:
+            return piece.host.view(piece.dtype).view(piece.shape)
+        home = piece.home
+        assert home is not None
+        view = home.file.view(home.name).view(piece.shape)
+        if self.config.verify != "header" and piece.checksum is not None and (got := sum64(memory_of(view))) != piece.checksum:
+            raise mismatch(home.file, part_of(piece), "sum64", piece.checksum, got)
         return view
 
     def set_value(self, piece: Piece, value: torch.Tensor) -> None:
@@ -226,15 +226,16 @@ class OffloadHandle(Handle):
                 table.forget(piece)
 
     def _replace_home(self, piece: Piece, value: torch.Tensor) -> None:
-        before, view = piece.home, self._views.pop(piece.index, None)
         if self.store is None:
             self.store = SpillStore.create(self.config.path, needed=piece.nbytes)
-        piece.home = put_away(self.store, piece, value, crc=self.config.verify == "always")
+        before, piece.home = piece.home, put_away(self.store, piece, value, crc=self.crc)
         if before is not None and before.file is self.store.file:
-            if view is None:
-                drop_home(self.store, before)
-            else:
-                weakref.finalize(view, drop_home, self.store, before)
+            drop_home(self.store, before)
+
+    @property
+    def crc(self) -> Crc:
+        """When the CRC-32 of stored weights is compared."""
+        return CRC[self.config.verify]
 
     @contextmanager
     def lend(self, module: nn.Module, names: tuple[str, ...], write: bool) -> Iterator[dict[str, torch.Tensor]]:
@@ -323,7 +324,7 @@ class OffloadHandle(Handle):
             if piece.home is not None and self.store is not None and piece.home.file is self.store.file:
                 if store is None:
                     store = SpillStore.create(None, needed=sum(p.nbytes for p in self.pieces if p.home is not None))
-                replica.home = put_away(store, replica, self.value(piece), crc=self.config.verify == "always")
+                replica.home = put_away(store, replica, self.value(piece), crc=self.crc)
             pieces[piece.index] = replica
         units = [dataclasses.replace(unit, pieces=[pieces[p.index] for p in unit.pieces]) for unit in self.units]
         reader = _reader(self.config, self.reader)
@@ -382,6 +383,12 @@ class OffloadHandle(Handle):
             self.engine.resize(self.plan)
 
     # -- ends --------------------------------------------------------------------------------------------------------------------
+
+    def hide_lent(self) -> None:
+        """Take away again what an interrupted load_state_dict left in memory."""
+        for piece in self.lent.values():
+            bind(piece.parameter, piece.absent)
+        self.lent.clear()
 
     def call_lock(self) -> threading.RLock:
         """Held while layers change, so that a running forward ends first."""

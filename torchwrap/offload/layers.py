@@ -15,6 +15,7 @@ from torch import nn
 from torchwrap.core import errors
 from torchwrap.core.layer import CallState, Layer, Placement
 from torchwrap.core.tensors import bind
+from torchwrap.stream.pieces import check_untouched
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.units import Piece, Unit
 from torchwrap.stream.watch import AbsentUseGuard, can_watch
@@ -50,6 +51,7 @@ class RootLayer(_OffloadLayer):
             handle.engine.check_process()
         handle.lock.acquire()
         try:
+            handle.hide_lent()
             guard = None
             if handle.watching and can_watch():
                 guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)
@@ -97,6 +99,8 @@ class UnitLayer(_OffloadLayer):
             return args, kwargs
         _refuse_training(module)
         unit = engine.units[self.unit]
+        if self.handle.lent:
+            self.handle.hide_lent()
         engine.acquire(unit, roomy=unit.kind == "leaf" and _copies_weight(args))
         try:
             scope = _Scope(self.handle, unit)
@@ -132,6 +136,7 @@ class RowLayer(_OffloadLayer):
             return call(*args, **kwargs)
         assert isinstance(module, nn.Embedding)
         with self.handle.lock:
+            check_untouched(table.piece)
             if not args and "input" not in kwargs:
                 return call(*args, **kwargs)  # torch's own message about the missing argument
             ids = args[0] if args else kwargs["input"]

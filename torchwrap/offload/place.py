@@ -19,12 +19,13 @@ from torchwrap.core import errors
 from torchwrap.core.integration import Integration
 from torchwrap.core.tensors import bind, data_of, placeholder
 from torchwrap.offload.budget import Budget
-from torchwrap.offload.config import Offload
+from torchwrap.offload.config import CRC, Offload
 from torchwrap.storage import aio, pool
+from torchwrap.storage.checksum import crc32, memory_of, sum64
 from torchwrap.storage.safefile import index_folder
 from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.arena import Arena, arena_for
-from torchwrap.stream.pieces import part_of, put_away, read_piece
+from torchwrap.stream.pieces import learn, part_of, put_away, read_piece
 from torchwrap.stream.planner import PAGE, region_bytes
 from torchwrap.stream.progress import progress
 from torchwrap.stream.units import Home, Piece, UnitMap
@@ -85,6 +86,7 @@ def place(
         if homes is not None:
             for piece in division.pieces:
                 piece.home = next(homes[name] for name in piece.names if name in homes)
+                piece.home.crc = "always" if config.verify == "always" else "never"
                 # An offset between two elements cannot be an address of theirs; a loader copies such a tensor to an even address.
                 aligned = not arena.separate and piece.home.offset % piece.dtype.itemsize == 0
                 piece.residue = piece.home.offset % 64 if aligned else 0
@@ -144,7 +146,7 @@ def _store(
             Path(config.path) if config.path is not None else None, needed=sum(p.nbytes + 2 * PAGE for p in rest)
         )
         for piece in progress(rest, "storing weights", lambda piece: piece.nbytes):
-            piece.home = put_away(placed.store, piece, data_of(piece.parameter), crc=config.verify == "always")
+            piece.home = put_away(placed.store, piece, data_of(piece.parameter), crc=CRC[config.verify])
 
 
 def _stored_tensors(folder: Path | None) -> dict[str, Home]:
@@ -173,6 +175,9 @@ def _same_in(
             stored = read_piece(dataclasses.replace(piece, home=home, checksum=None), reader, config.io_timeout_s, verify=False)
             mine = data_of(piece.parameter).cpu()
             if torch.equal(stored.view(torch.uint8), mine.contiguous().view(torch.uint8)):
+                piece.checksum = sum64(memory_of(mine))
+                if config.verify == "always":
+                    home.crc, home.crc32 = "always", crc32(memory_of(mine))
                 return home
     return None
 
@@ -205,7 +210,7 @@ def _load_batch(pieces: list[Piece], reader: aio.Reader, device: torch.device, p
     ticket.wait(config.io_timeout_s)
     memory = buffer.tensor()
     for piece, start in zip(pieces, starts, strict=True):
-        piece.checksum = ticket.sums.get(piece.name)
+        learn(piece, ticket)
         placed.show(piece.parameter, memory[start : start + piece.nbytes].view(piece.dtype).view(piece.shape).to(device))
 
 

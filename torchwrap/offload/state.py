@@ -7,12 +7,16 @@ are made present just before torch copies into them and stored just after; a use
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from torchwrap.core.tensors import bind, data_of, set_holder
+from torchwrap.stream.pieces import check_untouched
+from torchwrap.stream.units import Piece
 
 if TYPE_CHECKING:
     from torchwrap.offload.handle import OffloadHandle
@@ -29,12 +33,27 @@ class _StateHook:
 
 class _Save(_StateHook):
     def __call__(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: Any) -> None:
+        self.handle.hide_lent()
         for name, piece in self.handle.absent(module).items():
             saved = state.get(prefix + name)
             if saved is not None:
-                view = self.handle.stored_view(piece)
+                check_untouched(piece)
+                view = self._already_in(state, piece)
+                if view is None:
+                    view = self.handle.stored_view(piece)
+                    self.handle.handed[piece.index] = weakref.ref(view)
                 # state_dict(keep_vars=True) hands out parameters; the model's own shows the placeholder.
                 state[prefix + name] = nn.Parameter(view, piece.parameter.requires_grad) if isinstance(saved, nn.Parameter) else view
+
+    def _already_in(self, state: MutableMapping[str, Any], piece: Piece) -> torch.Tensor | None:
+        """The tensor that another name of a tied parameter got in this very dictionary: names that share memory must go on sharing it."""
+        if len(piece.names) < 2:
+            return None
+        handed = self.handle.handed.get(piece.index)
+        view = handed() if handed is not None else None
+        if view is None or not any(torch.is_tensor(value) and value.data_ptr() == view.data_ptr() for value in state.values()):
+            return None
+        return view
 
 
 class _BeforeLoad(_StateHook):
@@ -44,15 +63,21 @@ class _BeforeLoad(_StateHook):
         for name, piece in self.handle.absent(module).items():
             if prefix + name in state:
                 # The old values, because a value of another shape is reported by torch and not copied.
-                bind(piece.parameter, self.handle.value(piece))
+                value = self.handle.value(piece)
+                self.handle.lent[piece.index] = piece
+                bind(piece.parameter, value)
 
 
 class _AfterLoad(_StateHook):
     def __call__(self, module: nn.Module, _: Any) -> None:
-        for piece in self.handle.absent(module).values():
-            shown = data_of(piece.parameter)
-            if shown.untyped_storage().data_ptr() != piece.absent.untyped_storage().data_ptr():
-                self.handle.set_value(piece, shown)
+        # Only this module's own: torch calls this when the children are done, so an outer module's values are still on their way.
+        lent = [piece for piece in self.handle.absent(module).values() if piece.index in self.handle.lent]
+        try:
+            for piece in lent:
+                self.handle.set_value(piece, data_of(piece.parameter))
+        finally:
+            for piece in lent:
+                self.handle.lent.pop(piece.index, None)
                 bind(piece.parameter, piece.absent)
 
 

@@ -312,6 +312,8 @@ def _device(model: nn.Module, config: Offload, *, from_folder: bool) -> torch.de
             asked = torch.device(config.device)
         except RuntimeError as error:
             raise errors.ConfigError(f"offload: {config.device!r} is no device", where="device", fix='Use "cpu" or "cuda".') from error
+        if asked.type not in ("cpu", "cuda"):
+            raise errors.ConfigError(f"offload: computing on {asked} is not supported", where="device", fix='Use "cpu" or "cuda".')
         if asked.type == "cuda" and not torch.cuda.is_available():
             raise errors.ConfigError(f"offload: there is no {asked}", where="device", fix='Leave device out, or use device="cpu".')
         return asked

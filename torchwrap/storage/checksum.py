@@ -32,7 +32,8 @@ class Part:
         offset: first byte in the file.
         nbytes: length in bytes.
         sum64: expected sum, `None` to compute without comparing.
-        crc32: expected CRC, `None` to skip the CRC (it costs more than the sum).
+        crc32: expected CRC, `None` to compare none (it costs more than the sum).
+        take_crc: compute the CRC, for `Ticket.codes`, also when none is expected.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Part:
     nbytes: int
     sum64: int | None = None
     crc32: int | None = None
+    take_crc: bool = False
 
 
 def sum64(memory: memoryview | bytes | bytearray, position: int = 0) -> int:

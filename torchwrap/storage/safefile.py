@@ -11,7 +11,6 @@ import hashlib
 import mmap
 import os
 import stat
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +60,6 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptors: dict[bool, Descriptor] = {}
-        self._mapping: weakref.ref[mmap.mmap] | None = None
         self._closed = False
         fd = self._descriptors[False] = Descriptor(_open_regular(path))
         self._identity = _identity(os.fstat(fd))
@@ -137,12 +135,11 @@ class TensorFile:
         self.check_unchanged()
         if not segment.nbytes:
             return torch.empty(segment.shape, dtype=segment.dtype)
-        mapping = self._mapping() if self._mapping is not None else None
-        if mapping is None:
-            flags = mmap.MAP_PRIVATE | MAP_NORESERVE
-            mapping = mmap.mmap(self.fd(False), self.nbytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            self._mapping = weakref.ref(mapping)
-        return tensor_over(mapping, segment, segment.offset)
+        # A mapping of its own: what is written to one view must not show in the next.
+        start = segment.offset % mmap.ALLOCATIONGRANULARITY
+        flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        mapping = mmap.mmap(self.fd(False), start + segment.nbytes, flags=flags, prot=access, offset=segment.offset - start)
+        return tensor_over(mapping, segment, start)
 
     def close(self) -> None:
         """Let the descriptors go. Views and reads under way keep working; new ones raise. Calling it again does nothing."""

@@ -120,7 +120,7 @@ class SpillStore:
                 raise
             before = self.file.place(record)
             if before is not None:
-                self._space.give(*before.extent)
+                self._give_when_unused(before)
             return record.segment
 
     def get(self, name: str) -> torch.Tensor:
@@ -155,8 +155,18 @@ class SpillStore:
         """Forget a tensor; its place is used for others."""
         self._check_ours()
         with self._change:
-            self._space.give(*self.file.drop(name).extent)
+            self._give_when_unused(self.file.drop(name))
             self._checked.pop(name, None)
+
+    def _give_when_unused(self, record: Record) -> None:
+        """Let a place be used for others, once no view shows it any more."""
+        with self._change:
+            live = list(self.file.mappings.get(record.segment.offset, ()))
+            if live:
+                weakref.finalize(live[0], _retry, weakref.ref(self), record)
+            else:
+                self.file.mappings.pop(record.segment.offset, None)
+                self._space.give(*record.extent)
 
     def close(self, keep: bool = False) -> None:
         """Remove the folder; or, with `keep`, flush it to the disk so that `SpillFile.open(store.folder)` can read it.
@@ -258,3 +268,10 @@ class SpillStore:
         direct = self.file.fd(True) if self._use_direct() else None
         worked = write_from(self._backend, direct, self.file.fd(False), self._staging.memory[:whole], offset)
         self._direct = self._direct and worked
+
+
+def _retry(store: weakref.ref[SpillStore], record: Record) -> None:
+    """A view of the record is gone; there may be others."""
+    alive = store()
+    if alive is not None:
+        alive._give_when_unused(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,7 @@ class SpillFile:
         self._end = 0  # end of the last segment written
         self._descriptors: dict[bool, Descriptor] = {False: descriptor}
         self._closed = False
+        self.mappings: dict[int, weakref.WeakSet[mmap.mmap]] = {}  # live views, by the offset of their data
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> SpillFile:
@@ -119,13 +121,15 @@ class SpillFile:
         return unpack(block if length <= BLOCK else os.pread(self.fd(False), length, offset), self.path, offset)
 
     def view(self, name: str) -> torch.Tensor:
-        """The tensor over the file's own pages; valid until the tensor of this name is written again or removed."""
+        """The tensor over the file's own pages. Its place is not used for others while it, or memory shared with it, is in use."""
         segment = self._segments[name]
         self.check_unchanged()
         if not segment.nbytes:
             return torch.empty(segment.shape, dtype=segment.dtype)
         flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        return tensor_over(mmap.mmap(self.fd(False), segment.nbytes, flags=flags, prot=access, offset=segment.offset), segment, 0)
+        mapping = mmap.mmap(self.fd(False), segment.nbytes, flags=flags, prot=access, offset=segment.offset)
+        self.mappings.setdefault(segment.offset, weakref.WeakSet()).add(mapping)
+        return tensor_over(mapping, segment, 0)
 
     def close(self) -> None:
         """Let the descriptors go; reads under way and views keep working."""

@@ -35,12 +35,14 @@ class Ticket:
         nbytes: bytes asked for.
         seconds: from the first request's start to the last one's end; 0.0 until done.
         sums: `{part name: sum64}` of all parts, once done; of parts with one name the last.
+        codes: `{part name: crc32}` of the parts whose CRC was asked for, once done.
     """
 
     def __init__(self, reads: Sequence[Read], pool: Pool) -> None:
         self.nbytes: int = sum(read.nbytes for read in reads)
         self.seconds: float = 0.0
         self.sums: dict[str, int] = {}
+        self.codes: dict[str, int] = {}
         self._reads = tuple(reads)
         self._first = f"{self._reads[0].file.path}, offset {self._reads[0].offset}" if reads else ""
         self._pool = pool
@@ -85,7 +87,9 @@ class Ticket:
                     file.check_unchanged()
                 for read in self._reads:
                     for index, part in enumerate(read.parts):
-                        self.sums[part.name] = self._tally.compare(read, index)
+                        self.sums[part.name], code = self._tally.compare(read, index)
+                        if code is not None:
+                            self.codes[part.name] = code
             except BaseException as error:  # in a thread there is nobody to raise to: the waiter gets it
                 self._fail(_typed(error, self._first))
         self.seconds = self._moved - self._began
@@ -275,24 +279,25 @@ class _Tally:
         """Take the file range `[low, high)` of a part into account."""
         part, memory, key = piece.read.parts[index], piece.bytes_of(low, high), (id(piece.read), index)
         value = sum64(memory, low - part.offset)
-        code = crc32(memory) if part.crc32 is not None else 0
+        code = crc32(memory) if part.take_crc or part.crc32 is not None else 0
         with lock:
             self._sums[key] = (self._sums.get(key, 0) + value) % (1 << 64)
             self._codes.setdefault(key, []).append((low, high, code))
 
-    def compare(self, read: Read, index: int) -> int:
-        """The part's sum64, after checking it and the CRC against what is expected."""
+    def compare(self, read: Read, index: int) -> tuple[int, int | None]:
+        """The part's sum64, and its CRC if that was asked for, after checking them against what is expected."""
         part, key = read.parts[index], (id(read), index)
         value = self._sums.get(key, 0)
         if part.sum64 is not None and value != part.sum64:
             raise mismatch(read.file, part, "sum64", part.sum64, value)
-        if part.crc32 is not None:
-            joined = 0
-            for low, high, code in sorted(self._codes.get(key, ())):
-                joined = crc32_join(joined, code, high - low)
-            if joined != part.crc32:
-                raise mismatch(read.file, part, "crc32", part.crc32, joined)
-        return value
+        if part.crc32 is None and not part.take_crc:
+            return value, None
+        joined = 0
+        for low, high, code in sorted(self._codes.get(key, ())):
+            joined = crc32_join(joined, code, high - low)
+        if part.crc32 is not None and joined != part.crc32:
+            raise mismatch(read.file, part, "crc32", part.crc32, joined)
+        return value, joined
 
 
 def mismatch(file: Source, part: Part, kind: str, expected: int, got: int) -> CorruptDataError:

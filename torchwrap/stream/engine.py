@@ -25,7 +25,7 @@ from torchwrap.core.tensors import bind
 from torchwrap.storage import aio
 from torchwrap.stream.arena import Arena, Slot
 from torchwrap.stream.layout import Layout, Region, lay_out
-from torchwrap.stream.pieces import part_of, read_piece
+from torchwrap.stream.pieces import check_untouched, learn, part_of, read_piece
 from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.schedule import Schedule
 from torchwrap.stream.timeline import Timeline
@@ -151,28 +151,57 @@ class Engine:
         if self._prefetched(unit):
             self.schedule.advance(unit.index)
         if self.layout(unit).places:
-            if fetch is None:
-                fetch = self._start(unit, self._take_slot(unit))
-            else:
-                self.counters["unit_hits"] += 1
-            try:
-                self._wait(fetch)
-                self.arena.before_compute(fetch.slot)
-                views = self._views(unit, fetch.slot)
-            except BaseException:
-                self._discard(fetch)
-                raise
-            for (piece, _), view in zip(self.layout(unit).places, views, strict=True):
-                bind(piece.parameter, view)
-            fetch.users = 1
-        self._guess()
+            self._bring(unit, fetch)
+        try:
+            self._guess()
+        except BaseException:
+            brought = self._fetches.get(unit.index)
+            if brought is not None and brought.users:
+                brought.users = 0
+                self._retire(brought)
+            raise
         if self.timeline is not None:
             self.timeline.begin("compute", unit.name)
 
+    def _bring(self, unit: Unit, guessed: _Fetch | None) -> None:
+        """Have the unit's weights in a slot and show them."""
+        for piece, _ in self.layout(unit).places:
+            check_untouched(piece)
+        fetch = guessed or self._start(unit, self._take_slot(unit))
+        self.counters["unit_hits"] += guessed is not None
+        try:
+            try:
+                self._wait(fetch)
+            except errors.StorageError:
+                if guessed is None:
+                    raise
+                # Read ahead when the disk had a bad moment: the caller gets the error only if it still has one.
+                self._discard(fetch)
+                fetch = self._start(unit, self._take_slot(unit))
+                self._wait(fetch)
+            self.arena.before_compute(fetch.slot)
+            views = self._views(unit, fetch.slot)
+            for (piece, _), view in zip(self.layout(unit).places, views, strict=True):
+                bind(piece.parameter, view)
+        except BaseException:
+            self._hide(unit)
+            self._discard(fetch)
+            raise
+        fetch.users = 1
+
+    def _hide(self, unit: Unit) -> None:
+        places = self.layout(unit).places
+        try:
+            for piece, _ in places:
+                bind(piece.parameter, piece.absent)
+        except BaseException:  # interrupted half-way: all of them once more, so that none shows a slot that others will use
+            for piece, _ in places:
+                bind(piece.parameter, piece.absent)
+            raise
+
     def _retire(self, fetch: _Fetch) -> None:
         """Last use ended: hide the weights, keep the slot only if the unit is expected again before others need it."""
-        for piece, _ in self.layout(fetch.unit).places:
-            bind(piece.parameter, piece.absent)
+        self._hide(fetch.unit)
         self.arena.after_compute(fetch.slot)
         if fetch.unit.index not in self.schedule.predict(len(self._slots)):
             self._drop(fetch)
@@ -263,8 +292,7 @@ class Engine:
     def _learn_checksums(self, fetch: _Fetch) -> None:
         if self._verify and fetch.ticket is not None:
             for piece, _ in self.layout(fetch.unit).places:
-                if piece.checksum is None:
-                    piece.checksum = fetch.ticket.sums.get(piece.name)
+                learn(piece, fetch.ticket)
 
     # -- slots -------------------------------------------------------------------------------------------------------------------
 
@@ -419,6 +447,9 @@ class Engine:
             return
         self._pid = os.getpid()
         self.lock = threading.RLock()
+        for fetch in self._fetches.values():
+            if fetch.users:  # by a thread of the parent
+                self._hide(fetch.unit)
         self._fetches.clear()
         self._free = list(self._slots)
         self._uploader = None

@@ -42,6 +42,7 @@ class Layout:
 
     @property
     def read_bytes(self) -> int:
+        """Bytes read for one fetch."""
         return sum(region.nbytes for region in self.regions)
 
 

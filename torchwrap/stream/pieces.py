@@ -12,12 +12,13 @@ from contextlib import suppress
 import torch
 
 from torchwrap.core import errors
+from torchwrap.core.tensors import bind, placeholder, was_written
 from torchwrap.storage import aio, pool
 from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.planner import PAGE
-from torchwrap.stream.units import Home, Piece
+from torchwrap.stream.units import Crc, Home, Piece
 
-__all__ = ["aligned_copy", "drop_home", "part_of", "put_away", "read_piece"]
+__all__ = ["aligned_copy", "check_untouched", "drop_home", "learn", "part_of", "put_away", "read_piece"]
 
 
 @torch.inference_mode(False)
@@ -38,15 +39,43 @@ def read_piece(piece: Piece, reader: aio.Reader, timeout_s: float, *, verify: bo
     parts = (part_of(piece),) if verify else ()
     ticket = reader.submit([aio.Read(home.file, home.offset, piece.nbytes, buffer, start, parts)])
     ticket.wait(timeout_s)
-    if piece.checksum is None:
-        piece.checksum = ticket.sums.get(piece.name)
+    learn(piece, ticket)
     return buffer.tensor()[start : start + piece.nbytes].view(piece.dtype).view(piece.shape)
 
 
 def part_of(piece: Piece) -> aio.Part:
-    """What the reader compares: the piece's bytes and their sum, if it is known."""
-    assert piece.home is not None
-    return aio.Part(piece.name, piece.home.offset, piece.nbytes, piece.checksum, piece.home.crc32)
+    """What the reader computes and compares: the piece's sum, and its CRC-32 where the home asks for one."""
+    home = piece.home
+    assert home is not None
+    return aio.Part(piece.name, home.offset, piece.nbytes, piece.checksum, home.crc32, take_crc=home.crc != "never")
+
+
+def learn(piece: Piece, ticket: aio.Ticket) -> None:
+    """Keep the sums of a first read for comparison with later ones; a CRC that was to be checked once is done with."""
+    home = piece.home
+    if home is None:
+        return
+    if piece.checksum is None:
+        piece.checksum = ticket.sums.get(piece.name)
+    if home.crc == "always" and home.crc32 is None:
+        home.crc32 = ticket.codes.get(piece.name)
+    elif home.crc == "once" and piece.name in ticket.codes:
+        home.crc, home.crc32 = "never", None
+
+
+def check_untouched(piece: Piece) -> None:
+    """Raise `ConflictError` if the piece was written to while it was away; the write is lost, and the next call works.
+
+    Cost: 0.4 us.
+    """
+    if was_written(piece.parameter, piece.absent):
+        piece.absent = placeholder(piece.shape, piece.dtype, piece.absent.device)
+        bind(piece.parameter, piece.absent)
+        raise errors.ConflictError(
+            f"offload: {piece.name} was written to while its weights were away, so the write is lost",
+            where=piece.name,
+            fix=f"Write inside `with torchwrap.core.tensors(model, {piece.name!r}, write=True) as real:`, or unwrap the model first.",
+        )
 
 
 def aligned_copy(tensor: torch.Tensor, residue: int) -> torch.Tensor:
@@ -59,7 +88,7 @@ def aligned_copy(tensor: torch.Tensor, residue: int) -> torch.Tensor:
     return copy
 
 
-def put_away(store: SpillStore, piece: Piece, value: torch.Tensor, *, crc: bool = False) -> Home:
+def put_away(store: SpillStore, piece: Piece, value: torch.Tensor, *, crc: Crc = "once") -> Home:
     """Store a piece's values in our own file, beside any earlier version; its checksums are those of what was written.
 
     The earlier version stays until `drop_home`, because a `state_dict` handed out before may still show it.
@@ -67,7 +96,7 @@ def put_away(store: SpillStore, piece: Piece, value: torch.Tensor, *, crc: bool 
     segment = store.put(f"{piece.name}#{next(_numbers)}", value)
     record = store.file.records[segment.name]
     piece.checksum = record.sum64
-    return Home(store.file, segment.name, segment.offset, segment.nbytes, record.crc32 if crc else None)
+    return Home(store.file, segment.name, segment.offset, segment.nbytes, None if crc == "never" else record.crc32, crc)
 
 
 def drop_home(store: SpillStore, home: Home) -> None:

@@ -121,9 +121,7 @@ class RowTable:
             at = (target + end - start + PAGE - 1) // PAGE * PAGE
             position = last
         home.file.check_unchanged()
-        ticket = self._reader.submit(reads)
-        ticket.wait(self._timeout_s)
-        self.bytes_read += ticket.nbytes
+        self._wait(reads)
         memory = scratch.tensor()
         for row, offset in landed:
             out[row] = memory[offset : offset + self._row_bytes]
@@ -140,7 +138,7 @@ class RowTable:
             rows = min(step, count - first)
             offset = home.offset + first * self._row_bytes
             start = offset % PAGE
-            self._reader.submit([aio.Read(home.file, offset, rows * self._row_bytes, scratch, start)]).wait(self._timeout_s)
+            self._wait([aio.Read(home.file, offset, rows * self._row_bytes, scratch, start)])
             chunk = scratch.tensor()[start : start + rows * self._row_bytes].numpy().reshape(rows, self._row_bytes)
             sums[first : first + rows] = _row_sums(chunk)
             if self._row_bytes % 8:
@@ -151,6 +149,15 @@ class RowTable:
             self._corrupt(home, "the table", self.piece.checksum, total)
         self.piece.checksum = total
         return sums
+
+    def _wait(self, reads: list[aio.Read]) -> None:
+        try:
+            ticket = self._reader.submit(reads)
+            ticket.wait(self._timeout_s)
+        except BaseException:
+            self._scratch = None  # a read that hangs may still write into it: never used again
+            raise
+        self.bytes_read += ticket.nbytes
 
     def _compare(self, out: torch.Tensor, positions: list[int], home: Home) -> None:
         assert self._sums is not None

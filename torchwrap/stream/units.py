@@ -23,7 +23,7 @@ from torchwrap.core.tensors import data_of, is_placeholder, placeholder, storage
 from torchwrap.storage.aio import Source
 from torchwrap.storage.safefile import Segment
 
-__all__ = ["Home", "Piece", "SourceFile", "Unit", "UnitMap", "find_units"]
+__all__ = ["Crc", "Home", "Piece", "SourceFile", "Unit", "UnitMap", "find_units"]
 
 Kind = Literal["block", "expert", "leaf", "rows"]
 
@@ -34,6 +34,9 @@ _SMALL_SHARE = 256
 """A piece below this share of its unit (norms, biases) stays fixed: reading it costs a request and saves nothing."""
 
 _LEAVES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+Crc = Literal["never", "once", "always"]
 
 
 class SourceFile(Source, Protocol):
@@ -54,7 +57,8 @@ class Home:
     name: str
     offset: int
     nbytes: int
-    crc32: int | None = None  # compared on every read when set
+    crc32: int | None = None  # compared when set
+    crc: Crc = "never"  # whether reads compute the CRC-32 as well as the sum
 
 
 @dataclass(slots=True)
