@@ -50,7 +50,7 @@ class _Save(_StateHook):
         if len(piece.names) < 2:
             return None
         handed = self.handle.handed.get(piece.index)
-        view = handed() if handed is not None else None
+        view: torch.Tensor | None = handed() if handed is not None else None
         if view is None or not any(torch.is_tensor(value) and value.data_ptr() == view.data_ptr() for value in state.values()):
             return None
         return view

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torchwrap.core import errors
+from torchwrap.core.config import format_bytes
 
 __all__ = ["PlannedUnit", "ResidencyPlan", "plan_residency", "region_bytes"]
 
@@ -110,7 +111,7 @@ def plan_residency(
         if not keep_resident and fixed_bytes <= budget:
             return ResidencyPlan(budget, fixed_bytes, frozenset(), 0, 0, 0, 0, table_bytes)
         raise errors.BudgetError(
-            f"offload: a budget of {_mib(budget)} is too small: {_mib(fixed_bytes)} always stay and there is no unit to stream",
+            f"offload: a budget of {format_bytes(budget)} is too small: {format_bytes(fixed_bytes)} always stay and there is no unit to stream",
             needed=fixed_bytes,
             available=budget,
             fix=f"Set device_memory={fixed_bytes} or more, or name the modules to stream: units=(...).",
@@ -134,8 +135,8 @@ def plan_residency(
             return best
     largest = max(scanned, key=lambda unit: sum(size for _, size in unit.pieces))
     raise errors.BudgetError(
-        f"offload: a budget of {_mib(budget)} is too small for this model's weights, which need at least {_mib(least)}: "
-        f"{_mib(fixed_bytes)} that always stay and {counts[-1]} slot(s) for the largest unit",
+        f"offload: a budget of {format_bytes(budget)} is too small for this model's weights, which need at least {format_bytes(least)}: "
+        f"{format_bytes(fixed_bytes)} that always stay and {counts[-1]} slot(s) for the largest unit",
         needed=least,
         available=budget,
         largest=largest.name,
@@ -214,7 +215,3 @@ def _spread(positions: list[int]) -> list[int]:
     bits = max(1, (len(positions) - 1).bit_length())
     reversed_rank = {position: int(f"{rank:0{bits}b}"[::-1], 2) for rank, position in enumerate(positions)}
     return sorted(positions, key=reversed_rank.__getitem__)
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB"
