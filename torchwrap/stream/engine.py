@@ -143,11 +143,11 @@ class Engine:
     def _acquire(self, unit: Unit) -> None:
         if self._closed:  # unwrapped by another thread while this one waited for the lock: the weights are all there
             return
-        self.counters["unit_uses"] += 1
         fetch = self._fetches.get(unit.index)
-        if fetch is not None and fetch.users:  # a unit inside itself: already bound
+        if fetch is not None and fetch.users:  # the inner of its two layers, or a unit inside itself: already bound
             fetch.users += 1
             return
+        self.counters["unit_uses"] += 1
         if self._prefetched(unit):
             self.schedule.advance(unit.index)
         if self.layout(unit).places:
@@ -288,6 +288,7 @@ class Engine:
                 self.timeline.add("stall", fetch.unit.name, began, ended, 0)
         if self.timeline is not None and fetch.ticket is not None:
             self.timeline.add("read", fetch.unit.name, *fetch.ticket.interval, fetch.ticket.nbytes)
+        fetch.ticket = fetch.uploaded = None  # waited for: a unit that stays in its slot is not read again
 
     def _learn_checksums(self, fetch: _Fetch) -> None:
         if self._verify and fetch.ticket is not None:
