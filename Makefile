@@ -12,9 +12,6 @@ DEMO_ARGS ?=
 # One thread per test worker: two workers with two threads each on two cores are slower than two workers with one.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-# torchvision's wheel does not import beside the CPU build of torch and takes transformers down with it: tests/torchvision_ops.py.
-RUN_ENV := PYTHONPATH=$(CURDIR)/tests/startup:$(CURDIR)
-
 .PHONY: help setup demo test check lint types imports docs bench clean
 .DEFAULT_GOAL := help
 
@@ -25,11 +22,13 @@ help:
 	@echo "make bench  measure against accelerate, AirLLM and plain memory mapping; needs root for the memory limit"
 	@echo "make docs   build the documentation into site/"
 
-$(STAMP): pyproject.toml constraints.txt requirements/no-deps.txt
+$(STAMP): pyproject.toml constraints.txt requirements/no-deps.txt requirements/vision-no-deps.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77'
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps -r requirements/no-deps.txt
+	$(BIN)/python -m pip uninstall -q -y torchvision timm 2>/dev/null
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/vision -r requirements/vision-no-deps.txt
 	touch $@
 
 $(BENCH_STAMP): $(STAMP) requirements/bench-no-deps.txt
@@ -39,7 +38,7 @@ $(BENCH_STAMP): $(STAMP) requirements/bench-no-deps.txt
 setup: $(STAMP)
 
 demo: $(STAMP)
-	$(RUN_ENV) $(BIN)/torchwrap demo $(DEMO_ARGS)
+	$(BIN)/torchwrap demo $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal --benchmark-disable $(PYTEST_ARGS) tests

@@ -4,12 +4,14 @@ torchvision 0.28 from the package index carries operators for the CUDA build of 
 load, the operator `torchvision::nms` is missing, and `import torchvision` raises while it registers a fake implementation for it;
 `import transformers` then fails for every model that looks for torchvision. Declaring the two schemas is enough for classifiers,
 timm and transformers, which never call them. The library itself needs none of this: it is a matter of the test environment, loaded
-by the root `conftest.py` and by every test that starts a fresh process.
+by the root `conftest.py` and by every test that starts a fresh process. So that nothing else meets it, the Makefile installs torchvision
+and timm into a folder beside the environment's own packages, which is put on the path here.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +24,9 @@ _declared: list[torch.library.Library] = []  # a Library takes its operators bac
 
 def ensure() -> bool:
     """Declare the two operators where torchvision's own library cannot; True when they were declared here."""
+    beside = Path(sys.prefix, "vision")
+    if beside.is_dir() and str(beside) not in sys.path:
+        sys.path.append(str(beside))
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations or _declared:
         return bool(_declared)

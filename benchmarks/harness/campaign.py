@@ -9,6 +9,7 @@ medians. The physical limit is `max(streamed bytes / best raw probe, time of the
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -61,6 +62,7 @@ class Campaign:
     say: Callable[[str], None] = print
     runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     probes: list[float] = field(default_factory=list)
+    killed: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -80,11 +82,13 @@ class Campaign:
             self.run(name)
 
     def run(self, name: str) -> float:
-        """One measured run; returns its median seconds per decoded token.
+        """One measured run; returns its median seconds per decoded token, infinity for a rival that did not survive the limit.
 
         Raises:
-            RuntimeError: the child failed, with its output.
+            RuntimeError: one of ours failed, or a rival for another reason than the limit; with its output.
         """
+        if name in self.killed:
+            return math.inf
         folder = checkpoint(self.shape)
         work = _work(folder, name)
         files = [*weight_files(folder), *(weight_files(work) if work.exists() else [])]
@@ -95,7 +99,14 @@ class Campaign:
         options = f'{{"host_memory": {self.limit}}}' if name == "torchwrap-explicit" else "{}"
         child = run_child(
             self._command(name, folder, "--options", options), limit=limit, environment=self._environment(), folder=ROOT, timeout_s=900
-        ).check()
+        )
+        if limit is not None and name not in OURS and child.killed:
+            # Its runs so far do not count either: a contender that dies in one round of three is no figure to compare with.
+            self.killed[name] = f"ended by the out-of-memory killer at {child.peak_bytes} of {limit} bytes"
+            self.runs.pop(name, None)
+            self.say(f"{self.title} {name:<19} {self.killed[name]}")
+            return math.inf
+        child.check()
         after = raw_read_rate(files)
         self.probes += [before, after]
         record = {
@@ -125,6 +136,7 @@ class Campaign:
             "tokens": self.tokens,
             "threads": self.threads,
             "rounds": max(map(len, self.runs.values()), default=0),
+            "killed": dict(self.killed),
             "contenders": {name: _contender(records) for name, records in self.runs.items()},
             "equal_tokens": len({tuple(record["ids"]) for records in self.runs.values() for record in records}) == 1,
             "equal_logits": len({record["logit_sha256"] for records in self.runs.values() for record in records}) == 1,
