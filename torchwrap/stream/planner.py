@@ -111,7 +111,7 @@ def plan_residency(
         if not keep_resident and fixed_bytes <= budget:
             return ResidencyPlan(budget, fixed_bytes, frozenset(), 0, 0, 0, 0, table_bytes)
         raise errors.BudgetError(
-            f"offload: a budget of {format_bytes(budget)} is too small: {format_bytes(fixed_bytes)} always stay, and no unit can be streamed",
+            f"offload: a budget of {format_bytes(budget)} is too small: {format_bytes(fixed_bytes)} always stay, no unit can be streamed",
             needed=fixed_bytes,
             available=budget,
             fix=f"Set device_memory={fixed_bytes} or more, or name the modules to stream: units=(...).",
