@@ -5,6 +5,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.torchwrap-dev
+# An environment that lost its interpreter or was copied from elsewhere is made again, whatever its stamp says.
+ifneq ($(shell $(BIN)/python -c 'import safetensors' 2>/dev/null && echo whole),whole)
+$(shell rm -f $(STAMP))
+endif
 BENCH_STAMP := $(VENV)/.torchwrap-bench
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -23,11 +27,12 @@ help:
 	@echo "make docs   build the documentation into site/"
 
 $(STAMP): pyproject.toml constraints.txt requirements/no-deps.txt requirements/vision-no-deps.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" || { echo "make: Python 3.10 or newer is needed and none was found; say PYTHON=/path/to/python3" >&2; exit 1; }
+	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77'
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps -r requirements/no-deps.txt
-	$(BIN)/python -m pip uninstall -q -y torchvision timm 2>/dev/null
+	$(BIN)/python -m pip uninstall -q -y torchvision timm
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/vision -r requirements/vision-no-deps.txt
 	touch $@
 
@@ -38,7 +43,7 @@ $(BENCH_STAMP): $(STAMP) requirements/bench-no-deps.txt
 setup: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/torchwrap demo $(DEMO_ARGS)
+	$(BIN)/python -m torchwrap.cli demo $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal --benchmark-disable $(PYTEST_ARGS) tests

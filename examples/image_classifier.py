@@ -1,11 +1,15 @@
-"""A torchvision network whose weights take turns in memory; a batch of images shares each reading."""
+"""A torchvision network whose weights take turns in memory; a batch of images shares each reading. Needs torchvision."""
 
 from __future__ import annotations
 
 import sys
 
 import torch
-import torchvision
+
+try:
+    import torchvision
+except (ImportError, RuntimeError) as error:
+    sys.exit(f"this example needs a torchvision that fits the installed torch: {error}")
 
 import torchwrap as tw
 

@@ -169,5 +169,6 @@ def _element(model: nn.Module) -> int:
 
 
 def _number(config: Any, *names: str, default: int = 0) -> int:
-    """The first of these fields that is set and not zero."""
-    return int(next((value for name in names if (value := getattr(config, name, None))), default))
+    """The first of these fields that is set and not zero; the largest of a list (stages of a Swin, say)."""
+    found = next((value for name in names if (value := getattr(config, name, None))), default)
+    return int(max(found) if isinstance(found, (list, tuple)) else found)

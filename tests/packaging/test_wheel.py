@@ -14,9 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# What a fresh environment with torch, numpy, safetensors and aiofiles holds: those four and what torch itself requires.
+# What a fresh environment with torch, numpy and safetensors holds: those three and what torch itself requires.
 ALLOWED = [
-    "torch", "torchgen", "functorch", "numpy", "safetensors", "aiofiles",
+    "torch", "torchgen", "functorch", "numpy", "safetensors",
     "typing_extensions", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock",
 ]  # fmt: skip
 
@@ -91,7 +91,7 @@ def test_wheel_declares_only_the_four_dependencies(wheel: Path) -> None:
         metadata = next(archive.read(name).decode() for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     required = [line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     plain = sorted(line for line in required if "extra ==" not in line)
-    assert [line.split(">")[0] for line in plain] == ["aiofiles", "numpy", "safetensors", "torch"]
+    assert [line.split(">")[0] for line in plain] == ["numpy", "safetensors", "torch"]
 
 
 def test_wheel_imports_and_works_without_any_framework(installed: Path) -> None:

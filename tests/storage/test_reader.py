@@ -179,8 +179,7 @@ def test_truncated_file_is_an_error_never_garbage(tmp_path: Path, path: Path) ->
                 read_all(reader, file)
 
 
-@pytest.mark.parametrize("how", ["replaced", "written"])
-def test_file_changed_while_it_is_read_is_an_error(tmp_path: Path, path: Path, how: str) -> None:
+def test_file_changed_while_it_is_read_is_an_error(tmp_path: Path, path: Path) -> None:
     other = tmp_path / "model.safetensors"
     shutil.copy(path, other)
     os.utime(other, ns=(1, 1))
@@ -188,13 +187,9 @@ def test_file_changed_while_it_is_read_is_an_error(tmp_path: Path, path: Path, h
     class Changing(Backend):
         def pread(self, fd: int, target: memoryview, offset: int) -> int:
             if offset == 32768:
-                if how == "replaced":
-                    shutil.copy(path, tmp_path / "new")
-                    os.replace(tmp_path / "new", other)
-                else:
-                    with open(other, "r+b") as writer:
-                        writer.seek(-1, os.SEEK_END)
-                        writer.write(b"z")
+                with open(other, "r+b") as writer:
+                    writer.seek(-1, os.SEEK_END)
+                    writer.write(b"z")
             return super().pread(fd, target, offset)
 
     with TensorFile.open(other) as file, Reader(1, 16384, backend=Changing()) as reader, pytest.raises(CorruptDataError, match="changed"):

@@ -80,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except TorchwrapError as error:
         return _report(error, arguments, status=1)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "torchwrap":
+        if (error.name or "").partition(".")[0] == "torchwrap":
             raise
         return _report(error, arguments, status=1)
     except KeyboardInterrupt:

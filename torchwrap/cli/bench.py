@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
             runs[name].append(_run_once(name, arguments))
     failures = {name: str(one["error"]) for name, found in runs.items() for one in found if "error" in one}
     rows = {name: _summary(found) for name, found in runs.items() if name not in failures}
-    same_ids = len({json.dumps(one["ids"]) for name in rows for one in runs[name]}) <= 1
+    same_ids = len({json.dumps(one["ids"]) for name in rows for one in runs[name]}) == 1
     logits = {
         f"{rival}/{ours}": _compare(runs[rival], runs[ours])
         for ours in arguments.techniques

@@ -23,7 +23,7 @@ __all__ = ["SUMMARY", "configure", "run"]
 
 SUMMARY = "what this machine offers: versions, memory, disk and copy speeds, integrations"
 
-_PACKAGES = ("torchwrap", "torch", "numpy", "safetensors", "aiofiles", "transformers", "accelerate", "torchvision", "timm", "peft")
+_PACKAGES = ("torchwrap", "torch", "numpy", "safetensors", "transformers", "accelerate", "torchvision", "timm", "peft")
 _IO_URING_SETUP = 425  # the same system call number on every Linux architecture
 
 
@@ -156,15 +156,20 @@ def _best(action: Callable[[], object], repeats: int = 5) -> float:
 
 
 def _integrations() -> list[dict[str, object]]:
-    from importlib.metadata import entry_points, version
+    import importlib
+    from importlib.metadata import PackageNotFoundError, entry_points, version
 
     found = []
     for point in sorted(entry_points(group="torchwrap.integrations"), key=lambda point: point.name):
         row: dict[str, object] = {"name": point.name, "loads": True, "reason": ""}
         try:
             integration = point.load()
-            row["tested"] = {name: list(bounds) for name, bounds in integration.tested.items()}
-            row["installed"] = {name: version(name) for name in integration.tested}
+            installed = {name: version(name) for name in integration.tested}
+            for name in integration.tested:
+                importlib.import_module(name)  # an integration imports its framework late; a broken pair of packages shows here
+            row |= {"tested": {name: list(bounds) for name, bounds in integration.tested.items()}, "installed": installed}
+        except PackageNotFoundError as error:
+            row |= {"loads": False, "reason": f"{error.name} is not installed"}
         except Exception as error:  # whatever a third party's package raises while it is imported is the answer to "why not"
             row |= {"loads": False, "reason": f"{type(error).__name__}: {error}"}
         found.append(row)
@@ -215,9 +220,9 @@ def _text(data: dict[str, object], problems: list[str]) -> str:
         rows.append(("", f"writes {amount(disk['write_bytes_per_s'])}/s with checksums"))
     rows += [("copy", f"{name.removesuffix('_bytes_per_s').replace('_', ' ')}: {amount(value)}/s") for name, value in copies.items()]
     for found in integrations:
-        tested = "; ".join(
-            f"{name} {found['installed'][name]} (tested {low} to {high})" for name, (low, high) in found.get("tested", {}).items()
-        )
-        rows.append(("integration", f"{found['name']}: " + (tested if found["loads"] else f"not loaded, {found['reason']}")))
+        said = f"not loaded, {found['reason']}"
+        if found["loads"]:
+            said = "; ".join(f"{name} {found['installed'][name]} (tested {low} to {high})" for name, (low, high) in found["tested"].items())
+        rows.append(("integration", f"{found['name']}: {said}"))
     rows += [("problem", text) for text in problems] or [("problems", "none")]
     return table(rows)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.demo.timeline import Story, draw
 
 if TYPE_CHECKING:
@@ -201,8 +202,14 @@ def _load(model: str | None, say: Callable[[str], None]) -> tuple[nn.Module, Any
         from torchwrap.demo.weights import smollm2
 
         model = str(smollm2(say))
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
-    return network, AutoTokenizer.from_pretrained(model), Path(name).name
+    try:
+        network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+        return network, AutoTokenizer.from_pretrained(model), Path(name).name
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(
+            f"cannot load a chat model: {first}", where=model, fix="Name a folder with config, tokenizer and weights, or a hub id."
+        ) from error
 
 
 def _answer(network: Any, tokenizer: Any, question: str, tokens: int, *, shown: TextIO | None, progress: TextIO | None) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -72,12 +73,18 @@ class Offload(Config):
         doc="first: every read is compared with the sum of the first read, or the stored one; always: also CRC-32; header: file identity.",
         choices=("first", "always", "header"),
     )
-    io_timeout_s: float = option(60.0, doc="Time after which a read that does not finish is an error.", unit="seconds", low=0.001)
+    io_timeout_s: float = option(
+        60.0, doc="Time after which a read that does not finish is an error.", unit="seconds", low=0.001, high=86400.0
+    )
     record: bool = option(False, doc="Record a timeline of reads, computation and stalls for pictures.")
     keep: bool = option(False, doc="Keep the files in `path` after unwrap.")
 
     def validate(self) -> None:
         """Rules that concern more than one field."""
+        if 0 < int(self.io_chunk) < 4096:
+            raise errors.ConfigError(f"offload: requests of {self.io_chunk} bytes", where="io_chunk", fix="Use 0, or 4096 bytes and more.")
+        if self.path is not None:
+            object.__setattr__(self, "path", os.path.expanduser(self.path))
         if self.path is not None and ("\0" in self.path or not self.path):
             raise errors.ConfigError(f"offload: {self.path!r} is no path", where="path", fix="Name a folder.")
         if self.keep and self.path is None:

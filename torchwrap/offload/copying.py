@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from torchwrap.core import errors
+from torchwrap.core.config import format_bytes
 from torchwrap.core.errors import TorchwrapWarning
 from torchwrap.core.swap import detach, layers_of
 from torchwrap.core.tensors import bind, data_of, placeholder, tensor_bytes
@@ -85,6 +86,14 @@ def convert(
         absent = [piece for piece in owned if not piece.resident]
         after = {dtype: fn(torch.empty(0, dtype=dtype, device=handle.device)) for dtype in {piece.dtype for piece in absent}}
         devices = {result.device for result in after.values()}
+        for device in devices:
+            if device.type not in ("cpu", "cuda"):
+                raise errors.UnsupportedModelError(
+                    f"offload: weights cannot be streamed to {device}",
+                    where=type(module).__name__,
+                    fix="Call torchwrap.unwrap(model) first.",
+                )
+        _check_growth(handle, {dtype: result.dtype for dtype, result in after.items()})
         if devices - {handle.device}:
             target = next(iter(devices - {handle.device}))
             if not _is_root(handle, module):
@@ -104,6 +113,19 @@ def convert(
         if any(result.dtype != dtype for dtype, result in after.items()):
             handle.replan()
         return result
+
+
+def _check_growth(handle: OffloadHandle, dtypes: dict[torch.dtype, torch.dtype]) -> None:
+    """Refuse a wider type before anything is converted if the weights would then hold more than their budget."""
+    factor = max((after.itemsize / before.itemsize for before, after in dtypes.items()), default=1.0)
+    held = int(handle.plan.held_bytes * factor)
+    if factor > 1 and held > handle.plan.budget:
+        raise errors.BudgetError(
+            f"offload: as wide as that, {format_bytes(held)} of weights would be present, the budget is {format_bytes(handle.plan.budget)}",
+            needed=held,
+            available=handle.plan.budget,
+            fix="Unwrap, convert and wrap again with a larger budget, or from_pretrained(folder, dtype=...).",
+        )
 
 
 def _is_root(handle: OffloadHandle, module: nn.Module) -> bool:

@@ -87,7 +87,7 @@ class OffloadHandle(Handle):
         self.watching: bool = any(not piece.resident for piece in pieces)
         self._own_lock = threading.RLock()
         self._by_id = {id(piece.parameter): piece for piece in pieces}
-        self.handed: dict[int, weakref.ref[torch.Tensor]] = {}  # what state dicts were given last, by piece
+        self.handed: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # what state dicts got last and its version, by piece
         self.lent: dict[int, Piece] = {}  # shown in full while load_state_dict copies into them
         self.tables: dict[int, RowTable] = {
             unit.index: RowTable(unit.pieces[0], reader, verify=config.verify != "header", timeout_s=config.io_timeout_s)
@@ -203,6 +203,7 @@ class OffloadHandle(Handle):
         with self.lock:
             return read_piece(piece, self.reader, self.config.io_timeout_s, verify=self.config.verify != "header").to(self.device)
 
+    @torch.inference_mode(False)
     def stored_view(self, piece: Piece) -> torch.Tensor:
         """The piece's values as a tensor over its home, compared with its sum if that is known. Cost: one read, no memory of its own."""
         if piece.host is not None:
@@ -384,6 +385,20 @@ class OffloadHandle(Handle):
             self.engine.resize(self.plan)
 
     # -- ends --------------------------------------------------------------------------------------------------------------------
+
+    def check_handed(self) -> None:
+        """Raise `ConflictError` if somebody wrote to a tensor of a state dict: it shows stored bytes, so the model would not follow."""
+        for index, (handed, version) in list(self.handed.items()):
+            view = handed()
+            if view is None or view._version != version:
+                del self.handed[index]
+            if view is not None and view._version != version:
+                name = next(piece.name for piece in self.pieces if piece.index == index)
+                raise errors.ConflictError(
+                    f"offload: the tensor that state_dict() gave for {name} was written to; the weights of the model did not change",
+                    where=name,
+                    fix=f"Write inside `with torchwrap.core.tensors(model, {name!r}, write=True) as real:`, or use load_state_dict().",
+                )
 
     def hide_lent(self) -> None:
         """Take away again what an interrupted load_state_dict left in memory."""

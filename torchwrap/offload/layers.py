@@ -52,6 +52,8 @@ class RootLayer(_OffloadLayer):
         handle.lock.acquire()
         try:
             handle.hide_lent()
+            if handle.handed:
+                handle.check_handed()
             guard = None
             if handle.watching and can_watch():
                 guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)
@@ -227,7 +229,8 @@ class _Pack:
         engine = self._handle.engine
         found = engine.piece_at(tensor) if engine is not None else None
         if found is None:
-            return tensor
+            # A node that saves its own output and gets it back with its history is a cycle that no collector sees (RMSNorm, sdpa).
+            return tensor.detach() if tensor.grad_fn is not None else tensor
         piece, offset = found
         return _Saved(self._handle, piece, offset, tuple(tensor.shape), tuple(tensor.stride()))
 

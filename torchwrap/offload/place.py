@@ -25,7 +25,7 @@ from torchwrap.storage.checksum import crc32, memory_of, sum64
 from torchwrap.storage.safefile import index_folder
 from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.arena import Arena, arena_for
-from torchwrap.stream.pieces import learn, part_of, put_away, read_piece
+from torchwrap.stream.pieces import aligned_copy, learn, part_of, put_away, read_piece
 from torchwrap.stream.planner import PAGE, region_bytes
 from torchwrap.stream.progress import progress
 from torchwrap.stream.units import Home, Piece, UnitMap
@@ -112,7 +112,9 @@ def take_back(handle: OffloadHandle) -> None:
         if handle.mapped and piece.home is not None:
             values.append(handle.stored_view(piece))
         else:
-            values.append(read_piece(piece, handle.reader, handle.config.io_timeout_s, verify=handle.config.verify != "header"))
+            value = read_piece(piece, handle.reader, handle.config.io_timeout_s, verify=handle.config.verify != "header")
+            # Out of the page-aligned buffer it was read into, which is larger than the value.
+            values.append(aligned_copy(value, piece.residue) if piece.residue else value.clone())
     for piece, value in zip(away, values, strict=True):
         bind(piece.parameter, value.to(handle.origin))
         piece.resident = True

@@ -41,7 +41,7 @@ class _Save(_StateHook):
                 view = self._already_in(state, piece)
                 if view is None:
                     view = self.handle.stored_view(piece)
-                    self.handle.handed[piece.index] = weakref.ref(view)
+                    self.handle.handed[piece.index] = (weakref.ref(view), view._version)
                 # state_dict(keep_vars=True) hands out parameters; the model's own shows the placeholder.
                 state[prefix + name] = nn.Parameter(view, piece.parameter.requires_grad) if isinstance(saved, nn.Parameter) else view
 
@@ -50,7 +50,7 @@ class _Save(_StateHook):
         if len(piece.names) < 2:
             return None
         handed = self.handle.handed.get(piece.index)
-        view: torch.Tensor | None = handed() if handed is not None else None
+        view: torch.Tensor | None = handed[0]() if handed is not None else None
         if view is None or not any(torch.is_tensor(value) and value.data_ptr() == view.data_ptr() for value in state.values()):
             return None
         return view

@@ -98,14 +98,16 @@ class TensorFile:
         return found
 
     def check_unchanged(self) -> None:
-        """Raise `CorruptDataError` if the file was replaced, resized or written to since it was opened. Cost: one `stat`.
+        """Raise `CorruptDataError` if the file was resized or written to since it was opened. Cost: one `fstat`.
 
-        A file that was deleted counts as unchanged: its bytes stay readable through the open descriptor.
+        A file that was deleted, or whose name another file took (a checkpoint saved into the folder it came from), counts as unchanged:
+        its bytes stay readable, as they were, through the open descriptor.
         """
         try:
-            now = _identity(os.stat(self.path))
+            # Closed under a read that goes on: the name is all that is left to look at.
+            now = _identity(os.stat(self.path) if self._closed else os.fstat(self.fd(False)))
         except FileNotFoundError:
-            now = _identity(os.fstat(self.fd(False)))
+            return
         except OSError as error:
             raise StorageError(f"the file cannot be checked: {error.strerror}", where=str(self.path)) from error
         if now != self._identity:
@@ -235,8 +237,6 @@ def _identity(found: os.stat_result) -> _Identity:
 
 
 def _difference(before: _Identity, now: _Identity) -> str:
-    if before.inode != now.inode:
-        return "another file has its name now"
     if before.size != now.size:
         return f"{before.size} bytes then, {now.size} now"
     return "it was written to"

@@ -117,7 +117,7 @@ def plan_residency(
             fix=f"Set device_memory={fixed_bytes} or more, or name the modules to stream: units=(...).",
         )
     depth = 2 if any(unit.nested for unit in scanned) else 1
-    counts = [slots] if slots else [depth + 1, depth]
+    counts = [min(slots, max(depth, len(scanned)))] if slots else [depth + 1, depth]  # more slots than units would stay empty
     if slots and slots < depth:
         raise errors.ConfigError(
             f"offload: k={slots} slots, but blocks with experts need {depth} at once", where="k", fix=f"Set k={depth} or more."

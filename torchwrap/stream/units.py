@@ -224,10 +224,11 @@ def _hold_shared(model: nn.Module, units: list[Unit], taken: dict[int, int], hel
 
 def _nest(units: list[Unit]) -> None:
     """A unit inside another one (modules shared between blocks can be) is present together with it, as an expert is with its block."""
+    by_module = {id(unit.module): unit for unit in units if unit.kind != "rows"}
     for outer in units:
-        inside = {id(module) for module in outer.module.modules()} if outer.module is not None else set()
-        for unit in units:
-            if unit is not outer and unit.parent is None and unit.kind != "rows" and id(unit.module) in inside:
+        for module in outer.module.modules() if outer.module is not None else ():
+            unit = by_module.get(id(module))
+            if unit is not None and unit is not outer and unit.parent is None:
                 unit.parent = outer.index
 
 
@@ -267,6 +268,11 @@ def _unmovable(model: nn.Module, pieces: dict[int, Piece], notes: list[str]) -> 
         if type(data) is not torch.Tensor or type(piece.parameter) is not nn.Parameter:
             held.add(piece.index)
             notes.append(f"{piece.name} is a {type(data).__name__}: it stays in memory")
+            continue
+        if not (piece.dtype.is_floating_point or piece.dtype.is_complex):
+            # An integer has no NaN to show that it is away: reading it at the wrong moment would give a number.
+            held.add(piece.index)
+            notes.append(f"{piece.name} is {piece.dtype}: it stays in memory")
             continue
         if piece.nbytes == 0 or data.numel() <= 1 or data.layout != torch.strided:
             held.add(piece.index)
