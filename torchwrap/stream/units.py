@@ -28,7 +28,7 @@ __all__ = ["Crc", "Home", "Piece", "SourceFile", "Unit", "UnitMap", "find_units"
 Kind = Literal["block", "expert", "leaf", "rows"]
 
 LEAF_BYTES = 1 << 20
-"""Leaves outside the blocks smaller than this stay fixed (chosen: a read of 1 MiB costs less than a millisecond, a layer call 2 us)."""
+"""Leaves outside the blocks smaller than this stay fixed (chosen: too little to be worth a request)."""
 
 _SMALL_SHARE = 256
 """A piece below this share of its unit (norms, biases) stays fixed: reading it costs a request and saves nothing."""
