@@ -21,7 +21,8 @@ _RESERVE_TOKENS = 256
 """Tokens per call that the default reserve provides for (chosen: a chat prompt and its answer; longer inputs set `reserve`)."""
 
 _MARGIN = 24 << 20
-"""Bytes left to the allocator, threads and compiled kernels that appear during the first passes (chosen; a first forward of a process was measured at 14 MiB)."""
+"""Bytes left to the allocator, threads and compiled kernels that appear during the first passes (chosen; a
+first forward of a process was measured at 14 MiB)."""
 
 
 @dataclass(frozen=True, slots=True)
