@@ -88,17 +88,31 @@ def test_any_range_lands_exactly_and_touches_only_its_own_blocks(path: Path, dat
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(offset=st.integers(0, 20_000), nbytes=st.integers(1, 60_000), before=st.integers(0, 5000), after=st.integers(0, 5000))
-def test_a_target_without_room_around_it_is_not_overrun(path: Path, offset: int, nbytes: int, before: int, after: int) -> None:
-    memory = memoryview(bytearray(b"\xaa" * (before + nbytes + after)))
+@given(
+    offset=st.integers(0, 20_000),
+    nbytes=st.integers(1, 60_000),
+    before=st.integers(0, 5000),
+    after=st.integers(0, 5000),
+    congruent=st.booleans(),
+    odd=st.integers(1, 4095),
+)
+def test_a_target_without_room_around_it_is_not_overrun(
+    path: Path, offset: int, nbytes: int, before: int, after: int, congruent: bool, odd: int
+) -> None:
+    """Nothing outside the target is written; inside it, only the blocks that an in-place read touches."""
+    buffer = allocate(3 * 4096 + before + nbytes + after)
+    buffer.tensor().fill_(0xAA)
+    # The address decides whether blocks are read in place, so it is chosen here and not left to the allocator.
+    begin = 4096 + (offset - before + (0 if congruent else odd)) % 4096
+    end = begin + before + nbytes + after
     with TensorFile.open(path) as file, Reader(2, 8192) as reader:
-        aligned = allocate(len(memory))
-        aligned.memory[: len(memory)] = memory
-        for target in (memory, aligned.memory[: len(memory)]):
-            reader.submit([Read(file, offset, nbytes, target, before)]).wait()
-            assert target[before : before + nbytes] == path.read_bytes()[offset : offset + nbytes]
-    assert memory[:before] == b"\xaa" * before
-    assert memory[before + nbytes :] == b"\xaa" * after
+        reader.submit([Read(file, offset, nbytes, buffer.memory[begin:end], before)]).wait()
+    first, last = begin + before, begin + before + nbytes
+    assert buffer.memory[first:last] == path.read_bytes()[offset : offset + nbytes]
+    if congruent:
+        first, last = max(begin, first // 4096 * 4096), min(end, -(-last // 4096) * 4096)
+    assert bytes(buffer.memory[:first]) == b"\xaa" * first
+    assert bytes(buffer.memory[last:]) == b"\xaa" * (buffer.nbytes - last)
 
 
 def test_congruent_reads_are_not_copied(file: TensorFile, faulty: Any) -> None:
