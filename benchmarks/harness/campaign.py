@@ -3,7 +3,8 @@
 Each run is a fresh child in a fresh memory group, after the page-cache pages of every weight file have been dropped, with a raw disk
 probe right before and right after. Rounds alternate and start with a different contender each time, so that a machine that changes
 speed within minutes changes it for all. Figures are medians over rounds (of the median token of each run); ratios are ratios of those
-medians. The physical limit is `max(streamed bytes / best raw probe, time of the computation alone)`.
+medians. The physical limit is `max(streamed bytes / best raw rate into memory, time of the computation alone)`; the rate into buffers
+that stay in the processor's cache, which no model can use, is reported beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from benchmarks.harness.cgroup import run_child
 from benchmarks.harness.checkpoints import SHAPES, checkpoint, weight_files
 from benchmarks.harness.contenders import OURS
-from benchmarks.harness.disk import cached_bytes, drop_cached_pages, raw_read_rate
+from benchmarks.harness.disk import RawRate, cached_bytes, drop_cached_pages, raw_read_rate
 from benchmarks.harness.statistics import ratio_of_medians, spread
 
 __all__ = ["ALL", "FAMILIES", "Campaign", "available"]
@@ -61,7 +62,7 @@ class Campaign:
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     say: Callable[[str], None] = print
     runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    probes: list[float] = field(default_factory=list)
+    probes: list[RawRate] = field(default_factory=list)
     killed: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -117,7 +118,7 @@ class Campaign:
             "refaulted_pages": child.refaulted_pages,
             "hwm_bytes": child.hwm_bytes,
             "wall_s": child.wall_s,
-            "raw_bytes_per_s": [before, after],
+            "raw_bytes_per_s": {"cache": [before.cache, after.cache], "memory": [before.memory, after.memory]},
             "cached_bytes_at_start": still_cached,
         }
         self.runs.setdefault(name, []).append(record)
@@ -140,8 +141,9 @@ class Campaign:
             "contenders": {name: _contender(records) for name, records in self.runs.items()},
             "equal_tokens": len({tuple(record["ids"]) for records in self.runs.values() for record in records}) == 1,
             "equal_logits": len({record["logit_sha256"] for records in self.runs.values() for record in records}) == 1,
-            "best_raw_bytes_per_s": max(self.probes, default=0.0),
-            "raw_bytes_per_s": spread(self.probes),
+            "best_raw_bytes_per_s": max((probe.memory for probe in self.probes), default=0.0),
+            "raw_bytes_per_s": spread([probe.memory for probe in self.probes]),
+            "raw_bytes_per_s_into_cache": spread([probe.cache for probe in self.probes]),
         }
         if ours is not None:
             mine = self.runs[ours]
@@ -165,9 +167,10 @@ class Campaign:
 
     def _physics(self, mine: list[dict[str, Any]]) -> dict[str, float | None]:
         streamed = next((record["prediction"]["streamed_bytes"] for record in mine if record.get("prediction")), None)
-        if streamed is None or not self.probes or not max(self.probes):
+        rate = max((probe.memory for probe in self.probes), default=0.0)
+        if streamed is None or not rate:
             return {}
-        reading = streamed / max(self.probes)
+        reading = streamed / rate
         computing = min((_decode(record) for record in self.runs.get("memory", [])), default=0.0)
         measured = median(_decode(record) for record in mine)
         ideal = max(reading, computing)
@@ -180,6 +183,7 @@ class Campaign:
             "measured_over_ideal": measured / ideal if ideal else None,
             "fraction_of_ideal": ideal / measured,
             "fraction_of_raw_probe": reading / measured,
+            "fraction_of_raw_probe_into_cache": streamed / max(probe.cache for probe in self.probes) / measured,
         }
 
     def _command(self, name: str, folder: Path, *more: str) -> list[str]:
@@ -224,10 +228,10 @@ def _prediction(mine: list[dict[str, Any]]) -> dict[str, float]:
     return errors
 
 
-def _line(title: str, name: str, record: dict[str, Any], decode_s: float, before: float, after: float) -> str:
+def _line(title: str, name: str, record: dict[str, Any], decode_s: float, before: RawRate, after: RawRate) -> str:
     peak, hwm = (record["peak_bytes"] or 0) / 2**20, (record["hwm_bytes"] or 0) / 2**20
     return (
         f"{title} {name:19} decode {decode_s:6.3f} s/token  prefill {record['prefill_s']:6.3f} s  load {record['load_s']:5.2f} s  "
         f"peak {peak:6.0f} MiB  VmHWM {hwm:6.0f} MiB  refaults {record['refaulted_pages'] or 0:8d}  "
-        f"raw {before / 1e9:.2f}/{after / 1e9:.2f} GB/s"
+        f"raw {before.memory / 1e9:.2f}/{after.memory / 1e9:.2f} GB/s"
     )
