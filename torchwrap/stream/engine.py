@@ -24,6 +24,7 @@ from torchwrap.core import errors
 from torchwrap.core.tensors import bind
 from torchwrap.storage import aio
 from torchwrap.stream.arena import Arena, Slot
+from torchwrap.stream.batches import Batches
 from torchwrap.stream.layout import Layout, Region, lay_out
 from torchwrap.stream.pieces import check_untouched, learn, part_of, read_piece
 from torchwrap.stream.planner import ResidencyPlan
@@ -57,6 +58,7 @@ class Engine:
         verify: compare the checksum of every read with that of the first (or the stored one).
         timeout_s: seconds after which a read that does not finish is an error.
         timeline: where events are recorded, if anywhere.
+        batch: uses after which slots change hands, see batches.py.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine:
         verify: bool = True,
         timeout_s: float = 60.0,
         timeline: Timeline | None = None,
+        batch: int = 1,
     ) -> None:
         self.units: list[Unit] = list(units)
         self.plan: ResidencyPlan = plan
@@ -78,6 +81,8 @@ class Engine:
         self.schedule: Schedule = Schedule()
         self.schedule.seed([u.index for u in self.units if self._prefetched(u) and any(not piece.resident for piece in u.pieces)])
         self.timeline: Timeline | None = timeline
+        self.batches: Batches = Batches(batch)
+        self._finished: list[_Fetch] = []  # used in this batch; their slots change hands at its end
         self._verify, self._timeout_s = verify, timeout_s
         self._layouts: dict[int, Layout] = {}
         self._slots: list[Slot] = []
@@ -153,7 +158,8 @@ class Engine:
         if self.layout(unit).places:
             self._bring(unit, fetch)
         try:
-            self._guess()
+            if self.batches.begun(present=fetch is not None):
+                self._guess()
         except BaseException:
             brought = self._fetches.get(unit.index)
             if brought is not None and brought.users:
@@ -200,11 +206,18 @@ class Engine:
             raise
 
     def _retire(self, fetch: _Fetch) -> None:
-        """Last use ended: hide the weights, keep the slot only if the unit is expected again before others need it."""
+        """Last use ended: hide the weights. At the end of a batch, keep slots only of units expected again before others need them."""
         self._hide(fetch.unit)
         self.arena.after_compute(fetch.slot)
-        if fetch.unit.index not in self.schedule.predict(len(self._slots)):
-            self._drop(fetch)
+        self._finished.append(fetch)
+        if not self.batches.ended():
+            return
+        expected = self.schedule.predict(len(self._slots))
+        # The slot freed last is taken first: the first copy into the batch's slots waits for its last unit, and the others come after it.
+        for done in self._finished:
+            if not done.users and done.unit.index not in expected and self._fetches.get(done.unit.index) is done:
+                self._drop(done)
+        self._finished.clear()
         self._guess()
 
     # -- fetching ----------------------------------------------------------------------------------------------------------------
