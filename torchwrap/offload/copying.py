@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from torchwrap.core import errors
-from torchwrap.core.config import format_bytes
+from torchwrap.core.config import Config, format_bytes
 from torchwrap.core.errors import TorchwrapWarning
 from torchwrap.core.swap import detach, layers_of
 from torchwrap.core.tensors import bind, data_of, placeholder, tensor_bytes
+from torchwrap.core.transaction import apply
 from torchwrap.offload.layers import RootLayer
 from torchwrap.offload.state import unhook_states
 
 if TYPE_CHECKING:
-    from torchwrap.offload.config import Offload
     from torchwrap.offload.handle import OffloadHandle
 
 __all__ = ["before_deepcopy", "convert", "reduce"]
@@ -71,10 +71,10 @@ def reduce(handle: OffloadHandle, module: nn.Module) -> tuple[Any, ...]:
     if not _is_root(handle, module):
         return (_same, (plain,))
     applied = plain.__dict__.get("_torchwrap_applied", {})
-    applied.pop("offload", None)
+    applied.pop(handle.setting.technique, None)
     if not applied:
         plain.__dict__.pop("_torchwrap_applied", None)
-    return (_offload_again, (plain, handle.config))
+    return (_apply_again, (plain, handle.setting))
 
 
 def convert(
@@ -136,13 +136,12 @@ def _same(module: nn.Module) -> nn.Module:
     return module
 
 
-def _offload_again(module: nn.Module, config: Offload) -> nn.Module:
-    from torchwrap.offload.technique import offload
-
+def _apply_again(module: nn.Module, config: Config) -> nn.Module:
     try:
-        return offload(module, config)
+        return apply(module, config)
     except errors.BudgetError as error:
         # Memory layout is not part of a pickle (views of one storage come apart), so a budget without slack may miss by some pages.
         # Failing here would keep the user from the weights.
         warnings.warn(f"{error} Using {error.needed} bytes.", TorchwrapWarning, stacklevel=2)
-        return offload(module, dataclasses.replace(config, device_memory=error.needed, host_memory=None))
+        changes: dict[str, Any] = {"device_memory": error.needed, "host_memory": None}
+        return apply(module, dataclasses.replace(config, **changes))

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from torchwrap.core import errors
-from torchwrap.core.config import format_bytes
+from torchwrap.core.config import Config, format_bytes
 from torchwrap.core.swap import original_class
 from torchwrap.core.technique import Handle
 from torchwrap.core.tensors import bind, data_of, is_placeholder, placeholder, tensor_bytes
@@ -43,6 +43,7 @@ class OffloadHandle(Handle):
     """Weights of one model that are not all in memory.
 
     Attributes:
+        setting: the config of the technique this is the handle of; `config` is what the engine and the files go by.
         pieces: all distinct parameters of the model.
         plan: how the budget was divided.
         engine: streams the units; None when everything is resident.
@@ -68,6 +69,7 @@ class OffloadHandle(Handle):
         notes: Sequence[str] = (),
     ) -> None:
         self.config: Offload = config
+        self.setting: Config = config
         self.units: list[Unit] = units
         self.pieces: list[Piece] = pieces
         self.plan: ResidencyPlan = plan
@@ -294,7 +296,7 @@ class OffloadHandle(Handle):
 
     def inert(self) -> OffloadHandle:
         """A handle that owns nothing, for copies whose weights are all present."""
-        made = OffloadHandle(
+        made = type(self)(
             self.config,
             [],
             [],
@@ -341,7 +343,7 @@ class OffloadHandle(Handle):
                 timeout_s=self.config.io_timeout_s,
                 timeline=Timeline() if self.config.record else None,
             )
-        return OffloadHandle(
+        return type(self)(
             self.config,
             units,
             list(pieces.values()),

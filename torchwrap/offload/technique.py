@@ -91,6 +91,7 @@ class OffloadTechnique(Technique[Offload]):
     phase: ClassVar[int] = PHASES["offload"]
     config_class = Offload
     exactness = "bit-identical"
+    handle_class: ClassVar[type[OffloadHandle]] = OffloadHandle
     trains = False
 
     @torch.inference_mode(False)
@@ -197,7 +198,7 @@ class OffloadTechnique(Technique[Offload]):
                 )
             integration = blueprint.integration
             working = _Working(integration, model, blueprint.scratch)
-            handle = OffloadHandle(
+            handle = self.handle_class(
                 config,
                 blueprint.division.units,
                 pieces,
