@@ -289,7 +289,7 @@ def test_a_piece_is_found_by_the_address_of_its_view(tmp_path: Path) -> None:
         with using(engine, unit):
             for piece in unit.pieces:
                 found = engine.piece_at(piece.parameter.data[3:])
-                assert found is not None and found[0] is piece and found[1] == 3
+                assert found is not None and found[0] is piece and found[1] == 3 * piece.dtype.itemsize
             assert engine.piece_at(stored.values[0]) is None
             inside = unit.pieces[0].parameter.data[:0]
         assert engine.piece_at(stored.units[0].pieces[0].parameter.data) is None

@@ -27,6 +27,7 @@ __all__ = [
     "is_placeholder",
     "map_parameters",
     "placeholder",
+    "references",
     "set_holder",
     "storage_bytes",
     "storage_key",
@@ -43,9 +44,7 @@ _HOLDER = "_torchwrap_holder"
 class Holder(Protocol):
     """What a placement technique leaves in a module whose parameters it may have taken away."""
 
-    def lend(
-        self, module: nn.Module, names: tuple[str, ...], write: bool
-    ) -> AbstractContextManager[dict[str, torch.Tensor]]:
+    def lend(self, module: nn.Module, names: tuple[str, ...], write: bool) -> AbstractContextManager[dict[str, torch.Tensor]]:
         """Real values of `names` (parameter names local to `module`); with `write`, changes are stored on exit."""
         ...
 
@@ -107,6 +106,11 @@ def storage_key(tensor: torch.Tensor) -> tuple[str, int]:
     if tensor.device.type == "meta":
         return ("meta", id(tensor))
     return (str(tensor.device), tensor.untyped_storage().data_ptr() or id(tensor))
+
+
+def references(tensor: torch.Tensor) -> int:
+    """How many tensors, this one included, share the tensor's memory; some more, the same each time, for those who look."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

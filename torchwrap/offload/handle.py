@@ -10,7 +10,7 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torchwrap.core.swap import original_class
 from torchwrap.core.technique import Handle
 from torchwrap.core.tensors import bind, data_of, is_placeholder, placeholder, tensor_bytes
 from torchwrap.offload import copying
+from torchwrap.offload.backward import Backward
 from torchwrap.offload.config import CRC, Offload
 from torchwrap.offload.predict import Prediction, predict_pass
 from torchwrap.storage import aio
@@ -47,6 +48,7 @@ class OffloadHandle(Handle):
         pieces: all distinct parameters of the model.
         plan: how the budget was divided.
         engine: streams the units; None when everything is resident.
+        backward: the backward running through the model; tells listeners which units it is done with.
         tables: row tables by unit index.
         passes: completed forward passes through the root.
     """
@@ -74,6 +76,7 @@ class OffloadHandle(Handle):
         self.pieces: list[Piece] = pieces
         self.plan: ResidencyPlan = plan
         self.engine: Engine | None = engine
+        self.backward: Backward = Backward(engine)
         self.reader: aio.Reader = reader
         self.store: SpillStore | None = store
         self.device: torch.device = device
@@ -202,8 +205,13 @@ class OffloadHandle(Handle):
         shown = data_of(piece.parameter)
         if not is_placeholder(shown) and (piece.resident or self.engine is None):
             return shown
-        with self.lock:
-            return read_piece(piece, self.reader, self.config.io_timeout_s, verify=self.config.verify != "header").to(self.device)
+        if self.engine is not None:  # not under `lock`: a device's backward asks from a thread of its own, perhaps within a forward
+            return self.engine.read(piece).to(self.device)
+        return read_piece(piece, self.reader, self.config.io_timeout_s, verify=self.config.verify != "header").to(self.device)
+
+    def unchanging(self, piece: Piece) -> AbstractContextManager[None]:
+        """Within the block nothing replaces the piece's values."""
+        return self.engine.unchanging(piece) if self.engine is not None else nullcontext()
 
     @torch.inference_mode(False)
     def stored_view(self, piece: Piece) -> torch.Tensor:
@@ -219,9 +227,10 @@ class OffloadHandle(Handle):
 
     def set_value(self, piece: Piece, value: torch.Tensor) -> None:
         """Make `value` what the piece is from now on; a file that is not ours is never written, the piece moves to our own."""
-        with self.lock:
+        with self.engine.exclusive() if self.engine is not None else self.lock:
             if self.engine is not None:
                 self.engine.forget_layouts()  # nothing reads or shows the old version any more
+            piece.version += 1
             if piece.host is not None:
                 piece.host.view(piece.dtype).view(piece.shape).copy_(value)
             else:
@@ -403,7 +412,8 @@ class OffloadHandle(Handle):
                 )
 
     def hide_lent(self) -> None:
-        """Take away again what an interrupted load_state_dict left in memory."""
+        """Take away again what an interrupted load_state_dict or backward left in memory."""
+        self.backward.settle()
         for piece in self.lent.values():
             bind(piece.parameter, piece.absent)
         self.lent.clear()

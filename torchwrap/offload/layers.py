@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from torchwrap.core import errors
 from torchwrap.core.layer import CallState, Layer, Placement
 from torchwrap.core.tensors import bind
+from torchwrap.offload.saved import saving_for
 from torchwrap.stream.pieces import check_untouched
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.units import Piece, Unit
@@ -46,9 +46,9 @@ class RootLayer(_OffloadLayer):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         handle = self.handle
-        _refuse_training(module)
         if handle.engine is not None:
             handle.engine.check_process()
+        handle.backward.settle()
         handle.lock.acquire()
         try:
             handle.hide_lent()
@@ -72,6 +72,8 @@ class RootLayer(_OffloadLayer):
         handle.watching = not self._leave() and handle.watching
         handle.passes += 1
         handle.lock.release()
+        if torch.is_grad_enabled():
+            handle.backward.watch_root(output)
         return output
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
@@ -99,7 +101,6 @@ class UnitLayer(_OffloadLayer):
         if engine is None:
             self._calls.push(None)
             return args, kwargs
-        _refuse_training(module)
         unit = engine.units[self.unit]
         if self.handle.lent:
             self.handle.hide_lent()
@@ -113,16 +114,19 @@ class UnitLayer(_OffloadLayer):
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        self._leave()
+        scope = self._leave()
+        if scope is not None and self.where == "outside" and torch.is_grad_enabled():
+            self.handle.backward.watch(scope.unit, output)
         return output
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
         self._leave()
 
-    def _leave(self) -> None:
+    def _leave(self) -> _Scope | None:
         scope: _Scope | None = self._calls.pop()
         if scope is not None:
             scope.close()
+        return scope
 
 
 class RowLayer(_OffloadLayer):
@@ -142,9 +146,10 @@ class RowLayer(_OffloadLayer):
             if not args and "input" not in kwargs:
                 return call(*args, **kwargs)  # torch's own message about the missing argument
             ids = args[0] if args else kwargs["input"]
-            if self.handle.plain_table(module):
-                return table.forward(module, ids)
-            return self._through_own_forward(module, table, call, ids, args, kwargs)
+            with self.handle.unchanging(table.piece):
+                if self.handle.plain_table(module):
+                    return table.forward(module, ids)
+                return self._through_own_forward(module, table, call, ids, args, kwargs)
 
     def _through_own_forward(
         self,
@@ -184,20 +189,20 @@ def _called_with(
 
 
 class _Scope:
-    """One use of a unit: autocast's cache off, saved weights replaced by handles, and the release at the end."""
+    """One use of a unit: autocast's cache off, saved weights replaced by notes, and the release at the end."""
 
-    __slots__ = ("_cache", "_engine", "_hooks", "_unit")
+    __slots__ = ("_cache", "_engine", "_hooks", "unit")
 
     def __init__(self, handle: OffloadHandle, unit: Unit) -> None:
         assert handle.engine is not None
-        self._engine, self._unit = handle.engine, unit
+        self._engine, self.unit = handle.engine, unit
         # With its cache on, autocast keeps a cast copy of every weight until the region ends: all the memory that streaming saves.
         self._cache = torch.is_autocast_cache_enabled()
         if self._cache:
             torch.set_autocast_cache_enabled(False)
         self._hooks = None
         if torch.is_grad_enabled():
-            self._hooks = torch.autograd.graph.saved_tensors_hooks(_Pack(handle), _unpack)
+            self._hooks = saving_for(handle)
             self._hooks.__enter__()
 
     def close(self) -> None:
@@ -205,41 +210,7 @@ class _Scope:
             self._hooks.__exit__()
         if self._cache:
             torch.set_autocast_cache_enabled(True)
-        self._engine.release(self._unit)
-
-
-class _Saved:
-    """A view of a streamed weight that autograd wanted to keep: what is needed to make it again."""
-
-    __slots__ = ("handle", "offset", "piece", "size", "stride")
-
-    def __init__(self, handle: OffloadHandle, piece: Piece, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        self.handle, self.piece, self.offset, self.size, self.stride = handle, piece, offset, size, stride
-
-
-class _Pack:
-    """Replaces tensors that lie in a slot, which the next unit overwrites, by a `_Saved`; leaves all others alone."""
-
-    __slots__ = ("_handle",)
-
-    def __init__(self, handle: OffloadHandle) -> None:
-        self._handle = handle
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
-        engine = self._handle.engine
-        found = engine.piece_at(tensor) if engine is not None else None
-        if found is None:
-            # A node that saves its own output and gets it back with its history is a cycle that no collector sees (RMSNorm, sdpa).
-            return tensor.detach() if tensor.grad_fn is not None else tensor
-        piece, offset = found
-        return _Saved(self._handle, piece, offset, tuple(tensor.shape), tuple(tensor.stride()))
-
-
-def _unpack(saved: torch.Tensor | _Saved) -> torch.Tensor:
-    if isinstance(saved, torch.Tensor):
-        return saved
-    whole = saved.handle.value(saved.piece)
-    return whole.as_strided(saved.size, saved.stride, whole.storage_offset() + saved.offset)
+        self._engine.release(self.unit)
 
 
 def _copies_weight(args: tuple[Any, ...]) -> bool:
@@ -248,12 +219,3 @@ def _copies_weight(args: tuple[Any, ...]) -> bool:
     if not isinstance(x, torch.Tensor) or not x.numel() or not x.dim():
         return False
     return x.numel() > x.shape[-1] or x.untyped_storage().nbytes() > x.numel() * x.element_size()
-
-
-def _refuse_training(module: nn.Module) -> None:
-    if module.training and torch.is_grad_enabled():
-        raise errors.UnsupportedModelError(
-            "offload: this version streams weights for inference; the model is in training mode with gradients on",
-            where=type(module).__name__,
-            fix="Call model.eval(), or run under torch.no_grad(), or torchwrap.unwrap(model) before training.",
-        )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -92,7 +93,6 @@ class OffloadTechnique(Technique[Offload]):
     config_class = Offload
     exactness = "bit-identical"
     handle_class: ClassVar[type[OffloadHandle]] = OffloadHandle
-    trains = False
 
     @torch.inference_mode(False)
     def prepare(self, model: nn.Module, config: Offload, integration: Integration) -> Prepared[Offload]:
@@ -242,9 +242,11 @@ class OffloadTechnique(Technique[Offload]):
         if not handle.mapped:
             needed = sum(piece.nbytes for piece in handle.pieces if not piece.resident)
             check_room(needed, memory_available() if handle.device.type == "cpu" else None, "unwrapping")
-        take_back(handle)
-        unhook_states([*model.modules(), *handle.hooked])
-        handle.close()
+        handle.backward.settle()
+        with handle.engine.exclusive() if handle.engine is not None else nullcontext():
+            take_back(handle)
+            unhook_states([*model.modules(), *handle.hooked])
+            handle.close()
 
     def from_pretrained(
         self, folder: str | os.PathLike[str], config: Offload | None = None, *, dtype: torch.dtype | None = None, **options: Any

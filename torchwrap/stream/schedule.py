@@ -49,9 +49,14 @@ class Schedule:
         return chain
 
     def seed(self, order: list[int]) -> None:
-        """Assume a first order (that of the model's definition), so that the very first pass is prefetched too."""
+        """Assume a first order (that of the model's definition), so that the very first pass is prefetched too.
+
+        A backward runs through it in reverse: whoever came from the next one goes on to the one before.
+        """
         for now, following in zip(order, order[1:] + order[:1], strict=True):
             self._after_one.setdefault(now, following)
+        for before, now, following in zip(order[2:], order[1:], order, strict=False):
+            self._after_two.setdefault((before, now), following)
 
     def _next(self, before: int, now: int) -> int | None:
         following = self._after_two.get((before, now))

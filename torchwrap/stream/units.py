@@ -77,6 +77,7 @@ class Piece:
     host: torch.Tensor | None = None  # page-locked copy, where the home is host memory
     resident: bool = True
     checksum: int | None = None  # wrap-around 64-bit sum, known after the first read
+    version: int = 0  # raised whenever the values are replaced
 
     @property
     def name(self) -> str:

@@ -1,0 +1,156 @@
+"""Following a backward through the units, in reverse.
+
+Each unit's forward leaves a hook on its outputs. Autograd calls it when their gradient is known, before it runs any node of the unit and
+before it asks for anything that the unit saved: the moment to let go of the unit behind and to bring this one's weights. Nodes run in
+the reverse order of their creation, so when that hook fires the nodes of the unit behind are done.
+
+Nothing here is needed for a right result. A weight that is asked for while its unit is not held (several backwards at once, create_graph,
+a hook that never fired) is read again as a private copy; see saved.py. Gathering a submodule's parameters before its backward and
+releasing them after it is from Rajbhandari et al., "ZeRO-Infinity: Breaking the GPU Memory Wall for Extreme Scale Deep Learning", 2021,
+section 7.1; the trigger is ours.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from torchwrap.stream.engine import Engine
+from torchwrap.stream.units import Unit
+
+__all__ = ["Backward", "BackwardListener"]
+
+
+class BackwardListener(Protocol):
+    """Who wants to know how far a backward has come. Called in the thread that runs the hooks, with no lock held."""
+
+    def unit_done(self, unit: Unit) -> None:
+        """Every node of the unit that this backward has reached has run. A unit used several times may be reported several times."""
+        ...
+
+    def backward_done(self, error: BaseException | None) -> None:
+        """The outermost backward is over. `error` tells that it was cut short; then the call comes with the next use of the model."""
+        ...
+
+
+class Backward:
+    """The backward that runs through a model now, if one does.
+
+    Args:
+        engine: holds the units; None where every weight is resident.
+
+    Attributes:
+        listeners: told of every finished unit and of the end.
+    """
+
+    def __init__(self, engine: Engine | None) -> None:
+        self.listeners: list[BackwardListener] = []
+        self._engine = engine
+        self._open: list[Unit] = []  # units whose nodes are running: a block, and the expert inside it
+        self._run: _Run | None = None
+        self._begun = threading.Lock()
+
+    def watch(self, unit: Unit, output: Any) -> None:
+        """Follow the backward into this use of the unit through what it returned."""
+        self._hook(output, lambda _: self._enter(unit))
+
+    def watch_root(self, output: Any) -> None:
+        """Notice the outermost backward before it reaches a unit; with reentrant checkpointing those run in backwards of their own."""
+        self._hook(output, lambda _: self._begin())
+
+    def settle(self) -> None:
+        """Clean up after a backward that an exception ended. Cheap when there is none."""
+        run = self._run
+        if run is not None and run.over:
+            self._close(run, RuntimeError("the backward was ended by an exception before all of its nodes had run"))
+
+    def _hook(self, output: Any, fn: Callable[[torch.Tensor], None]) -> None:
+        # Leaves keep their hooks for ever, and belong to the user.
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None]
+        if tensors:
+            torch.autograd.graph.register_multi_grad_hook(tensors, fn, mode="any")
+
+    def _enter(self, unit: Unit) -> None:
+        """The backward comes to a unit."""
+        if not self._ours():
+            return
+        self._leave(unit)
+        if not any(unit is other for other in self._open):
+            self._open.append(unit)
+        # With create_graph=True what is saved becomes part of a new graph: private copies.
+        if self._engine is not None and not torch.is_grad_enabled():
+            self._engine.hold(unit)
+
+    def _begin(self) -> None:
+        self._ours()
+
+    def _ours(self) -> bool:
+        """Begin to follow the running backward, unless another one is followed already in another thread."""
+        self.settle()
+        with self._begun:
+            if self._run is None:
+                self._run = run = _Run()
+                torch.autograd.Variable._execution_engine.queue_callback(_End(self, run))
+            return self._run.thread == threading.get_ident()
+
+    def _leave(self, unit: Unit | None) -> None:
+        """Let go of all open units but those that `unit` lies in."""
+        around = self._around(unit)
+        done = [other for other in self._open if other.index not in around]
+        self._open = [other for other in self._open if other.index in around]
+        for other in reversed(done):
+            if self._engine is not None:
+                self._engine.unhold(other)
+        for other in reversed(done):
+            for listener in self.listeners:
+                listener.unit_done(other)
+
+    def _around(self, unit: Unit | None) -> set[int]:
+        around: set[int] = set()
+        while unit is not None and unit.index not in around:
+            around.add(unit.index)
+            unit = self._engine.units[unit.parent] if self._engine is not None and unit.parent is not None else None
+        return around
+
+    def _close(self, run: _Run, error: BaseException | None) -> None:
+        with self._begun:
+            if self._run is not run:
+                return
+            self._run = None
+            left, self._open = self._open, ([] if error is not None else self._open)
+        if error is None:
+            self._leave(None)
+        elif self._engine is not None:
+            for unit in left:
+                self._engine.unhold(unit)
+        for listener in self.listeners:
+            listener.backward_done(error)
+
+
+class _Run:
+    """One backward. `over` is set when autograd forgot it, `thread` is the one its hooks run in."""
+
+    __slots__ = ("over", "thread")
+
+    def __init__(self) -> None:
+        self.over = False
+        self.thread = threading.get_ident()
+
+
+class _End:
+    """What autograd calls at the end of a backward, and destroys uncalled when the backward raises."""
+
+    __slots__ = ("_backward", "_run")
+
+    def __init__(self, backward: Backward, run: _Run) -> None:
+        self._backward, self._run = backward, run
+
+    def __call__(self) -> None:
+        self._backward._close(self._run, None)
+
+    def __del__(self) -> None:
+        self._run.over = True
