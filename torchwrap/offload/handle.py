@@ -25,6 +25,7 @@ from torchwrap.offload import copying
 from torchwrap.offload.backward import Backward
 from torchwrap.offload.config import CRC, Offload
 from torchwrap.offload.predict import Prediction, predict_pass
+from torchwrap.offload.stepping import watch_steps
 from torchwrap.storage import aio
 from torchwrap.storage.checksum import memory_of, sum64
 from torchwrap.storage.spill import SpillStore
@@ -51,6 +52,8 @@ class OffloadHandle(Handle):
         backward: the backward running through the model; tells listeners which units it is done with.
         tables: row tables by unit index.
         passes: completed forward passes through the root.
+        keeps_casts: all streamed blocks together are no larger than the slots (one block used again and again), so that autocast may
+            keep its copies of them.
     """
 
     def __init__(
@@ -90,6 +93,9 @@ class OffloadHandle(Handle):
         self.on_close: Callable[[], object] = _nothing
         self.passes: int = 0
         self.watching: bool = any(not piece.resident for piece in pieces)
+        self._end_watch: Callable[[], object] = watch_steps(self) if self.watching else _nothing
+        blocks = {p.index: p.nbytes for unit in units if unit.kind in ("block", "expert") for p in unit.pieces if not p.resident}
+        self.keeps_casts: bool = sum(blocks.values()) <= plan.slots * plan.slot_bytes
         self._own_lock = threading.RLock()
         self._by_id = {id(piece.parameter): piece for piece in pieces}
         self.handed: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # what state dicts got last and its version, by piece
@@ -431,6 +437,7 @@ class OffloadHandle(Handle):
             table.free()
         if self.store is not None:
             self.store.close(keep=self.config.keep)
+        self._end_watch()
         self.on_close()
 
 

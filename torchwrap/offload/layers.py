@@ -196,8 +196,9 @@ class _Scope:
     def __init__(self, handle: OffloadHandle, unit: Unit) -> None:
         assert handle.engine is not None
         self._engine, self.unit = handle.engine, unit
-        # With its cache on, autocast keeps a cast copy of every weight until the region ends: all the memory that streaming saves.
-        self._cache = torch.is_autocast_cache_enabled()
+        # With its cache on, autocast keeps a cast copy of every weight until the region ends: all the memory that streaming saves. It
+        # is needed only where a weight is used again in the region: one copy then collects the gradients of all uses, in its own type.
+        self._cache = torch.is_autocast_cache_enabled() and not (handle.keeps_casts and unit.kind in ("block", "expert"))
         if self._cache:
             torch.set_autocast_cache_enabled(False)
         self._hooks = None
