@@ -1,7 +1,7 @@
 """Run and fine-tune the PyTorch models you have on hardware that is too small for them, with one line.
 
-Every name below is loaded on first use. `torchwrap.offload` and `torchwrap.trace` are techniques (call them), although packages of
-the same names exist; `torchwrap.core.Package` says how.
+Every name below is loaded on first use. `torchwrap.offload`, `torchwrap.superpipeline` and `torchwrap.trace` are techniques (call them),
+although packages of the same names exist; `torchwrap.core.Package` says how.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from torchwrap.core.transaction import wrappers_of as wrappers_of
     from torchwrap.offload.config import Offload as Offload
     from torchwrap.offload.technique import offload as offload
+    from torchwrap.superpipeline.config import Superpipeline as Superpipeline
+    from torchwrap.superpipeline.technique import superpipeline as superpipeline
     from torchwrap.trace.config import Trace as Trace
     from torchwrap.trace.technique import trace as trace
 
@@ -60,6 +62,7 @@ _WHERE = {
         "torchwrap.core.technique": ("Handle", "Technique"),
         "torchwrap.core.transaction": ("applied", "apply", "disabled", "handle_of", "unwrap", "wrappers_of"),
         "torchwrap.offload.config": ("Offload",),
+        "torchwrap.superpipeline.config": ("Superpipeline",),
         "torchwrap.trace.config": ("Trace",),
     }.items()
     for name in names
@@ -67,9 +70,9 @@ _WHERE = {
 
 __all__ = [
     "BudgetError", "Config", "ConfigError", "ConflictError", "CorruptDataError", "DiskFullError", "Handle", "NotAppliedError",
-    "Offload", "Plan", "PlanError", "Report", "StorageError", "Technique", "TorchwrapError", "TorchwrapWarning", "Trace",
-    "UnsafePathError", "UnsupportedModelError", "__version__", "applied", "apply", "check", "core", "describe", "disabled",
-    "handle_of", "offload", "plan_of", "trace", "unwrap", "wrappers_of",
+    "Offload", "Plan", "PlanError", "Report", "StorageError", "Superpipeline", "Technique", "TorchwrapError", "TorchwrapWarning",
+    "Trace", "UnsafePathError", "UnsupportedModelError", "__version__", "applied", "apply", "check", "core", "describe",
+    "disabled", "handle_of", "offload", "plan_of", "superpipeline", "trace", "unwrap", "wrappers_of",
 ]
 
 

@@ -130,9 +130,21 @@ def _smallest_budget(model: nn.Module) -> tw.Config:
     return config
 
 
+def _small_window(model: nn.Module) -> tw.Config:
+    """`superpipeline` with as few of the blocks as overlap; where there are fewer, with all but one, or the one there is."""
+    for k in (2, 1):
+        try:
+            tw.unwrap(tw.apply(model, tw.Superpipeline(k=k + 1, k_prime=1)), "superpipeline")
+        except tw.TorchwrapError:
+            continue
+        return tw.Superpipeline(k=k, k_prime=k)
+    return tw.Superpipeline(k=1, k_prime=1)
+
+
 TECHNIQUES: tuple[Case, ...] = (
     Case("trace", lambda model: tw.Trace()),
     Case("offload", _smallest_budget, OFFLOAD_EXEMPT),
+    Case("superpipeline", _small_window, {check: reason for check, reason in OFFLOAD_EXEMPT.items() if check != "training"}),
 )
 
 every_technique = pytest.mark.parametrize("case", TECHNIQUES, ids=[case.name for case in TECHNIQUES])

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = ["BUILT_IN", "Package", "callable_names", "tensors"]
 
-BUILT_IN = {"offload": "torchwrap.offload.technique", "trace": "torchwrap.trace.technique"}
+BUILT_IN = {
+    "offload": "torchwrap.offload.technique",
+    "superpipeline": "torchwrap.superpipeline.technique",
+    "trace": "torchwrap.trace.technique",
+}
 """Techniques of this library and the modules that register them, imported when first asked for."""
 
 

@@ -42,7 +42,7 @@ from torchwrap.stream.planner import PlannedUnit, ResidencyPlan, plan_residency
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Home, UnitMap, find_units
 
-__all__ = ["OffloadTechnique", "offload"]
+__all__ = ["Blueprint", "OffloadTechnique", "blocks_of", "device_of", "offload", "refuse_uninitialised"]
 
 _THREADS, _CHUNK = 4, 4 << 20  # measured: two or three requests keep the disk busy, the rest cover the time spent on checksums
 
@@ -98,11 +98,11 @@ class OffloadTechnique(Technique[Offload]):
     def prepare(self, model: nn.Module, config: Offload, integration: Integration) -> Prepared[Offload]:
         """Divide the model and the budget; touches nothing."""
         homes: dict[str, Home] | None = model.__dict__.get(SOURCES)
-        _refuse_uninitialised(model)
-        device = _device(model, config, from_folder=homes is not None)
+        refuse_uninitialised(model)
+        device = device_of(model, config, from_folder=homes is not None)
         division = find_units(
             model,
-            _blocks(model, config, integration),
+            blocks_of(model, config, integration),
             gather_only=integration.gather_only(model),
             split_above=int(config.max_unit_bytes),
             pin=config.pin,
@@ -291,7 +291,8 @@ def _scratch(division: UnitMap) -> tuple[int, int]:
     return max(inside, default=0), max((piece.nbytes for piece in division.pieces if piece.index in alone), default=0)
 
 
-def _refuse_uninitialised(model: nn.Module) -> None:
+def refuse_uninitialised(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` if a parameter has no shape yet."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, UninitializedParameter):
             raise errors.UnsupportedModelError(
@@ -301,7 +302,13 @@ def _refuse_uninitialised(model: nn.Module) -> None:
             )
 
 
-def _device(model: nn.Module, config: Offload, *, from_folder: bool) -> torch.device:
+def device_of(model: nn.Module, config: Offload, *, from_folder: bool) -> torch.device:
+    """The device that computes: the one asked for, else the one the model is on.
+
+    Raises:
+        ConfigError: the device asked for is none, or not there.
+        UnsupportedModelError: parameters are on meta or on several devices.
+    """
     devices = {parameter.device for parameter in model.parameters()}
     if any(device.type == "meta" for device in devices):
         name = next(name for name, parameter in model.named_parameters() if parameter.device.type == "meta")
@@ -331,7 +338,12 @@ def _device(model: nn.Module, config: Offload, *, from_folder: bool) -> torch.de
     return next(iter(devices), torch.device("cpu"))
 
 
-def _blocks(model: nn.Module, config: Offload, integration: Integration) -> list[tuple[str, nn.Module]]:
+def blocks_of(model: nn.Module, config: Offload, integration: Integration) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the blocks: those the config names, else those the integration knows.
+
+    Raises:
+        ConfigError: the config names one that is not there.
+    """
     if not config.units:
         return [(block.fqn, block.module) for block in integration.blocks(model) or ()]
     found = [

@@ -1,0 +1,295 @@
+"""The live object of an applied `superpipeline`: the knobs, figures, predictions for any knobs, and the choice made after measuring."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.core.config import format_bytes
+from torchwrap.core.tensors import bind
+from torchwrap.offload.handle import OffloadHandle, copy_of
+from torchwrap.stream.batches import Batches
+from torchwrap.superpipeline.config import Superpipeline
+from torchwrap.superpipeline.measure import Meter
+from torchwrap.superpipeline.picture import draw, grid
+from torchwrap.superpipeline.policy import Choice, Knobs, Profile, choose, obeys_law, stall_free
+
+__all__ = ["Prediction", "SuperpipelineHandle"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Bytes and seconds of a pass at given knobs.
+
+    Attributes:
+        device_bytes: weights present where the model computes at most: what always stays, and k slots.
+        peak_bytes: the same with activations.
+        saved: fraction of the blocks' slots that k leaves out, 1 - k / n.
+        moved_per_pass: blocks brought in per forward pass in the long run.
+        streamed_bytes: bytes of those.
+        seconds_per_pass: None before a pass was measured, like all that follow.
+        resident_seconds: of a pass with all blocks present.
+        slowdown: the ratio of the two.
+        obeys_law: k' t_x <= (k - k') t_c.
+        stall_free: whether the law promises that computing never waits.
+    """
+
+    k: int
+    k_prime: int
+    units: int
+    device_bytes: int
+    peak_bytes: int
+    saved: float
+    moved_per_pass: float
+    streamed_bytes: int
+    seconds_per_pass: float | None
+    resident_seconds: float | None
+    slowdown: float | None
+    obeys_law: bool | None
+    stall_free: bool | None
+
+    def to_dict(self) -> dict[str, int | float | bool | None]:
+        """The same, for JSON."""
+        return asdict(self)
+
+
+class SuperpipelineHandle(OffloadHandle):
+    """Blocks of one model of which at most k are present.
+
+    Attributes:
+        knobs: k, k' and the number of blocks, as they are now.
+        chosen: what "auto" chose; None before, or if there was nothing to choose.
+        profile: the measured times; None before the second pass.
+    """
+
+    knobs: Knobs
+    slot_bytes: int = 0
+    block_bytes: int = 0
+    most: int = 0
+    meter: Meter | None = None
+    chosen: Choice | None = None
+
+    def configure(self, setting: Superpipeline, knobs: Knobs, *, slot_bytes: int, block_bytes: int, most: int) -> None:
+        """Take over what the technique worked out.
+
+        Args:
+            knobs: to begin with.
+            slot_bytes: of one slot.
+            block_bytes: of all blocks together.
+            most: largest k that memory allows.
+        """
+        self.setting: Superpipeline = setting
+        self.knobs, self.slot_bytes, self.block_bytes, self.most = knobs, slot_bytes, block_bytes, most
+        if self.engine is not None:
+            self.engine.batches = Batches(knobs.k_prime)
+            self.meter = Meter(self.engine, self.device)
+
+    @property
+    def profile(self) -> Profile | None:
+        """Measured times of a pass."""
+        return self.meter.profile if self.meter is not None else None
+
+    # -- choosing ------------------------------------------------------------------------------------------------------------------
+
+    def pass_begun(self) -> None:
+        """Called by the root's layer."""
+        if self.meter is not None:
+            self.meter.pass_begun()
+
+    def pass_ended(self, *, whole: bool) -> None:
+        """Called by the root's layer, with the model's lock."""
+        if self.meter is None or not self.meter.pass_ended(whole=whole):
+            return
+        profile, setting = self.profile, self.setting
+        if profile is None or profile.units != self.knobs.units or "auto" not in (setting.k, setting.k_prime):
+            return  # a pass that leaves blocks out says nothing about one that uses all
+        self.chosen = choose(
+            profile,
+            max_slowdown=setting.max_slowdown,
+            most=self.most,
+            k=setting.k if isinstance(setting.k, int) else None,
+            k_prime=setting.k_prime if isinstance(setting.k_prime, int) else None,
+        )
+        self.turn(self.chosen.k, self.chosen.k_prime)
+
+    def tune(self) -> None:
+        """Measure the next pass, and let "auto" choose again by it: for inputs of another size."""
+        with self.lock:
+            if self.meter is not None:
+                self.meter.arm()
+
+    def turn(self, k: int, k_prime: int) -> None:
+        """Set the knobs, between passes. Cost: what was read ahead is read again.
+
+        Raises:
+            ConfigError: not 1 <= k' <= k <= n.
+        """
+        knobs = Knobs(k, k_prime, self.knobs.units)
+        with self.lock:
+            if not self.plan.slots and knobs.k < knobs.units:
+                raise errors.ConfigError(
+                    f"superpipeline: all {knobs.units} blocks are kept, they cannot be sent away again",
+                    where="k",
+                    fix=f'Call torchwrap.unwrap(model, "superpipeline") and apply it with k={knobs.k}.',
+                )
+            if self.plan.slots and knobs_keep_all(knobs):
+                self._keep_all()
+            elif self.engine is not None and knobs.k != self.knobs.k:
+                self.plan = dataclasses.replace(self.plan, slots=knobs.k)
+                self.engine.resize(self.plan)
+            if self.engine is not None:
+                self.engine.batches = Batches(knobs.k_prime)
+            self.knobs = knobs
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _keep_all(self) -> None:
+        """Every block a place of its own, and nothing to do for its layers."""
+        assert self.engine is not None
+        self.engine.trim()
+        for piece in self.pieces:
+            if not piece.resident:
+                bind(piece.parameter, copy_of(self.engine.read(piece).to(self.device), piece.residue))
+                piece.resident = True
+        everything = frozenset(piece.index for piece in self.pieces)
+        self.plan = dataclasses.replace(
+            self.plan, resident=everything, resident_bytes=self.block_bytes, slots=0, slot_bytes=0, streamed_bytes=0
+        )
+        self.engine.resize(self.plan)
+
+    # -- figures -------------------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since wrapping. Bytes, seconds and counts, by name."""
+        transfers = int(self.engine.counters["reads"]) if self.engine is not None else 0
+        return {**super().stats(), "k": self.knobs.k, "k_prime": self.knobs.k_prime, "units": self.knobs.units, "transfers": transfers}
+
+    def bytes_moved(self) -> int:
+        """Bytes of blocks brought in per forward pass in the long run."""
+        return self._moved(self.knobs)
+
+    def predict(  # type: ignore[override]
+        self, *, batch: int = 1, tokens: int = 128, k: int | None = None, k_prime: int | None = None
+    ) -> Prediction:
+        """What a forward pass takes, with the knobs as they are or with others.
+
+        Args:
+            batch: sequences (or images) per call.
+            tokens: tokens per sequence.
+            k: None: as it is; given alone, k' is at most as it is.
+            k_prime: None: as it is.
+
+        Raises:
+            ConfigError: not 1 <= k' <= k <= n.
+
+        Exactness: bytes of weights are counted, those of activations estimated; seconds are simulated from the measured pass.
+        """
+        k = self.knobs.k if k is None else k
+        knobs = Knobs(k, min(k, self.knobs.k_prime) if k_prime is None else k_prime, self.knobs.units)
+        device_bytes = self._held(knobs)
+        known = self.profile
+        seconds = known.pass_seconds(knobs.k, knobs.k_prime) if known else None
+        mean_c = sum(known.compute_s) / known.units if known else 0.0
+        mean_x = sum(known.transfer_s) / known.units if known else 0.0
+        return Prediction(
+            k=knobs.k,
+            k_prime=knobs.k_prime,
+            units=knobs.units,
+            device_bytes=device_bytes,
+            peak_bytes=device_bytes + self.activation(batch, tokens),
+            saved=knobs.saved,
+            moved_per_pass=knobs.moved_per_pass,
+            streamed_bytes=self._moved(knobs),
+            seconds_per_pass=seconds,
+            resident_seconds=known.resident_s if known else None,
+            slowdown=seconds / known.resident_s if known and seconds is not None else None,
+            obeys_law=obeys_law(knobs, mean_c, mean_x) if known else None,
+            stall_free=stall_free(knobs, mean_c, mean_x) if known else None,
+        )
+
+    def explain(self) -> str:
+        """The window as a table, and the one change that would help most."""
+        knobs, now = self.knobs, self.predict()
+        rows = [
+            ("blocks", f"{knobs.units} of {format_bytes(self.slot_bytes)} at most"),
+            ("present at once (k)", f"{knobs.k}"),
+            ("handed on together (k')", f"{knobs.k_prime}"),
+            ("always present", format_bytes(self.plan.fixed_bytes)),
+            ("present at most, in all", format_bytes(now.device_bytes)),
+            ("saved of the blocks", f"{knobs.saved:.0%}"),
+            ("brought in per pass", f"{knobs.moved_per_pass:g} blocks, {format_bytes(now.streamed_bytes)}"),
+        ]
+        lines = [f"{label:<28} {value}" for label, value in rows]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join([*lines, self._advice(now)])
+
+    def _advice(self, now: Prediction) -> str:
+        known = self.profile
+        if knobs_keep_all(self.knobs):
+            return "Nothing is streamed: all blocks are present."
+        if known is None:
+            return "Times are not measured yet: the second pass is measured."
+        mean_c, mean_x = (1e3 * sum(times) / known.units for times in (known.compute_s, known.transfer_s))
+        lines = [
+            f"{mean_c:.2f} ms compute a block, {mean_x:.2f} ms bring one in; predicted slow-down {now.slowdown:.2f}."
+            + (" The law holds: computing does not wait." if now.stall_free else "")
+        ]
+        if not now.stall_free:
+            best = choose(known, max_slowdown=1.0, most=self.most)
+            if best.slowdown < 0.99 * (now.slowdown or math.inf):
+                lines.append(f"What would help most: k={best.k}, k_prime={best.k_prime}, slow-down {best.slowdown:.2f}.")
+            elif self.most < self.knobs.units:
+                lines.append("Bringing blocks in is the slower side: only more memory (device_memory=) or larger inputs help.")
+            else:
+                lines.append(f"Bringing blocks in is the slower side: larger inputs help, or k={self.knobs.units}.")
+        return "\n".join(lines)
+
+    def picture(self, title: str = "") -> bytes:
+        """Predicted peak of weights and time of a pass over (k, k'), as a PNG file; times after a pass was measured.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        return draw([self.predict(k=k, k_prime=k_prime) for k, k_prime in grid(self.knobs.units)], title=title)
+
+    def _held(self, knobs: Knobs) -> int:
+        return self.plan.fixed_bytes + (self.block_bytes if knobs_keep_all(knobs) else knobs.k * self.slot_bytes)
+
+    def _moved(self, knobs: Knobs) -> int:
+        return int(self.block_bytes * knobs.moved_per_pass / knobs.units)
+
+    # -- copies and moves ------------------------------------------------------------------------------------------------------------
+
+    def inert(self) -> SuperpipelineHandle:
+        made = super().inert()
+        assert isinstance(made, SuperpipelineHandle)
+        made.configure(self.setting, self.knobs, slot_bytes=0, block_bytes=0, most=self.most)
+        return made
+
+    def twin(self, parameters: dict[int, nn.Parameter]) -> SuperpipelineHandle:
+        made = super().twin(parameters)
+        assert isinstance(made, SuperpipelineHandle)
+        made.configure(self.setting, self.knobs, slot_bytes=self.slot_bytes, block_bytes=self.block_bytes, most=self.most)
+        return made
+
+    def replan(self) -> None:
+        super().replan()
+        if self.plan.slots:
+            self.slot_bytes = self.plan.slot_bytes
+        self.block_bytes = sum(piece.nbytes for unit in self.units for piece in unit.pieces)
+
+    def rehome(self, device: Any) -> None:
+        super().rehome(device)
+        if self.engine is not None:
+            self.meter = Meter(self.engine, device)
+
+
+def knobs_keep_all(knobs: Knobs) -> bool:
+    """Whether every block has a place."""
+    return knobs.k == knobs.units

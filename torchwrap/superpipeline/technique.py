@@ -1,0 +1,205 @@
+"""`torchwrap.superpipeline`: at most k blocks present, handed on in batches of k'.
+
+A policy of the streaming engine: the model is divided into its repeated blocks, everything outside them stays, and the engine has k slots
+and hands them on in batches. Files, slots, copies and layers are those of `offload`; what differs is the division (whole blocks, nothing
+resident but what is outside), the knobs, and their choice by measurement.
+
+Source: "Superpipeline: A Universal Approach for Reducing GPU Memory Usage in Large Models", 2024 (the two knobs). Where we differ: frozen
+weights are dropped, not copied back, which halves the traffic; blocks that come up again before others are kept at the turn from forward
+to backward and in large batches; the knobs follow from a law instead of trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.core.config import format_bytes
+from torchwrap.core.integration import Integration
+from torchwrap.core.order import PHASES
+from torchwrap.core.technique import Handle, Place, Prepared, Technique, register
+from torchwrap.offload.budget import Budget, weight_budget
+from torchwrap.offload.config import Offload
+from torchwrap.offload.technique import Blueprint, OffloadTechnique, blocks_of, device_of, refuse_uninitialised
+from torchwrap.stream.arena import arena_for
+from torchwrap.stream.planner import ResidencyPlan, region_bytes
+from torchwrap.stream.units import UnitMap, find_units
+from torchwrap.superpipeline.config import Superpipeline
+from torchwrap.superpipeline.handle import SuperpipelineHandle
+from torchwrap.superpipeline.layers import BlockLayer, WindowLayer
+from torchwrap.superpipeline.policy import Knobs
+
+__all__ = ["SuperpipelineTechnique", "superpipeline"]
+
+_FIRST_K = 2
+"""Blocks present until "auto" has measured (chosen: the least that overlaps)."""
+
+
+class _Machinery(OffloadTechnique):
+    handle_class = SuperpipelineHandle
+
+
+_machinery = _Machinery()  # not registered: nobody applies it by name
+
+
+@dataclass(slots=True)
+class Window:
+    """What `prepare` worked out for `attach`."""
+
+    streamed: Prepared[Offload]
+    knobs: Knobs
+    slot_bytes: int
+    block_bytes: int
+    most: int
+
+
+class SuperpipelineTechnique(Technique[Superpipeline]):
+    """Keeps at most k of a model's blocks where it computes and brings the next ones in meanwhile.
+
+    Args:
+        target: a module, a class or a factory of modules; nothing makes a decorator.
+        config: a `Superpipeline`, or its fields as keywords.
+
+    Raises:
+        ConfigError: not 1 <= k_prime <= k <= number of blocks, or store="host" without a separate device.
+        BudgetError: k blocks are more than `device_memory`, or all are more than host memory.
+        UnsupportedModelError: there are no repeated blocks, or parameters are on several devices or on meta.
+
+    Exactness: bit-identical to the unwrapped model on the same device and dtype.
+    Cost: what is outside the blocks and k slots of the largest block, on the device; see `handle.predict()`.
+
+    Example:
+        >>> import torch, torchwrap
+        >>> model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(8))).eval()
+        >>> x = torch.ones(1, 64)
+        >>> before = model(x)
+        >>> model = torchwrap.superpipeline(model, k=3, k_prime=1)
+        >>> torch.equal(model(x), before)
+        True
+        >>> torchwrap.unwrap(model) is model
+        True
+    """
+
+    name = "superpipeline"
+    phase: ClassVar[int] = PHASES["superpipeline"]
+    config_class = Superpipeline
+    exactness = "bit-identical"
+    trains: ClassVar[bool] = OffloadTechnique.trains
+
+    @torch.inference_mode(False)
+    def prepare(self, model: nn.Module, config: Superpipeline, integration: Integration) -> Prepared[Superpipeline]:
+        """Divide the model and set the knobs to begin with; touches nothing."""
+        refuse_uninitialised(model)
+        streaming = Offload(
+            device=config.device,
+            device_memory=config.device_memory,
+            host_memory=config.host_memory,
+            path=config.path,
+            units=config.units,
+            pin=config.pin,
+            verify=config.verify,
+            record=config.record,
+        )
+        device = device_of(model, streaming, from_folder=False)
+        separate = arena_for(device).separate
+        if config.store == "host" and not separate:
+            raise errors.ConfigError(
+                f'superpipeline: store="host", but the model computes on {device}, which is that very memory',
+                where="store",
+                fix='Use store="disk", or leave it out.',
+            )
+        streaming = dataclasses.replace(streaming, params=config.store or ("host" if separate else "disk"))
+        division = _into_blocks(model, find_units(model, blocks_of(model, streaming, integration), split_above=1 << 62, pin=config.pin))
+        if not division.units:
+            raise errors.UnsupportedModelError(
+                f"superpipeline: {type(model).__name__} has no blocks to stream",
+                where=type(model).__name__,
+                fix="Name the modules that are one block each: units=(...).",
+            )
+        if device.type != "cpu":
+            for piece in division.pieces:
+                piece.residue = 0  # a device allocator's alignment, whatever the host's was
+        fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
+        slot_bytes = max(region_bytes(piece.nbytes for piece in unit.pieces) for unit in division.units)
+        block_bytes = sum(unit.nbytes for unit in division.units)
+        scratch = max(piece.nbytes for piece in division.pieces)
+        budget = weight_budget(streaming, model, integration, device, scratch)
+        knobs, most = _first_knobs(config, len(division.units), fixed, slot_bytes, block_bytes, budget)
+        plan = _plan(division, knobs, fixed, slot_bytes, block_bytes, budget)
+        layers: list[Place] = [("", model, WindowLayer(None))]
+        for unit in division.units if plan.slots else ():
+            assert unit.module is not None
+            layers += [(unit.name, unit.module, BlockLayer(None, unit.index, where)) for where in ("outside", "inside")]
+        notes = [
+            *division.notes,
+            f"k={knobs.k}, k_prime={knobs.k_prime} of {knobs.units} blocks; {format_bytes(plan.held_bytes)} present at most"
+            + (', until "auto" has measured a pass' if "auto" in (config.k, config.k_prime) and plan.slots else ""),
+        ]
+        origin = next((p.device for p in model.parameters()), device)
+        blueprint = Blueprint(division, plan, budget, device, origin, scratch, None, integration)
+        streamed = Prepared(config=streaming, layers=layers, notes=notes, data=blueprint)
+        return Prepared(config=config, layers=layers, notes=notes, data=Window(streamed, knobs, slot_bytes, block_bytes, most))
+
+    def attach(self, model: nn.Module, prepared: Prepared[Superpipeline]) -> Handle:
+        """Store the blocks, then hide them; an error leaves the model as it was."""
+        window: Window = prepared.data
+        handle = _machinery.attach(model, window.streamed)
+        assert isinstance(handle, SuperpipelineHandle)
+        handle.configure(prepared.config, window.knobs, slot_bytes=window.slot_bytes, block_bytes=window.block_bytes, most=window.most)
+        return handle
+
+    def detach(self, model: nn.Module, handle: Handle) -> None:
+        """Bring all blocks back and remove what was stored.
+
+        Raises:
+            BudgetError: there is not enough memory for them; nothing is changed then.
+        """
+        _machinery.detach(model, handle)
+
+
+def _into_blocks(model: nn.Module, found: UnitMap) -> UnitMap:
+    """The division with whole blocks as the only units: experts go with their block, everything else stays."""
+    blocks = [unit for unit in found.units if unit.kind == "block" and unit.parent is None]
+    by_index = {unit.index: unit for unit in blocks}
+    for unit in found.units:
+        if unit.kind == "expert" and unit.parent in by_index:
+            by_index[unit.parent].pieces.extend(unit.pieces)
+    for index, unit in enumerate(blocks):
+        unit.index = index
+    free = {piece.index for unit in blocks for piece in unit.pieces}
+    fixed = [piece for piece in found.pieces if piece.index not in free]
+    return UnitMap(blocks, fixed, found.buffer_bytes, found.notes)
+
+
+def _first_knobs(config: Superpipeline, units: int, fixed: int, slot_bytes: int, block_bytes: int, budget: Budget) -> tuple[Knobs, int]:
+    """The knobs until "auto" has measured, and the largest k that memory allows."""
+    most = units if fixed + block_bytes <= budget.device else min(units - 1, (budget.device - fixed) // slot_bytes)
+    least = config.k if isinstance(config.k, int) else config.k_prime if isinstance(config.k_prime, int) else 1
+    k = config.k if isinstance(config.k, int) else max(least, min(_FIRST_K, most, max(1, units - 1)))
+    knobs = Knobs(k, config.k_prime if isinstance(config.k_prime, int) else 1, units)
+    if least > most:
+        needed = fixed + least * slot_bytes
+        raise errors.BudgetError(
+            f"superpipeline: {least} block(s) and what is outside them take {format_bytes(needed)}, "
+            f"and {format_bytes(budget.device)} are allowed",
+            needed=needed,
+            available=budget.device,
+            where="k",
+            fix=f"Set device_memory={needed} or more, or a smaller k.",
+        )
+    return knobs, most
+
+
+def _plan(division: UnitMap, knobs: Knobs, fixed: int, slot_bytes: int, block_bytes: int, budget: Budget) -> ResidencyPlan:
+    if knobs.k == knobs.units:
+        everything = frozenset(piece.index for piece in division.pieces)
+        return ResidencyPlan(budget.device, fixed, everything, block_bytes, 0, 0, 0, 0)
+    return ResidencyPlan(budget.device, fixed, frozenset(), 0, knobs.k, slot_bytes, block_bytes, 0)
+
+
+superpipeline: SuperpipelineTechnique = register(SuperpipelineTechnique())
