@@ -1,0 +1,157 @@
+"""Running an optimizer class of the user on a piece of a parameter.
+
+Most optimizers treat every element by itself: the new value of a weight follows from its gradient, its own state and numbers that are the
+same for all. Such a class may be run on any part of a parameter, and the bits are those of running it on the whole, because it is the
+same code with the same kernels. So nothing is reimplemented here: the class itself is instantiated on flat views. What it keeps per
+element (momenta) is told apart from what it keeps per parameter (a step count) by shape, and whether it is elementwise at all is found out
+by trying: a small tensor whole against the same tensor in parts.
+
+Source of updating state in parts while the rest is elsewhere: Rajbhandari et al., "ZeRO-Infinity: Breaking the GPU Memory Wall for Extreme
+Scale Deep Learning", 2021, section 5.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from torchwrap.core import errors
+
+__all__ = ["Rule", "settings_of"]
+
+_WAY_OUT = (
+    "Use a class that treats elements one by one (SGD, Adam, AdamW, Adagrad, RMSprop, ...), or give this one the parameters that stay in "
+    "memory (pin=) as an ordinary optimizer of its own."
+)
+_NOT_ELEMENTWISE = {
+    "LBFGS": "it looks at all parameters at once and evaluates the loss several times",
+    "Adafactor": "it keeps statistics of rows and columns",
+    "Muon": "it orthogonalises whole matrices",
+    "SparseAdam": "it works on sparse gradients",
+}
+_SHAPE = (29, 37)  # of the tensor tried; its parts below end inside a row, at multiples of BLOCK
+_CUTS = (0, 128, 640, 29 * 37)
+_STEPS = 4  # some classes take a different way in the first steps (momentum, rectification)
+
+
+class Rule:
+    """One optimizer class with its options.
+
+    Args:
+        cls: a subclass of `torch.optim.Optimizer`.
+        options: its keywords, without parameters.
+
+    Attributes:
+        template: an instance on a stand-in, for its defaults.
+
+    Raises:
+        ConfigError: the class is known not to be elementwise, or its constructor refuses the options.
+    """
+
+    def __init__(self, cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            raise errors.ConfigError(
+                f"OffloadedOptimizer: {cls!r} is no optimizer class", where="optimizer", fix="Pass the class: torch.optim.AdamW."
+            )
+        reason = _NOT_ELEMENTWISE.get(cls.__name__)
+        if reason is not None:
+            raise errors.ConfigError(f"OffloadedOptimizer: {cls.__name__} cannot be offloaded: {reason}", where="optimizer", fix=_WAY_OUT)
+        self.cls: type[torch.optim.Optimizer] = cls
+        self.options: dict[str, Any] = dict(options)
+        self.template: torch.optim.Optimizer = cls([torch.zeros(2)], **options)
+        if self.template.defaults.get("differentiable"):
+            raise errors.ConfigError(
+                "OffloadedOptimizer: differentiable=True keeps every step in the graph", where="differentiable", fix="Leave it out."
+            )
+        self._known: dict[tuple[str, torch.dtype, str], dict[str, torch.dtype]] = {}
+
+    def step(
+        self, settings: Mapping[str, Any], weight: torch.Tensor, gradient: torch.Tensor, state: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Update `weight` in place, as the class itself would.
+
+        Args:
+            settings: of the parameter's group.
+            weight: (n,), changed in place.
+            gradient: (n,), not changed.
+            state: what an earlier step gave; tensors in it are changed in place. Empty for the first step.
+
+        Returns:
+            The state afterwards; tensors of it may be those of `state` or new ones.
+        """
+        weight = weight.detach()
+        weight.grad = gradient
+        inner = self.cls([{**settings, "params": [weight]}], **self.options)
+        if state:
+            inner.state[weight] = dict(state)
+        inner.step()
+        after: Mapping[str, Any] = inner.state[weight]
+        return after
+
+    def layout(self, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, torch.dtype]:
+        """What the class keeps per element of a parameter, by name.
+
+        Raises:
+            ConfigError: parts give other bits than the whole, or the class fails on a plain tensor.
+
+        Cost: a few milliseconds for the first parameter of a kind.
+        """
+        key = (repr(sorted(settings.items(), key=lambda item: item[0])), dtype, device.type)
+        known = self._known.get(key)
+        if known is None:
+            # Optimizers with noise draw numbers: the user's must not move.
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode(False):
+                known = self._known[key] = self._try(settings, dtype, device)
+        return known
+
+    def _try(self, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, torch.dtype]:
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(_SHAPE, generator=generator)
+        gradients = [torch.randn(_SHAPE, generator=generator) for _ in range(_STEPS)]
+        whole = start.to(device, dtype, copy=True)
+        inner = self.cls([{**settings, "params": [whole]}], **self.options)
+        parts = [start.to(device, dtype, copy=True).view(-1)[first:last] for first, last in pairwise(_CUTS)]
+        states: list[Mapping[str, Any]] = [{} for _ in parts]
+        try:
+            for gradient in gradients:
+                full = gradient.to(device, dtype)
+                whole.grad = full
+                inner.step()
+                for number, part in enumerate(parts):
+                    states[number] = self.step(settings, part, full.view(-1)[_CUTS[number] : _CUTS[number + 1]], states[number])
+        except Exception as error:
+            raise errors.ConfigError(
+                f"OffloadedOptimizer: {self.cls.__name__} cannot be offloaded: a step on a plain {dtype} tensor failed: {error}",
+                where="optimizer",
+                fix=_WAY_OUT,
+            ) from error
+        kept: Mapping[str, Any] = inner.state[whole]
+        layout = {name: value.dtype for name, value in kept.items() if isinstance(value, torch.Tensor) and value.shape == whole.shape}
+        same = torch.equal(whole.view(-1), torch.cat(parts)) and all(kept.keys() == state.keys() for state in states)
+        for name, value in kept.items() if same else ():
+            if name in layout:
+                same = same and _equal(value.view(-1), torch.cat([state[name].view(-1) for state in states]))
+            else:
+                same = same and all(_equal(value, state[name]) for state in states)
+        if not same:
+            raise errors.ConfigError(
+                f"OffloadedOptimizer: {self.cls.__name__} cannot be offloaded: in parts it gives other numbers than as a whole",
+                where="optimizer",
+                fix=_WAY_OUT,
+            )
+        return layout
+
+
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group, without its parameters; tensors are copied, because schedulers change them in place."""
+    left_out = ("params", "param_names")
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in group.items() if name not in left_out}
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return left.shape == right.shape and torch.equal(left, right)
+    return type(left) is type(right) and bool(left == right)
