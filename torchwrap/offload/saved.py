@@ -107,22 +107,21 @@ class _Pack:
         if engine is not None:
             if (found := engine.piece_at(tensor)) is not None:
                 return _Weight(self.handle, found[0], tensor, found[1], cast=False)
-            if (piece := self._cast_of(tensor)) is not None:
+            if tensor.is_floating_point() and (piece := self._cast_of(tensor, engine.pieces_in_use())) is not None:
                 return _Weight(self.handle, piece, tensor, int(tensor.storage_offset()) * tensor.element_size(), cast=True)
         if self._outer is not None:
             return _Passed(self._outer[1], self._outer[0](tensor))
         return _Kept(tensor)
 
-    def _cast_of(self, tensor: torch.Tensor) -> Piece | None:
-        """The weight of which autocast made this tensor. Compared bit by bit, because a cast of a frozen weight has no history."""
-        kind = tensor.device.type
-        if not torch.is_autocast_enabled(kind) or tensor.dtype != torch.get_autocast_dtype(kind):
-            return None
-        count = tensor.untyped_storage().nbytes() // tensor.element_size()
-        engine = self.handle.engine
-        assert engine is not None
-        for piece in engine.pieces_in_use():
-            if piece.parameter.numel() == count == tensor.numel() and piece.dtype != tensor.dtype:
+    def _cast_of(self, tensor: torch.Tensor, pieces: list[Piece]) -> Piece | None:
+        """The weight of which this is a copy in a narrower type. Compared bit by bit, because a cast of a frozen weight has no history.
+
+        What autocast casts cannot be told otherwise: while it does, it reports itself as switched off.
+        """
+        size = tensor.element_size()
+        count = tensor.untyped_storage().nbytes() // size
+        for piece in pieces:
+            if piece.parameter.numel() == count == tensor.numel() and piece.dtype.itemsize > size:
                 flat, weight = tensor.as_strided((count,), (1,), 0), data_of(piece.parameter).reshape(-1)
                 some = slice(0, 64)  # an activation of the same size differs at once
                 if _same_bits(flat[some], weight[some]) and _same_bits(flat, weight):

@@ -33,6 +33,9 @@ LEAF_BYTES = 1 << 20
 _SMALL_SHARE = 256
 """A piece below this share of its unit (norms, biases) stays fixed: reading it costs a request and saves nothing."""
 
+_TRAINED_SHARE = 8
+"""Trained pieces stay fixed in a unit whose other pieces are frozen, if they are no more than this part of it (chosen)."""
+
 _LEAVES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
@@ -192,13 +195,20 @@ def find_units(
     _nest(units)
     for unit in units:
         small = unit.nbytes // _SMALL_SHARE if unit.kind != "rows" else 0
-        unit.pieces = [piece for piece in unit.pieces if piece.index not in held and piece.nbytes > small]
+        adapters = _adapters(unit)
+        unit.pieces = [p for p in unit.pieces if p.index not in held and p.index not in adapters and p.nbytes > small]
     units = [unit for unit in units if unit.pieces]
     _renumber(units)
     free = {piece.index for unit in units for piece in unit.pieces}
     fixed = [piece for piece in pieces.values() if piece.index not in free]
     buffers = {storage_key(b): b.untyped_storage().nbytes() for b in model.buffers() if b.device.type != "meta"}
     return UnitMap(_call_order(units), fixed, sum(buffers.values()), notes)
+
+
+def _adapters(unit: Unit) -> set[int]:
+    """Indices of a frozen unit's few trained pieces (low-rank adapters): an ordinary optimizer can step what stays."""
+    trained = [piece for piece in unit.pieces if piece.parameter.requires_grad]
+    return {piece.index for piece in trained} if sum(p.nbytes for p in trained) * _TRAINED_SHARE <= unit.nbytes else set()
 
 
 def _hold_shared(model: nn.Module, units: list[Unit], taken: dict[int, int], held: set[int], notes: list[str]) -> None:
