@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torchwrap as tw
 from tests.contract.cases import Case, every_model, every_technique, models_named
 from tests.contract.compare import equal, state_difference
 from tests.models import ModelFixture
+from torchwrap.core.tensors import is_placeholder
 
 
 def _loss(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -27,23 +29,28 @@ def _loss(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("built", ["before", "after"], ids=["optimizer-before-wrapping", "optimizer-after-wrapping"])
 def test_three_steps_equal_those_of_the_unwrapped_model(case: Case, fixture: ModelFixture, built: str) -> None:
     model, twin = fixture.build().train(), fixture.build().train()
-    losses: dict[str, list[torch.Tensor]] = {"wrapped": [], "plain": []}
-    with case.expects("training"):
-        for label, each in (("plain", twin), ("wrapped", model)):
-            optimizer = torch.optim.AdamW(each.parameters(), lr=1e-2) if built == "before" else None
-            if label == "wrapped":
-                case.apply(each)
-            optimizer = optimizer or torch.optim.AdamW(each.parameters(), lr=1e-2)
-            for step in range(3):
-                torch.manual_seed(step)
-                loss = _loss(each, fixture.inputs())
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                losses[label].append(loss.detach())
-        equal(losses["wrapped"], losses["plain"])
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (twin, model)]
+    case.apply(model)
+    if built == "after":
+        optimizers[1] = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    expected = _three_steps(twin, fixture, optimizers[0])
+    away = any(is_placeholder(parameter) for parameter in model.parameters())  # a technique may leave a small model alone
+    with case.expects("stepping") if away else nullcontext():
+        equal(_three_steps(model, fixture, optimizers[1]), expected)
         tw.unwrap(model)
         assert state_difference(model.state_dict(), twin.state_dict()) is None
+
+
+def _three_steps(model: nn.Module, fixture: ModelFixture, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    losses = []
+    for step in range(3):
+        torch.manual_seed(step)
+        loss = _loss(model, fixture.inputs())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return losses
 
 
 @every_technique
