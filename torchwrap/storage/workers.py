@@ -3,6 +3,10 @@
 One lock guards queue and tickets; requests are megabytes, so it is taken a few thousand times a second at most. Threads know the pool
 and not the reader: a reader nobody uses is collected, and that ends its threads. After `fork` a child has none of the threads and must
 not touch the lock (it may be held by a thread that does not exist there), so every entry compares the process id first.
+
+A request that was read is *landed*; its checksums are still to be taken. Threads read before they sum, and whoever waits for a ticket sums
+what of it has landed meanwhile: as long as the disk is what a model waits for, sums are taken while it would do nothing else, and do not
+compete with its computation for a processor.
 """
 
 from __future__ import annotations
@@ -77,7 +81,8 @@ class Ticket:
             raise self._error
 
     def _fail(self, error: StorageError) -> None:
-        self._error = self._error or error
+        # Without the traceback: the frames of the thread that met it would keep files and targets alive as long as the ticket.
+        self._error = self._error or error.with_traceback(None)
 
     def _finish(self) -> None:
         """Compare what was read with what was expected; only then is the ticket done."""
@@ -112,6 +117,7 @@ class Pool:
         self._changed = threading.Condition()
         self._queue: deque[tuple[Ticket, Piece]] = deque()
         self._active: dict[int, tuple[Ticket, Piece]] = {}
+        self._landed: deque[tuple[Ticket, Piece]] = deque()
         self._workers: list[threading.Thread] = []
         self._moved = self._busy_since = time.monotonic()
         self._stopped = False
@@ -141,15 +147,25 @@ class Pool:
             raise StorageError("a read that was under way at fork() never ends in the child", fix="Submit it again in this process.")
         limit = self.timeout_s if timeout_s is None else timeout_s
         begin = time.monotonic()
+        while (piece := self._next_landed(ticket, begin, limit)) is not None:
+            self._sum(ticket, piece)
+        if self.mode == "auto":
+            self._warn_refused()
+
+    def _next_landed(self, ticket: Ticket, begin: float, limit: float) -> Piece | None:
+        """A request of the ticket to sum, waiting for one if there is none; None when the ticket is done."""
         with self._changed:
             while not ticket._finished:
+                for index, (owner, piece) in enumerate(self._landed):
+                    if owner is ticket:
+                        del self._landed[index]
+                        return piece
                 # A ticket that waits in the queue moves when those before it move.
                 quiet = time.monotonic() - max(begin, ticket._moved or self._moved)
                 if quiet >= limit:
                     raise self._stuck(ticket, limit)
                 self._changed.wait(limit - quiet)
-        if self.mode == "auto":
-            self._warn_refused()
+        return None
 
     def stop(self, timeout_s: float) -> None:
         """End the threads after their present request; fail what was not begun. Waits at most `timeout_s`."""
@@ -157,8 +173,8 @@ class Pool:
             return
         with self._changed:
             self._stopped = True
-            while self._queue:
-                ticket, _ = self._queue.popleft()
+            while self._queue or self._landed:
+                ticket, _ = (self._queue or self._landed).popleft()
                 ticket._fail(StorageError("the reader was closed before this read was complete", fix="Wait for tickets before close()."))
                 ticket._pending -= 1
                 if not ticket._pending:
@@ -174,34 +190,39 @@ class Pool:
         """What each thread does until the pool stops."""
         bounce: Buffer | None = None
         while (taken := self._take(number)) is not None:
-            ticket, piece = taken
-            error: StorageError | None = None
-            try:
-                if ticket._error is None:
-                    if piece.place is None and bounce is None:
-                        bounce = allocate(self.chunk)
-                    self._fetch(ticket, piece, bounce)
-            except BaseException as caught:  # in a thread there is nobody to raise to: the waiter gets it
-                error = _typed(caught, f"{piece.read.file.path}, offset {piece.low}")
-            self._settle(number, ticket, piece, error)
-            del taken, ticket, piece, error  # an idle thread must not keep a target or a file alive
+            ticket, piece, landed = taken
+            if landed:
+                self._sum(ticket, piece)
+            else:
+                error: StorageError | None = None
+                try:
+                    if ticket._error is None:
+                        if piece.place is None and bounce is None:
+                            bounce = allocate(self.chunk)
+                        self._fetch(piece, bounce)
+                except BaseException as caught:  # in a thread there is nobody to raise to: the waiter gets it
+                    error = _typed(caught, f"{piece.read.file.path}, offset {piece.low}")
+                self._land(number, ticket, piece, error)
+                del error
+            del taken, ticket, piece  # an idle thread must not keep a target or a file alive
 
-    def _take(self, number: int) -> tuple[Ticket, Piece] | None:
+    def _take(self, number: int) -> tuple[Ticket, Piece, bool] | None:
+        """What to do next: read a request (False), or sum one that landed (True)."""
         with self._changed:
-            while not self._queue and not self._stopped:
+            while not self._queue and not self._landed and not self._stopped:
                 self._changed.wait()
             if not self._queue:
-                return None
+                return (*self._landed.popleft(), True) if self._landed else None
             now = time.monotonic()
             if not self._active:
                 self._busy_since = now
             taken = self._active[number] = self._queue.popleft()
             taken[0]._moved = now
             taken[0]._began = taken[0]._began or now
-            return taken
+            return (*taken, False)
 
-    def _fetch(self, ticket: Ticket, piece: Piece, bounce: Buffer | None) -> None:
-        """Read one request and add up its parts."""
+    def _fetch(self, piece: Piece, bounce: Buffer | None) -> None:
+        """Read one request."""
         read, (first, last) = piece.read, piece.wanted()
         memory = piece.bytes_of(first, last)
         if self.mode == "buffered" or str(read.file.path) in self.stats.refused:
@@ -219,13 +240,9 @@ class Pool:
             if piece.place is None:
                 source = numpy.frombuffer(place, numpy.uint8, last - first, first - piece.low)
                 numpy.copyto(numpy.frombuffer(memory, numpy.uint8), source)  # releases the GIL, slice assignment does not
-        for index, part in enumerate(read.parts):
-            low, high = max(first, part.offset), min(last, part.offset + part.nbytes)
-            if low < high:
-                ticket._tally.add(piece, index, low, high, self._changed)
 
-    def _settle(self, number: int, ticket: Ticket, piece: Piece, error: StorageError | None) -> None:
-        """Account for a finished request, and for its ticket if it was the last."""
+    def _land(self, number: int, ticket: Ticket, piece: Piece, error: StorageError | None) -> None:
+        """Account for a request that was read; it goes on to be summed, or is finished."""
         with self._changed:
             del self._active[number]
             self._moved = ticket._moved = time.monotonic()
@@ -236,6 +253,39 @@ class Pool:
             elif ticket._error is None:
                 first, last = piece.wanted()
                 self.stats.bytes += last - first
+                if piece.read.parts and not self._stopped:
+                    self._landed.append((ticket, piece))
+                    self._changed.notify_all()
+                    return
+        self._settle(ticket)
+
+    def _sum(self, ticket: Ticket, piece: Piece) -> None:
+        """Add up the parts of a request that landed. An interrupt leaves it to the next who waits."""
+        error: StorageError | None = None
+        try:
+            first, last = piece.wanted()
+            if ticket._error is None:
+                found = [
+                    (index, low, high)
+                    for index, part in enumerate(piece.read.parts)
+                    if (low := max(first, part.offset)) < (high := min(last, part.offset + part.nbytes))
+                ]
+                ticket._tally.add(piece, found, self._changed)
+        except Exception as caught:
+            error = _typed(caught, f"{piece.read.file.path}, offset {piece.low}")
+        except BaseException:
+            with self._changed:
+                self._landed.append((ticket, piece))
+                self._changed.notify_all()
+            raise
+        self._settle(ticket, error)
+
+    def _settle(self, ticket: Ticket, error: StorageError | None = None) -> None:
+        """One request of the ticket is finished; so is the ticket if it was the last."""
+        with self._changed:
+            ticket._moved = time.monotonic()
+            if error is not None:
+                ticket._fail(error)
             ticket._pending -= 1
             complete = not ticket._pending
         if complete:
@@ -275,14 +325,17 @@ class _Tally:
         self._sums: dict[tuple[int, int], int] = {}
         self._codes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
 
-    def add(self, piece: Piece, index: int, low: int, high: int, lock: threading.Condition) -> None:
-        """Take the file range `[low, high)` of a part into account."""
-        part, memory, key = piece.read.parts[index], piece.bytes_of(low, high), (id(piece.read), index)
-        value = sum64(memory, low - part.offset)
-        code = crc32(memory) if part.take_crc or part.crc32 is not None else 0
+    def add(self, piece: Piece, ranges: Sequence[tuple[int, int, int]], lock: threading.Condition) -> None:
+        """Take parts of a request into account, all or (when interrupted) none: (index of the part, low, high), as file positions."""
+        found = []
+        for index, low, high in ranges:
+            part, memory = piece.read.parts[index], piece.bytes_of(low, high)
+            code = crc32(memory) if part.take_crc or part.crc32 is not None else 0
+            found.append(((id(piece.read), index), sum64(memory, low - part.offset), (low, high, code)))
         with lock:
-            self._sums[key] = (self._sums.get(key, 0) + value) % (1 << 64)
-            self._codes.setdefault(key, []).append((low, high, code))
+            for key, value, code_range in found:
+                self._sums[key] = (self._sums.get(key, 0) + value) % (1 << 64)
+                self._codes.setdefault(key, []).append(code_range)
 
     def compare(self, read: Read, index: int) -> tuple[int, int | None]:
         """The part's sum64, and its CRC if that was asked for, after checking them against what is expected."""
