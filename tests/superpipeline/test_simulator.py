@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_there_and_back_reuses_what_is_present_at_the_turns(k: int, k_prime: int
 def test_a_batch_is_given_up_together_and_the_next_asked_for_together(k: int, k_prime: int) -> None:
     run = simulate(list(range(9)) * 6, slots=k, batch=k_prime)
     steady = run.uses[18:]
-    changes = [position for position, (a, b) in enumerate(zip(steady, steady[1:], strict=False), 19) if a.present != b.present]
+    changes = [position for position, (a, b) in enumerate(pairwise(steady), 19) if a.present != b.present]
     assert all(position % k_prime == 0 for position in changes)
     for position in changes:
         come = run.uses[position].present - run.uses[position - 1].present

@@ -39,9 +39,7 @@ def before_deepcopy(handle: OffloadHandle, module: nn.Module, memo: dict[int, An
         if _is_root(handle, module):
             parameters = {}
             for piece in handle.pieces:
-                value = (
-                    handle.resident_copy(piece) if piece.resident else piece.absent.clone().as_strided(piece.shape, (0,) * len(piece.shape))
-                )
+                value = handle.resident_copy(piece) if piece.resident else placeholder(piece.shape, piece.dtype, handle.device)
                 parameters[piece.index] = memo[id(piece.parameter)] = nn.Parameter(value, piece.parameter.requires_grad)
             memo[id(handle)] = handle.twin(parameters)
         else:

@@ -169,6 +169,8 @@ class Engine(Slots):
         self.counters["unit_uses"] += 1
         if self._prefetched(unit):
             self.schedule.advance(unit.index)
+        if fetch is None:
+            self._hand_over(len(self._slots) - 1)  # a batch ends early where a unit is missing
         if self.layout(unit).places:
             self._bring(unit, fetch)
         try:
@@ -235,13 +237,19 @@ class Engine(Slots):
         self._finished.append(fetch)
         if not self.batches.ended():
             return False
-        expected = self.schedule.predict(len(self._slots))
+        self._hand_over(len(self._slots))
+        return True
+
+    def _hand_over(self, kept: int) -> None:
+        """The slots of units used in this batch are free, but for those among the next `kept` different ones expected."""
+        if not self._finished:
+            return
+        expected = self.schedule.predict(kept)
         # The slot freed last is taken first: the first copy into the batch's slots waits for its last unit, and the others come after it.
         for done in self._finished:
             if not done.bound and done.unit.index not in expected and self._fetches.get(done.unit.index) is done:
                 self._drop(done)
         self._finished.clear()
-        return True
 
     def _end_holds(self, fetches: Iterable[Fetch]) -> None:
         for fetch in list(fetches):

@@ -114,16 +114,18 @@ class _Simulation:
         self.batches = Batches(batch)
         self.slots, self.transfer_s, self.overhead_s, self.arrival = slots, transfer_s, overhead_s, arrival
         self.ready: dict[int, float] = {}  # unit -> when it can be used; in the order of requests, as the engine keeps its fetches
+        self.finished: list[int] = []  # used in this batch
         self.link_free = 0.0
         self.transfers = 0
 
     def run(self, uses: Sequence[int], compute_s: Sequence[float] | None, gaps_s: Mapping[int, float]) -> Run:
-        result, now, finished = Run(), 0.0, []
+        result, now = Run(), 0.0
         for position, unit in enumerate(uses):
             now += gaps_s.get(position, 0.0)
             self.schedule.advance(unit)
             fetched = unit not in self.ready
             if fetched:
+                self._hand_over(self.slots - 1)
                 self._make_place({unit})
                 self._request([unit], now)
             requests = self.batches.begun(present=not fetched)
@@ -134,16 +136,19 @@ class _Simulation:
             end = start + (compute_s[unit] if compute_s is not None else 0.0)
             result.uses.append(Use(unit, start, end, start - now, present, fetched))
             now = end
-            finished.append(unit)
+            self.finished.append(unit)
             if self.batches.ended():
-                expected = self.schedule.predict(self.slots)
-                for done in finished:
-                    if done not in expected:
-                        self.ready.pop(done, None)
-                finished.clear()
+                self._hand_over(self.slots)
                 self._prefetch(now)
         result.transfers = self.transfers
         return result
+
+    def _hand_over(self, kept: int) -> None:
+        expected = self.schedule.predict(kept)
+        for done in self.finished:
+            if done not in expected:
+                self.ready.pop(done, None)
+        self.finished.clear()
 
     def _prefetch(self, now: float, in_use: int | None = None) -> None:
         wanted = self.schedule.predict(self.slots)

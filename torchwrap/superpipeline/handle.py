@@ -65,7 +65,7 @@ class SuperpipelineHandle(OffloadHandle):
     Attributes:
         knobs: k, k' and the number of blocks, as they are now.
         chosen: what "auto" chose; None before, or if there was nothing to choose.
-        profile: the measured times; None before the second pass.
+        profile: the measured times; None before a pass was measured: the second one with "auto", else the one after `tune()`.
     """
 
     knobs: Knobs
@@ -88,7 +88,7 @@ class SuperpipelineHandle(OffloadHandle):
         self.knobs, self.slot_bytes, self.block_bytes, self.most = knobs, slot_bytes, block_bytes, most
         if self.engine is not None:
             self.engine.batches = Batches(knobs.k_prime)
-            self.meter = Meter(self.engine, self.device)
+            self.meter = Meter(self.engine, self.device, armed="auto" in (setting.k, setting.k_prime))
 
     @property
     def profile(self) -> Profile | None:
@@ -107,19 +107,22 @@ class SuperpipelineHandle(OffloadHandle):
         if self.meter is None or not self.meter.pass_ended(whole=whole):
             return
         profile, setting = self.profile, self.setting
-        if profile is None or profile.units != self.knobs.units or "auto" not in (setting.k, setting.k_prime):
-            return  # a pass that leaves blocks out says nothing about one that uses all
-        self.chosen = choose(
+        if profile is None or not self.plan.slots or "auto" not in (setting.k, setting.k_prime):
+            return
+        chosen = choose(
             profile,
             max_slowdown=setting.max_slowdown,
             most=self.most,
-            k=setting.k if isinstance(setting.k, int) else None,
-            k_prime=setting.k_prime if isinstance(setting.k_prime, int) else None,
+            k=min(setting.k, profile.units) if isinstance(setting.k, int) else None,
+            k_prime=min(setting.k_prime, profile.units) if isinstance(setting.k_prime, int) else None,
         )
-        self.turn(self.chosen.k, self.chosen.k_prime)
+        # A pass may leave blocks out (a decoder's, of a model with an encoder): k is then a window over those it uses.
+        k = setting.k if isinstance(setting.k, int) else chosen.k
+        self.chosen = Choice(k, chosen.k_prime, chosen.slowdown)
+        self.turn(k, chosen.k_prime)
 
     def tune(self) -> None:
-        """Measure the next pass, and let "auto" choose again by it: for inputs of another size."""
+        """Measure the next pass, which makes it slower; "auto" chooses again by it, for inputs of another size, say."""
         with self.lock:
             if self.meter is not None:
                 self.meter.arm()
@@ -234,7 +237,7 @@ class SuperpipelineHandle(OffloadHandle):
         if knobs_keep_all(self.knobs):
             return "Nothing is streamed: all blocks are present."
         if known is None:
-            return "Times are not measured yet: the second pass is measured."
+            return "No pass was measured yet: call tune() and run one."
         mean_c, mean_x = (1e3 * sum(times) / known.units for times in (known.compute_s, known.transfer_s))
         lines = [
             f"{mean_c:.2f} ms compute a block, {mean_x:.2f} ms bring one in; predicted slow-down {now.slowdown:.2f}."
@@ -287,7 +290,7 @@ class SuperpipelineHandle(OffloadHandle):
     def rehome(self, device: Any) -> None:
         super().rehome(device)
         if self.engine is not None:
-            self.meter = Meter(self.engine, device)
+            self.meter = Meter(self.engine, device, armed="auto" in (self.setting.k, self.setting.k_prime))
 
 
 def knobs_keep_all(knobs: Knobs) -> bool:

@@ -24,7 +24,12 @@ _PREPARED_BY = 1
 
 
 class Meter:
-    """Measures one pass of one model; asked for with `arm`, done when `profile` is set.
+    """Measures one pass of one model.
+
+    Args:
+        engine: of the model.
+        device: that computes.
+        armed: measure the second pass; otherwise none until `arm`.
 
     Attributes:
         clock: seconds.
@@ -32,24 +37,24 @@ class Meter:
         profile: the result.
     """
 
-    def __init__(self, engine: Engine, device: torch.device) -> None:
+    def __init__(self, engine: Engine, device: torch.device, *, armed: bool) -> None:
         self.clock: Callable[[], float] = time.perf_counter
         self.settle: Callable[[], None] = _nothing if device.type == "cpu" else lambda: torch.cuda.synchronize(device)
         self.profile: Profile | None = None
         self.running: bool = False
         self._engine = engine
-        self._wait = _PREPARED_BY
+        self._wait: int | None = _PREPARED_BY if armed else None
         self._depth = 0
         self._schedule: Schedule | None = None
 
     def arm(self) -> None:
         """Measure the next pass."""
-        self.profile, self._wait = None, 0
+        self._wait = 0
 
     def pass_begun(self) -> None:
         """The root's forward began; the caller holds the model's lock until `pass_ended`."""
         self._depth += 1
-        if self._depth > 1 or self.profile is not None:
+        if self._depth > 1 or self._wait is None:
             return
         if self._wait:
             self._wait -= 1
@@ -85,6 +90,7 @@ class Meter:
         if self._depth or not self.running:
             return False
         self.running = False
+        self._wait = None if whole else 0
         assert self._schedule is not None
         self._engine.schedule, self._schedule = self._schedule, None
         units = [unit for unit in self._engine.units if unit.index in self._compute]

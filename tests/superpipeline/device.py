@@ -1,0 +1,81 @@
+"""A model on the simulated device, whose blocks take virtual time to compute and whose link is throttled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchwrap as tw
+from tests.stream.fake_arena import FakeArena, Machine, stand_in
+from torchwrap.superpipeline import technique
+from torchwrap.superpipeline.handle import SuperpipelineHandle
+
+__all__ = ["BLOCK_BYTES", "WIDTH", "Blocks", "on_device", "pass_seconds"]
+
+WIDTH = 64
+BLOCK_BYTES = WIDTH * WIDTH * 4
+
+
+class _Block(nn.Module):
+    def __init__(self, machine: Machine, seconds: float) -> None:
+        super().__init__()
+        self.map = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.machine, self.seconds = machine, seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.machine.work(self.machine.compute, self.seconds)
+        return torch.tanh(self.map(x))
+
+
+class Blocks(nn.Module):
+    """Equal blocks and a head; a block takes `compute_s`, bringing one in `transfer_s`, the head `rest_s` virtual seconds."""
+
+    def __init__(self, machine: Machine, depth: int, compute_s: float, rest_s: float = 0.0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block(machine, compute_s) for _ in range(depth))
+        self.head = _Block(machine, rest_s)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def on_device(
+    patch: pytest.MonkeyPatch, *, depth: int, compute_s: float, transfer_s: float, rest_s: float = 0.0, order: Any = "late", **fields: Any
+) -> tuple[Blocks, SuperpipelineHandle, Machine]:
+    """The model under `superpipeline` with its blocks in host memory; the handle's clock is the simulated one."""
+    machine = Machine(order, bandwidth=BLOCK_BYTES / transfer_s)
+    arenas = stand_in(patch, machine)
+
+    def make(_: torch.device) -> FakeArena:
+        arenas.append(FakeArena(machine))
+        return arenas[-1]
+
+    patch.setattr(technique, "arena_for", make)
+    plain = technique.weight_budget
+    patch.setattr(technique, "weight_budget", lambda *args: dataclasses.replace(plain(*args), host=1 << 40))
+    torch.manual_seed(1)
+    model = Blocks(machine, depth, compute_s, rest_s).eval()
+    tw.superpipeline(model, **fields)
+    handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
+    if handle.meter is not None:
+        handle.meter.settle = lambda: machine.synchronize(machine.record(machine.compute))
+        handle.meter.clock = lambda: machine._host_time
+    return model, handle, machine
+
+
+def pass_seconds(model: Blocks, machine: Machine, passes: int) -> float:
+    """Virtual seconds of a pass, over several, after as many others."""
+    x = torch.ones(1, WIDTH)
+    ends = []
+    with torch.no_grad():
+        for _ in range(2):
+            for _ in range(passes):
+                model(x)
+            ends.append(machine.compute.time)
+    return (ends[1] - ends[0]) / passes
