@@ -1,0 +1,217 @@
+"""Replacing stored values while the engine runs: nothing reads a unit during its update, and holds give way to everything else."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.stream.parts import check_bound, engine_state, idle, using
+from tests.stream.test_engine import SIZES, engine_over
+from torchwrap.core import errors
+from torchwrap.core.tensors import data_of, is_placeholder
+from torchwrap.stream.engine import Engine
+from torchwrap.stream.units import Unit
+
+
+def test_a_held_unit_is_present_until_it_is_let_go(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        unit = stored.units[2]
+        assert engine.hold(unit) and engine.hold(unit)
+        check_bound(stored, unit)
+        with using(engine, unit):
+            check_bound(stored, unit)
+        check_bound(stored, unit)
+        engine.unhold(unit)
+        idle(engine, stored)
+        engine.unhold(unit)
+        idle(engine, stored)
+
+
+def test_a_hold_gives_way_to_a_use(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 1) as (engine, stored):
+        assert engine.hold(stored.units[0])
+        with using(engine, stored.units[1]):
+            check_bound(stored, stored.units[1])
+            assert all(is_placeholder(data_of(piece.parameter)) for piece in stored.units[0].pieces)
+            assert not engine.hold(stored.units[0])  # a use does not give way
+        assert engine.hold(stored.units[0])
+        engine.trim()
+        idle(engine, stored)
+
+
+def test_a_view_that_is_still_alive_keeps_its_memory(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 1) as (engine, stored):
+        unit = stored.units[0]
+        engine.hold(unit)
+        views = [engine.held_view(piece) for piece in unit.pieces]
+        engine.unhold(unit)
+        for other in stored.units:
+            with using(engine, other):
+                check_bound(stored, other)
+            engine_state(engine)
+        for piece, view in zip(unit.pieces, views, strict=True):
+            assert view is not None and torch.equal(view, stored.values[piece.index])
+        assert all(engine.held_view(piece) is None for piece in unit.pieces)
+
+
+def test_slots_are_not_replaced_while_nobody_keeps_views(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        for unit in [*stored.units, *reversed(stored.units)] * 3:
+            engine.hold(unit)
+            assert all(engine.held_view(piece) is not None for piece in unit.pieces)
+            engine.unhold(unit)
+        assert {slot.index for slot in engine._slots} == {0, 1}
+        idle(engine, stored)
+
+
+@pytest.mark.parametrize("how", ["use", "hold", "read"])
+def test_an_update_keeps_readers_out_until_it_ends(tmp_path: Path, how: str) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        unit, seen = stored.units[0], []
+
+        def reader() -> None:
+            if how == "use":
+                with using(engine, unit):
+                    seen.append("read")
+            elif how == "hold":
+                seen.append("read" if engine.hold(unit) else "refused")
+                engine.unhold(unit)
+            else:
+                engine.read(unit.pieces[0])
+                seen.append("read")
+
+        engine.begin_update(unit)
+        with using(engine, stored.units[3]):  # others are not kept out
+            check_bound(stored, stored.units[3])
+        thread = threading.Thread(target=reader)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert unit.index not in engine._fetches
+        seen.append("updated")
+        engine.end_update(unit)
+        thread.join(20)
+        assert seen == ["updated", "read"]
+        idle(engine, stored)
+
+
+def test_an_update_waits_for_a_use_and_ends_a_hold(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        unit, began = stored.units[0], threading.Event()
+
+        def update() -> None:
+            engine.begin_update(unit)
+            began.set()
+
+        with using(engine, unit):
+            thread = threading.Thread(target=update)
+            thread.start()
+            assert not began.wait(0.2)
+            check_bound(stored, unit)
+        assert began.wait(20)
+        engine.end_update(unit)
+        engine.hold(unit)
+        engine.begin_update(unit)
+        assert all(is_placeholder(data_of(piece.parameter)) for piece in unit.pieces)
+        engine.end_update(unit)
+        idle(engine, stored)
+
+
+def test_values_come_from_the_new_homes_after_an_update(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored), engine_over(_made(tmp_path / "other"), SIZES, 2) as (_, other):
+        unit = stored.units[2]
+        for _ in range(2):
+            for each in stored.units:
+                with using(engine, each):
+                    pass
+        engine.begin_update(unit)
+        for piece, new in zip(unit.pieces, other.units[2].pieces, strict=True):
+            piece.home, piece.checksum = new.home, new.checksum
+            stored.values[piece.index] = other.values[new.index]
+        engine.end_update(unit)
+        for each in stored.units:
+            with using(engine, each):
+                check_bound(stored, each)
+        idle(engine, stored)
+
+
+@pytest.mark.parametrize("other", ["use", "update"])
+def test_waiting_for_ever_is_an_error(tmp_path: Path, other: str) -> None:
+    with engine_over(tmp_path, SIZES, 2, timeout_s=0.2) as (engine, stored):
+        unit, failed = stored.units[0], []
+
+        def begin() -> None:
+            with suppress(errors.StorageError):
+                engine.begin_update(unit)
+                return
+            failed.append(True)
+
+        if other == "use":
+            with using(engine, unit):
+                _in_thread(begin)
+        else:
+            engine.begin_update(unit)
+            begin()
+        assert failed == [True]
+
+
+def test_updates_beside_uses_and_holds(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        stop = threading.Event()
+        wrong: list[BaseException] = []
+
+        def guarded(work: object) -> None:
+            try:
+                while not stop.is_set():
+                    work()  # type: ignore[operator]
+            except BaseException as error:
+                wrong.append(error)
+                stop.set()
+
+        def update() -> None:
+            for unit in stored.units[::2]:
+                _update(engine, unit)
+
+        def hold() -> None:
+            for unit in reversed(stored.units):
+                if engine.hold(unit):
+                    for piece in unit.pieces:
+                        view = engine.held_view(piece)
+                        assert view is None or torch.equal(view, stored.values[piece.index])
+                engine.unhold(unit)
+
+        threads = [threading.Thread(target=guarded, args=(work,)) for work in (update, hold)]
+        for thread in threads:
+            thread.start()
+        for _ in range(30):
+            for unit in stored.units:
+                with using(engine, unit):
+                    check_bound(stored, unit)
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+        assert wrong == []
+        idle(engine, stored)
+
+
+def _update(engine: Engine, unit: Unit) -> None:
+    engine.begin_update(unit)
+    for piece in unit.pieces:
+        piece.version += 1
+    engine.end_update(unit)
+
+
+def _in_thread(call: object) -> None:
+    thread = threading.Thread(target=call)  # type: ignore[arg-type]
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
