@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import torchwrap as tw
 from tests.models import ModelFixture, by_name, run
 from tests.offload.budgets import smallest_budget
+from tests.offload.training import different_gradients
 from tests.stream.fake_arena import FakeArena, HazardError, Machine, stand_in
 from tests.stream.simulated_cuda import WatchedCuda, simulate
 from torchwrap.storage import aio
@@ -66,6 +67,23 @@ def test_outputs(patch: pytest.MonkeyPatch, make: Any, fixture: ModelFixture, pa
     tw.unwrap(model)
     assert same(run(model, fixture.inputs()), expected)
     machine.check()
+    assert not [name for name in machine.live_regions if "device" in name]
+
+
+@every_mode
+@every_home
+@every_model
+@pytest.mark.parametrize("make", [FakeArena, WatchedCuda], ids=["fake", "cuda"])
+def test_gradients_in_training_mode(patch: pytest.MonkeyPatch, make: Any, fixture: ModelFixture, params: str, mode: Any) -> None:
+    machine = Machine(mode)
+    plain, model, _ = on_device(patch, machine, fixture, make, params=params)
+    for step in range(2):
+        for each in (plain.train(), model.train()):
+            torch.manual_seed(step)
+            tensors(each(**fixture.inputs()))[0].square().mean().backward()
+    assert different_gradients(model, plain) == []
+    machine.check()
+    tw.unwrap(model)
     assert not [name for name in machine.live_regions if "device" in name]
 
 
