@@ -128,7 +128,7 @@ def brute(profile: Profile, max_slowdown: float, most: int) -> int:
 @pytest.mark.parametrize("transfer_s", [0.0, 0.2, 0.7, 1.0, 1.3, 4.0])
 def test_auto_finds_what_trying_everything_finds(transfer_s: float, most: int) -> None:
     profile = Profile((1.0,) * 8, (transfer_s,) * 8, rest_s=0.5)
-    choice = choose(profile, max_slowdown=1.10, most=most)
+    choice = choose(profile, max_slowdown=1.10, allowed=range(1, most + 1))
     assert choice.k == brute(profile, 1.10, most)
     assert choice.slowdown == pytest.approx(min(profile.slowdown(choice.k, batch) for batch in range(1, choice.k + 1)), rel=0.01)
 

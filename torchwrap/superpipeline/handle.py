@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,21 +72,21 @@ class SuperpipelineHandle(OffloadHandle):
     knobs: Knobs
     slot_bytes: int = 0
     block_bytes: int = 0
-    most: int = 0
+    allowed: Sequence[int] = ()
     meter: Meter | None = None
     chosen: Choice | None = None
 
-    def configure(self, setting: Superpipeline, knobs: Knobs, *, slot_bytes: int, block_bytes: int, most: int) -> None:
+    def configure(self, setting: Superpipeline, knobs: Knobs, *, slot_bytes: int, block_bytes: int, allowed: Sequence[int]) -> None:
         """Take over what the technique worked out.
 
         Args:
             knobs: to begin with.
             slot_bytes: of one slot.
             block_bytes: of all blocks together.
-            most: largest k that memory allows.
+            allowed: values of k that memory allows, smallest first.
         """
         self.setting: Superpipeline = setting
-        self.knobs, self.slot_bytes, self.block_bytes, self.most = knobs, slot_bytes, block_bytes, most
+        self.knobs, self.slot_bytes, self.block_bytes, self.allowed = knobs, slot_bytes, block_bytes, allowed
         if self.engine is not None:
             self.engine.batches = Batches(knobs.k_prime)
             self.meter = Meter(self.engine, self.device, armed="auto" in (setting.k, setting.k_prime))
@@ -112,7 +113,7 @@ class SuperpipelineHandle(OffloadHandle):
         chosen = choose(
             profile,
             max_slowdown=setting.max_slowdown,
-            most=self.most,
+            allowed=self.allowed,
             k=min(setting.k, profile.units) if isinstance(setting.k, int) else None,
             k_prime=min(setting.k_prime, profile.units) if isinstance(setting.k_prime, int) else None,
         )
@@ -131,9 +132,18 @@ class SuperpipelineHandle(OffloadHandle):
         """Set the knobs, between passes. Cost: what was read ahead is read again.
 
         Raises:
-            ConfigError: not 1 <= k' <= k <= n.
+            ConfigError: not 1 <= k' <= k <= n, or fewer than all after all were kept.
+            BudgetError: memory, or `device_memory`, does not hold k blocks.
         """
         knobs = Knobs(k, k_prime, self.knobs.units)
+        if k not in self.allowed:
+            raise errors.BudgetError(
+                f"superpipeline: k={k} blocks need {format_bytes(self._held(knobs))}, and {format_bytes(self.plan.budget)} are allowed",
+                needed=self._held(knobs),
+                available=self.plan.budget,
+                where="k",
+                fix=f"Use one of k={', '.join(map(str, self.allowed))}, or apply it again with a larger device_memory.",
+            )
         with self.lock:
             if not self.plan.slots and knobs.k < knobs.units:
                 raise errors.ConfigError(
@@ -244,10 +254,10 @@ class SuperpipelineHandle(OffloadHandle):
             + (" The law holds: computing does not wait." if now.stall_free else "")
         ]
         if not now.stall_free:
-            best = choose(known, max_slowdown=1.0, most=self.most)
+            best = choose(known, max_slowdown=1.0, allowed=self.allowed)
             if best.slowdown < 0.99 * (now.slowdown or math.inf):
                 lines.append(f"What would help most: k={best.k}, k_prime={best.k_prime}, slow-down {best.slowdown:.2f}.")
-            elif self.most < self.knobs.units:
+            elif self.allowed[-1] < self.knobs.units:
                 lines.append("Bringing blocks in is the slower side: only more memory (device_memory=) or larger inputs help.")
             else:
                 lines.append(f"Bringing blocks in is the slower side: larger inputs help, or k={self.knobs.units}.")
@@ -272,13 +282,13 @@ class SuperpipelineHandle(OffloadHandle):
     def inert(self) -> SuperpipelineHandle:
         made = super().inert()
         assert isinstance(made, SuperpipelineHandle)
-        made.configure(self.setting, self.knobs, slot_bytes=0, block_bytes=0, most=self.most)
+        made.configure(self.setting, self.knobs, slot_bytes=0, block_bytes=0, allowed=self.allowed)
         return made
 
     def twin(self, parameters: dict[int, nn.Parameter]) -> SuperpipelineHandle:
         made = super().twin(parameters)
         assert isinstance(made, SuperpipelineHandle)
-        made.configure(self.setting, self.knobs, slot_bytes=self.slot_bytes, block_bytes=self.block_bytes, most=self.most)
+        made.configure(self.setting, self.knobs, slot_bytes=self.slot_bytes, block_bytes=self.block_bytes, allowed=self.allowed)
         return made
 
     def replan(self) -> None:

@@ -190,18 +190,20 @@ def fastest_batch(k: int, units: int, compute_s: float, transfer_s: float, overh
     return min(range(1, k + 1), key=cost)
 
 
-def choose(profile: Profile, *, max_slowdown: float, most: int | None = None, k: int | None = None, k_prime: int | None = None) -> Choice:
+def choose(
+    profile: Profile, *, max_slowdown: float, allowed: Sequence[int] | None = None, k: int | None = None, k_prime: int | None = None
+) -> Choice:
     """The knobs for a model.
 
     Args:
         profile: measured times.
         max_slowdown: allowed time of a pass over that with all blocks present.
-        most: most blocks that memory allows.
+        allowed: values of k that memory allows, smallest first; None: all.
         k: given by the user; None chooses the smallest that keeps `max_slowdown`.
         k_prime: given by the user; None chooses the fastest for that k.
 
     Returns:
-        The choice. If no k up to `most` keeps `max_slowdown`, the smallest of the fastest.
+        The choice. If no allowed k keeps `max_slowdown`, the smallest of the fastest.
 
     Cost: about log2(n) simulations of a few passes.
     """
@@ -214,20 +216,18 @@ def choose(profile: Profile, *, max_slowdown: float, most: int | None = None, k:
 
     if k is not None:
         return at(k)
-    low, high = max(1, k_prime or 1), max(min(most or n, n), k_prime or 1)
-    best = at(high)
-    limit = max(max_slowdown, best.slowdown * 1.01)  # what cannot be had with all the memory is not sought
-    found = _first(range(low, high + 1), lambda blocks: at(blocks).slowdown <= limit)
-    return at(found) if found is not None else best
+    candidates = [blocks for blocks in allowed or range(1, n + 1) if (k_prime or 1) <= blocks <= n] or [max(k_prime or 1, 1)]
+    limit = max(max_slowdown, at(candidates[-1]).slowdown * 1.01)  # what cannot be had with all the memory is not sought
+    return at(_first(candidates, lambda blocks: at(blocks).slowdown <= limit))
 
 
-def _first(numbers: Sequence[int], holds: Callable[[int], bool]) -> int | None:
-    """The smallest number for which `holds`, which once true stays true (more blocks present never make a pass slower)."""
-    low, high = 0, len(numbers)
+def _first(numbers: Sequence[int], holds: Callable[[int], bool]) -> int:
+    """The smallest number for which `holds`, which is true of the last and, once true, stays so: more blocks never make a pass slower."""
+    low, high = 0, len(numbers) - 1
     while low < high:
         middle = (low + high) // 2
         if holds(numbers[middle]):
             high = middle
         else:
             low = middle + 1
-    return numbers[low] if low < len(numbers) else None
+    return numbers[low]

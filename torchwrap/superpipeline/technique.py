@@ -55,7 +55,7 @@ class Window:
     knobs: Knobs
     slot_bytes: int
     block_bytes: int
-    most: int
+    allowed: tuple[int, ...]
 
 
 class SuperpipelineTechnique(Technique[Superpipeline]):
@@ -129,7 +129,7 @@ class SuperpipelineTechnique(Technique[Superpipeline]):
         block_bytes = sum(unit.nbytes for unit in division.units)
         scratch = max(piece.nbytes for piece in division.pieces)
         budget = weight_budget(streaming, model, integration, device, scratch)
-        knobs, most = _first_knobs(config, len(division.units), fixed, slot_bytes, block_bytes, budget)
+        knobs, allowed = _first_knobs(config, len(division.units), fixed, slot_bytes, block_bytes, budget)
         plan = _plan(division, knobs, fixed, slot_bytes, block_bytes, budget)
         layers: list[Place] = [("", model, WindowLayer(None))]
         for unit in division.units if plan.slots else ():
@@ -143,14 +143,16 @@ class SuperpipelineTechnique(Technique[Superpipeline]):
         origin = next((p.device for p in model.parameters()), device)
         blueprint = Blueprint(division, plan, budget, device, origin, scratch, None, integration)
         streamed = Prepared(config=streaming, layers=layers, notes=notes, data=blueprint)
-        return Prepared(config=config, layers=layers, notes=notes, data=Window(streamed, knobs, slot_bytes, block_bytes, most))
+        return Prepared(config=config, layers=layers, notes=notes, data=Window(streamed, knobs, slot_bytes, block_bytes, allowed))
 
     def attach(self, model: nn.Module, prepared: Prepared[Superpipeline]) -> Handle:
         """Store the blocks, then hide them; an error leaves the model as it was."""
         window: Window = prepared.data
         handle = _machinery.attach(model, window.streamed)
         assert isinstance(handle, SuperpipelineHandle)
-        handle.configure(prepared.config, window.knobs, slot_bytes=window.slot_bytes, block_bytes=window.block_bytes, most=window.most)
+        handle.configure(
+            prepared.config, window.knobs, slot_bytes=window.slot_bytes, block_bytes=window.block_bytes, allowed=window.allowed
+        )
         return handle
 
     def detach(self, model: nn.Module, handle: Handle) -> None:
@@ -176,23 +178,29 @@ def _into_blocks(model: nn.Module, found: UnitMap) -> UnitMap:
     return UnitMap(blocks, fixed, found.buffer_bytes, found.notes)
 
 
-def _first_knobs(config: Superpipeline, units: int, fixed: int, slot_bytes: int, block_bytes: int, budget: Budget) -> tuple[Knobs, int]:
-    """The knobs until "auto" has measured, and the largest k that memory allows."""
-    most = units if fixed + block_bytes <= budget.device else min(units - 1, (budget.device - fixed) // slot_bytes)
-    least = config.k if isinstance(config.k, int) else config.k_prime if isinstance(config.k_prime, int) else 1
-    k = config.k if isinstance(config.k, int) else max(least, min(_FIRST_K, most, max(1, units - 1)))
-    knobs = Knobs(k, config.k_prime if isinstance(config.k_prime, int) else 1, units)
-    if least > most:
-        needed = fixed + least * slot_bytes
+def _first_knobs(
+    config: Superpipeline, units: int, fixed: int, slot_bytes: int, block_bytes: int, budget: Budget
+) -> tuple[Knobs, tuple[int, ...]]:
+    """The knobs until "auto" has measured, and the values of k that memory allows."""
+    needed = {k: fixed + k * slot_bytes for k in range(1, units)} | {units: fixed + block_bytes}
+    allowed = tuple(k for k in range(1, units + 1) if needed[k] <= budget.device)
+    batch = config.k_prime if isinstance(config.k_prime, int) else 1
+    if isinstance(config.k, int):
+        k = Knobs(config.k, batch, units).k
+    else:
+        least = Knobs(units, batch, units).k_prime  # whatever k will be, the batch is not larger
+        wanted = max(least, min(_FIRST_K, units - 1))
+        k = min((other for other in allowed if other >= least), key=lambda other: abs(other - wanted), default=least)
+    if k not in allowed:
         raise errors.BudgetError(
-            f"superpipeline: {least} block(s) and what is outside them take {format_bytes(needed)}, "
+            f"superpipeline: {k} block(s) and what is outside them take {format_bytes(needed[k])}, "
             f"and {format_bytes(budget.device)} are allowed",
-            needed=needed,
+            needed=needed[k],
             available=budget.device,
             where="k",
-            fix=f"Set device_memory={needed} or more, or a smaller k.",
+            fix=f"Set device_memory={needed[k]} or more, or a smaller k.",
         )
-    return knobs, most
+    return Knobs(k, batch, units), allowed
 
 
 def _plan(division: UnitMap, knobs: Knobs, fixed: int, slot_bytes: int, block_bytes: int, budget: Budget) -> ResidencyPlan:
