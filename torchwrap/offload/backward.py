@@ -54,6 +54,11 @@ class Backward:
         self._run: _Run | None = None
         self._begun = threading.Lock()
 
+    @property
+    def running(self) -> bool:
+        """Whether a backward runs through the model now, so that listeners will hear of its end."""
+        return self._run is not None
+
     def watch(self, unit: Unit, output: Any) -> None:
         """Follow the backward into this use of the unit through what it returned."""
         self._hook(output, lambda _: self._enter(unit))

@@ -37,7 +37,7 @@ class Version:
 
     @property
     def sum64(self) -> int:
-        """The sum of the whole: chunks begin at multiples of eight bytes of the data, so that their sums add up."""
+        """The sum of the whole, if `lead * itemsize` is a multiple of eight: words then end where chunks do, and their sums add up."""
         return sum(self.sums) % (1 << 64)
 
 
@@ -49,7 +49,7 @@ class Record:
         name: unique in its store.
         dtype: its element type.
         shape: its shape.
-        lead: elements of room before the first one; `lead * itemsize` is a multiple of 8.
+        lead: elements of room before the first one.
         chunk: elements per chunk, the lead counted; `chunk * itemsize` is a multiple of 4096.
         offsets: where its places begin in the file, multiples of 4096.
         current: the present version, `None` before the first.
@@ -69,7 +69,7 @@ class Record:
 
     def __post_init__(self) -> None:
         size = self.dtype.itemsize
-        if self.chunk < 1 or self.chunk * size % BLOCK or not 0 <= self.lead < self.chunk or self.lead * size % 8 or not self.numel:
+        if self.chunk < 1 or self.chunk * size % BLOCK or not 0 <= self.lead < self.chunk or not self.numel:
             raise ValueError(f"{self.name}: chunks of {self.chunk} and a lead of {self.lead} {self.dtype} of shape {list(self.shape)}")
 
     @property
@@ -119,12 +119,13 @@ class Record:
 
 @dataclass(slots=True)
 class Draft:
-    """A version being written; `in_place` if it replaces the present one where that lies."""
+    """A version being written; `in_place` if it replaces the present one, `before`, where that lies, chunk by chunk."""
 
     record: Record
     half: int
     sums: list[int | None]
     in_place: bool
+    before: Version | None
 
     def version(self) -> Version:
         """The finished version; raises `StorageError` if a chunk is missing."""

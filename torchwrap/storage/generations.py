@@ -25,13 +25,14 @@ import torch
 
 from torchwrap.core.errors import DiskFullError, StorageError
 from torchwrap.storage.atomic import as_storage_error, free_bytes
-from torchwrap.storage.backend import Backend, write_from
+from torchwrap.storage.backend import Backend, Stats, read_into, write_from
 from torchwrap.storage.checksum import Part, memory_of, sum64
 from torchwrap.storage.folder import OwnFolder
 from torchwrap.storage.generationfile import Draft, GenerationFile, Record, Version
 from torchwrap.storage.manifest import Json, KeptFolder, Manifest, pack
 from torchwrap.storage.pool import Buffer, allocate, round_up
 from torchwrap.storage.request import Read
+from torchwrap.storage.workers import mismatch
 
 __all__ = ["Draft", "GenerationFile", "GenerationStore", "Record", "Version"]
 
@@ -135,13 +136,16 @@ class GenerationStore:
             self._grow(end)
             self._records.update((record.name, record) for record in made)
 
-    def read(self, record: Record, index: int, target: Buffer) -> Read:
+    def read(self, record: Record, index: int, target: Buffer, draft: Draft | None = None) -> Read:
         """A request for one chunk of the present version, compared with its sum; the data lands at `record.head(index)` of `target`.
+
+        Args:
+            draft: the version being written from this one: chunks that it has not replaced yet can be read.
 
         Raises:
             StorageError: an update of the record was cut short, or nothing was written to it yet.
         """
-        version = record.whole()
+        version = draft.before if draft is not None and draft.before is not None else record.whole()
         offset, nbytes = record.place(version.half, index)
         part = Part(record.name, offset, nbytes, version.sums[index])
         return Read(self.file, offset, nbytes, target, record.head(index), (part,))
@@ -154,7 +158,7 @@ class GenerationStore:
         if committed is not None and half == committed.half:
             half = 1 - half
         in_place = current is not None and current.half == half
-        return Draft(record, half, [None] * record.count, in_place)
+        return Draft(record, half, [None] * record.count, in_place, None if record.torn else current)
 
     def write(self, draft: Draft, index: int, memory: memoryview) -> None:
         """Write one chunk of a new version.
@@ -207,6 +211,26 @@ class GenerationStore:
                 numpy.copyto(target, numpy.frombuffer(memory[first:last], numpy.uint8))
                 self.write(draft, index, self._staging.memory)
             self.finish(draft)
+
+    def get(self, name: str) -> torch.Tensor:
+        """A record's present version as a tensor of its own, checked.
+
+        Raises:
+            CorruptDataError: the bytes are not the ones that were written.
+        """
+        record = self._records[name]
+        value = torch.empty(record.shape, dtype=record.dtype)
+        buffer = allocate(record.chunk * record.dtype.itemsize)
+        for index in range(record.count):
+            read = self.read(record, index, buffer)
+            data = buffer.memory[read.start : read.start + read.nbytes]
+            read_into(self._backend, self.file, data, read.offset, read.nbytes, direct=False, stats=Stats())
+            (part,) = read.parts
+            if (total := sum64(data)) != part.sum64:
+                raise mismatch(self.file, part, "sum64", part.sum64 or 0, total)
+            first, last = record.span(index)
+            value.view(-1)[first:last] = buffer.tensor()[read.start : read.start + read.nbytes].view(record.dtype)
+        return value
 
     def forget(self, name: str) -> None:
         """The record has no value any more; its room stays reserved for the next one."""

@@ -20,6 +20,7 @@ import torch
 
 from torchwrap.core.errors import CorruptDataError, StorageError
 from torchwrap.storage.atomic import Lock, as_storage_error, atomic_write, private_folder
+from torchwrap.storage.folder import sweep
 from torchwrap.storage.generationfile import Record, Version
 from torchwrap.storage.header import strict_json
 from torchwrap.storage.safefile import Descriptor
@@ -90,11 +91,12 @@ class KeptFolder:
         os.chmod(MANIFEST, 0o600, dir_fd=self._fd)
 
     def sweep(self, keep: str | None) -> None:
-        """Remove what a killed process left: data files that no manifest names, and half-written manifests. Other files stay."""
+        """Remove what a killed process left: data files that no manifest names, half-written manifests, spilled tensors."""
         for name in os.listdir(self._fd):
             if (_DATA.match(name) and name != keep) or _TEMPORARY.match(name):
                 with suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=self._fd)
+        sweep(self._fd)
 
     def close(self) -> None:
         """Let others in. Calling it again does nothing."""
