@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torchwrap.core.transaction import unwrap as unwrap
     from torchwrap.core.transaction import wrappers_of as wrappers_of
     from torchwrap.offload.config import Offload as Offload
+    from torchwrap.offload.optimizer import OffloadedOptimizer as OffloadedOptimizer
     from torchwrap.offload.technique import offload as offload
     from torchwrap.superpipeline.config import Superpipeline as Superpipeline
     from torchwrap.superpipeline.technique import superpipeline as superpipeline
@@ -62,6 +63,7 @@ _WHERE = {
         "torchwrap.core.technique": ("Handle", "Technique"),
         "torchwrap.core.transaction": ("applied", "apply", "disabled", "handle_of", "unwrap", "wrappers_of"),
         "torchwrap.offload.config": ("Offload",),
+        "torchwrap.offload.optimizer": ("OffloadedOptimizer",),
         "torchwrap.superpipeline.config": ("Superpipeline",),
         "torchwrap.trace.config": ("Trace",),
     }.items()
@@ -70,9 +72,9 @@ _WHERE = {
 
 __all__ = [
     "BudgetError", "Config", "ConfigError", "ConflictError", "CorruptDataError", "DiskFullError", "Handle", "NotAppliedError",
-    "Offload", "Plan", "PlanError", "Report", "StorageError", "Superpipeline", "Technique", "TorchwrapError", "TorchwrapWarning",
-    "Trace", "UnsafePathError", "UnsupportedModelError", "__version__", "applied", "apply", "check", "core", "describe",
-    "disabled", "handle_of", "offload", "plan_of", "superpipeline", "trace", "unwrap", "wrappers_of",
+    "Offload", "OffloadedOptimizer", "Plan", "PlanError", "Report", "StorageError", "Superpipeline", "Technique", "TorchwrapError",
+    "TorchwrapWarning", "Trace", "UnsafePathError", "UnsupportedModelError", "__version__", "applied", "apply", "check", "core",
+    "describe", "disabled", "handle_of", "offload", "plan_of", "superpipeline", "trace", "unwrap", "wrappers_of",
 ]
 
 

@@ -28,6 +28,7 @@ from torchwrap.offload.predict import Prediction, predict_pass
 from torchwrap.offload.stepping import watch_steps
 from torchwrap.storage import aio
 from torchwrap.storage.checksum import memory_of, sum64
+from torchwrap.storage.generations import GenerationFile
 from torchwrap.storage.spill import SpillStore
 from torchwrap.storage.workers import mismatch
 from torchwrap.stream.arena import arena_for
@@ -36,7 +37,7 @@ from torchwrap.stream.pieces import aligned_copy, drop_home, part_of, put_away, 
 from torchwrap.stream.planner import ResidencyPlan, region_bytes
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.timeline import Event, Timeline
-from torchwrap.stream.units import Crc, Piece, Unit
+from torchwrap.stream.units import Crc, Home, Piece, Unit
 
 __all__ = ["OffloadHandle"]
 
@@ -340,7 +341,7 @@ class OffloadHandle(Handle):
             replica = dataclasses.replace(
                 piece, parameter=parameters[piece.index], absent=data_of(parameters[piece.index]), names=list(piece.names)
             )
-            if piece.home is not None and self.store is not None and piece.home.file is self.store.file:
+            if piece.home is not None and self._changes(piece.home):
                 if store is None:
                     store = SpillStore.create(None, needed=sum(p.nbytes for p in self.pieces if p.home is not None))
                 replica.home = put_away(store, replica, self.value(piece), crc=self.crc)
@@ -373,6 +374,10 @@ class OffloadHandle(Handle):
             mapped=self.mapped,
             notes=self.notes,
         )
+
+    def _changes(self, home: Home) -> bool:
+        """Whether what lies there is written to: our own file, or that of an optimizer."""
+        return isinstance(home.file, GenerationFile) or (self.store is not None and home.file is self.store.file)
 
     def rehome(self, device: torch.device) -> None:
         """Compute on another device from now on."""

@@ -1,8 +1,8 @@
 """`torchwrap.OffloadedOptimizer`: any elementwise torch optimizer with its state, and the streamed weights, on a disk.
 
 To the outside it is an ordinary `torch.optim.Optimizer`: parameter groups, schedulers, `state_dict` in the format of the wrapped class.
-Inside, each gradient is used as soon as backward no longer needs the old weight, in a thread beside it (gradients.py, updates.py); `step()` waits
-and does the rest. The wrapped class itself computes, so the bits are those of training in memory.
+Inside, each gradient is used as soon as backward no longer needs the old weight, in a thread beside it (gradients.py, updates.py);
+`step()` waits and does the rest. The wrapped class itself computes, so the bits are those of training in memory.
 
 Sources: Rajbhandari et al., "ZeRO-Infinity: Breaking the GPU Memory Wall for Extreme Scale Deep Learning", 2021 (state on the disk, updated
 in pieces); Liao et al., "Adding NVMe SSDs to Enable and Accelerate 100B Model Fine-tuning on a Single GPU", 2024 (the update overlapped
@@ -25,9 +25,10 @@ from torch import nn
 from torchwrap.core import errors
 from torchwrap.core.config import parse_size
 from torchwrap.core.transaction import inner_model, records_of
+from torchwrap.offload.arguments import check_arguments, timing_of
 from torchwrap.offload.chunks import Chunks, Update
 from torchwrap.offload.elementwise import Rule, settings_of
-from torchwrap.offload.gradients import Gradients, Timing
+from torchwrap.offload.gradients import Gradients
 from torchwrap.offload.handle import OffloadHandle
 from torchwrap.offload.persist import check_same_run, describe_run, from_json
 from torchwrap.offload.targets import Target, can_stream, records_needed
@@ -35,8 +36,6 @@ from torchwrap.offload.updates import Job, Updater
 from torchwrap.offload.values import Values
 from torchwrap.storage import aio
 from torchwrap.storage.generations import GenerationStore
-from torchwrap.storage.limits import memory_available
-from torchwrap.storage.pool import BLOCK
 from torchwrap.stream.units import Unit
 
 __all__ = ["OffloadedOptimizer"]
@@ -103,7 +102,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         chunk: int | str = "16MiB",
         **options: Any,
     ) -> None:
-        _check(path, max_grad_norm, accumulate, gradients, durability, chunk)
+        check_arguments(path, max_grad_norm, accumulate, gradients, durability, chunk)
         self._rule = Rule(cls, options)
         self._model_names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
         self._handle = next((r.handle for r in records_of(inner_model(model)).values() if isinstance(r.handle, OffloadHandle)), None)
@@ -130,7 +129,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._values = Values(self._store, handle)
             self._chunks = Chunks(self._rule, self._store, reader, self._values.landed)
             self._updater = Updater(self._chunks, handle.engine if handle is not None else None, timeout_s)
-            self._gradients = Gradients(_groups_of(self), handle, self._updater, self._timing(overlap, accumulate, gradients, folder))
+            trained = sum(t.parameter.numel() * t.parameter.element_size() for t in self._targets if t.parameter.requires_grad)
+            largest = max((unit.nbytes for unit in handle.units), default=0) if handle is not None else 0
+            timing = timing_of(overlap and max_grad_norm is None, accumulate, gradients, trained, max(self._chunk, 2 * largest), folder)
+            self._gradients = Gradients(_groups_of(self), handle, self._updater, timing)
             self._shut = weakref.finalize(self, _close, self._updater, self._gradients, reader, self._store)
             self._prepare()
             if self._store.generation:
@@ -330,16 +332,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     # -- making ready --------------------------------------------------------------------------------------------------------------------
 
-    def _timing(self, overlap: bool, accumulate: int, gradients: str, beside: Path | None) -> Timing:
-        take = overlap and self._max_grad_norm is None
-        trained = [t.parameter.numel() * t.parameter.element_size() for t in self._targets if t.parameter.requires_grad]
-        fits = sum(trained) <= (memory_available() or sum(trained)) // 2
-        waits = not take or accumulate > 1
-        park = waits and (gradients == "disk" or (gradients == "auto" and not fits))
-        units = self._handle.units if self._handle is not None else []
-        room = max([self._chunk, *(2 * unit.nbytes for unit in units)])
-        return Timing(take, park, accumulate, room, beside)
-
     def _target(self, parameter: nn.Parameter, group: int) -> Target:
         handle = self._handle
         piece = handle.piece_of(parameter) if handle is not None else None
@@ -503,25 +495,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                     self._whole.state.pop(target.parameter, None)
                     if whole := self._values.restored_whole(target):
                         self._whole.state[target.parameter] = whole
-
-
-def _check(path: object, max_grad_norm: float | None, accumulate: int, gradients: str, durability: str, chunk: int | str) -> None:
-    """Raise `ConfigError` for an argument out of range."""
-    wrong: tuple[str, str, str] | None = None
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        wrong = ("max_grad_norm", f"clipping to {max_grad_norm}", "Use a positive number, or None.")
-    elif not isinstance(accumulate, int) or accumulate < 1:
-        wrong = ("accumulate", f"{accumulate!r} backwards per step", "Use 1 or more.")
-    elif gradients not in ("auto", "host", "disk"):
-        wrong = ("gradients", f"{gradients!r} is no place", 'Use "auto", "host" or "disk".')
-    elif durability not in ("save", "step", "none"):
-        wrong = ("durability", f"{durability!r} is no durability", 'Use "save", "step" or "none".')
-    elif durability == "step" and path is None:
-        wrong = ("durability", "every step is to be kept, but there is no folder", "Pass path=.")
-    elif parse_size(chunk, field="chunk") < BLOCK:
-        wrong = ("chunk", f"chunks of {chunk} bytes", "Use 4096 bytes or more; 16MiB is a good size.")
-    if wrong is not None:
-        raise errors.ConfigError(f"OffloadedOptimizer: {wrong[1]}", where=wrong[0], fix=wrong[2])
 
 
 def _groups_of(optimizer: OffloadedOptimizer) -> Callable[[], list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from torchwrap.offload.budget import Budget
 from torchwrap.offload.config import CRC, Offload
 from torchwrap.storage import aio, pool
 from torchwrap.storage.checksum import crc32, memory_of, sum64
+from torchwrap.storage.generations import GenerationFile
 from torchwrap.storage.safefile import index_folder
 from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.arena import Arena, arena_for
@@ -109,7 +110,8 @@ def take_back(handle: OffloadHandle) -> None:
     away = [piece for piece in handle.pieces if not piece.resident]
     values = []
     for piece in away:
-        if handle.mapped and piece.home is not None:
+        # The file of an optimizer goes on changing.
+        if handle.mapped and piece.home is not None and not isinstance(piece.home.file, GenerationFile):
             values.append(handle.stored_view(piece))
         else:
             value = read_piece(piece, handle.reader, handle.config.io_timeout_s, verify=handle.config.verify != "header")

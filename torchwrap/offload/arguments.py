@@ -1,0 +1,46 @@
+"""The arguments of `OffloadedOptimizer`, checked, and what follows from them for when gradients are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchwrap.core import errors
+from torchwrap.core.config import parse_size
+from torchwrap.offload.gradients import Timing
+from torchwrap.storage.limits import memory_available
+from torchwrap.storage.pool import BLOCK
+
+__all__ = ["check_arguments", "timing_of"]
+
+
+def check_arguments(path: object, max_grad_norm: float | None, accumulate: int, gradients: str, durability: str, chunk: int | str) -> None:
+    """Raise `ConfigError` for an argument out of range."""
+    wrong: tuple[str, str, str] | None = None
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        wrong = ("max_grad_norm", f"clipping to {max_grad_norm}", "Use a positive number, or None.")
+    elif not isinstance(accumulate, int) or accumulate < 1:
+        wrong = ("accumulate", f"{accumulate!r} backwards per step", "Use 1 or more.")
+    elif gradients not in ("auto", "host", "disk"):
+        wrong = ("gradients", f"{gradients!r} is no place", 'Use "auto", "host" or "disk".')
+    elif durability not in ("save", "step", "none"):
+        wrong = ("durability", f"{durability!r} is no durability", 'Use "save", "step" or "none".')
+    elif durability == "step" and path is None:
+        wrong = ("durability", "every step is to be kept, but there is no folder", "Pass path=.")
+    elif parse_size(chunk, field="chunk") < BLOCK:
+        wrong = ("chunk", f"chunks of {chunk} bytes", "Use 4096 bytes or more; 16MiB is a good size.")
+    if wrong is not None:
+        raise errors.ConfigError(f"OffloadedOptimizer: {wrong[1]}", where=wrong[0], fix=wrong[2])
+
+
+def timing_of(take: bool, accumulate: int, gradients: str, trained_bytes: int, room: int, beside: Path | None) -> Timing:
+    """When gradients are used, and where they wait.
+
+    Args:
+        take: during backward, as far as possible.
+        trained_bytes: of all gradients together.
+        room: bytes that may wait for the worker.
+    """
+    fits = trained_bytes <= (memory_available() or trained_bytes) // 2
+    waits = not take or accumulate > 1
+    park = waits and (gradients == "disk" or (gradients == "auto" and not fits))
+    return Timing(take, park, accumulate, room, beside)
