@@ -173,7 +173,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             if target.is_taken():
                 target.parameter.grad = None
         super().zero_grad(set_to_none)
-        self._gradients.watch(self._streamed())
+        self._watch()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -208,7 +208,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._clipped, self._scale = False, None
         self._done.clear()
         self.steps += 1
-        self._gradients.watch(self._streamed())
+        self._watch()
         if self._durability == "step":
             self.commit()
         return loss
@@ -347,14 +347,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         return [target for target in self._targets if target.streamed]
 
     def _prepare(self) -> None:
-        """Room on the disk for what is trained, an ordinary optimizer for what stays in memory, hooks on the rest."""
+        """What the class keeps with its present settings, and an ordinary optimizer for what stays in memory."""
         for target in self._targets:
             target.layout = dict(
                 self._rule.layout(settings_of(self.param_groups[target.group]), target.parameter.dtype, target.parameter.device)
             )
-        trained = [t for t in self._targets if t.parameter.requires_grad and t.parameter.numel()]
-        wanted = [t for t in trained if t.streamed or self._durability != "none"]
-        self._store.reserve(record for target in wanted for record in records_needed(target, self._chunk, self._store))
         groups = []
         for number, group in enumerate(self.param_groups):
             small = [t.parameter for t in self._targets if t.group == number and not t.streamed]
@@ -364,6 +361,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             before = {} if self._whole is None else self._whole.state
             self._whole = self._rule.cls(groups, **self._rule.options)
             self._whole.state.update(before)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Room on the disk for what is trained by now, and hooks on it."""
+        trained = [t for t in self._targets if t.parameter.requires_grad and t.parameter.numel()]
+        wanted = [t for t in trained if t.streamed or self._durability != "none"]
+        self._store.reserve(record for target in wanted for record in records_needed(target, self._chunk, self._store))
         self._gradients.watch(self._streamed())
 
     # -- a step --------------------------------------------------------------------------------------------------------------------------
@@ -416,7 +420,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for update in updates:
             unit = update.target.unit if update.target.away else None
             jobs.setdefault(None if unit is None else unit.index, Job(unit, [])).updates.append(update)
-        self._store.reserve(r for update in updates for r in records_needed(update.target, self._chunk, self._store))  # trained since
+        self._watch()  # trained since the last time
         targets = [update.target for update in updates]
         for job in jobs.values():
             self._updater.submit(job)
