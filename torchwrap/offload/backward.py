@@ -57,7 +57,8 @@ class Backward:
     @property
     def running(self) -> bool:
         """Whether a backward runs through the model now, so that listeners will hear of its end."""
-        return self._run is not None
+        run = self._run
+        return run is not None and not run.over
 
     def watch(self, unit: Unit, output: Any) -> None:
         """Follow the backward into this use of the unit through what it returned."""
