@@ -11,10 +11,11 @@ from torch import nn
 
 import torchwrap as tw
 from tests.stream.fake_arena import FakeArena, Machine, stand_in
+from tests.stream.simulated_cuda import WatchedCuda, simulate
 from torchwrap.superpipeline import technique
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 
-__all__ = ["BLOCK_BYTES", "WIDTH", "Blocks", "on_device", "pass_seconds"]
+__all__ = ["BLOCK_BYTES", "WIDTH", "Blocks", "on_device", "pass_seconds", "separate"]
 
 WIDTH = 64
 BLOCK_BYTES = WIDTH * WIDTH * 4
@@ -50,15 +51,7 @@ def on_device(
 ) -> tuple[Blocks, SuperpipelineHandle, Machine]:
     """The model under `superpipeline` with its blocks in host memory; the handle's clock is the simulated one."""
     machine = Machine(order, bandwidth=BLOCK_BYTES / transfer_s)
-    arenas = stand_in(patch, machine)
-
-    def make(_: torch.device) -> FakeArena:
-        arenas.append(FakeArena(machine))
-        return arenas[-1]
-
-    patch.setattr(technique, "arena_for", make)
-    plain = technique.weight_budget
-    patch.setattr(technique, "weight_budget", lambda *args: dataclasses.replace(plain(*args), host=1 << 40))
+    separate(patch, machine)
     torch.manual_seed(1)
     model = Blocks(machine, depth, compute_s, rest_s).eval()
     tw.superpipeline(model, **fields)
@@ -67,6 +60,21 @@ def on_device(
         handle.meter.settle = lambda: machine.synchronize(machine.record(machine.compute))
         handle.meter.clock = lambda: machine._host_time
     return model, handle, machine
+
+
+def separate(patch: pytest.MonkeyPatch, machine: Machine, make: Any = FakeArena) -> None:
+    """Let `superpipeline` compute on this simulated device."""
+    if issubclass(make, WatchedCuda):
+        simulate(patch, machine)
+    arenas = stand_in(patch, machine, make)
+
+    def arena_for(_: torch.device) -> Any:
+        arenas.append(make(machine))
+        return arenas[-1]
+
+    patch.setattr(technique, "arena_for", arena_for)
+    plain = technique.weight_budget
+    patch.setattr(technique, "weight_budget", lambda *args: dataclasses.replace(plain(*args), host=1 << 40))
 
 
 def pass_seconds(model: Blocks, machine: Machine, passes: int) -> float:
