@@ -12,7 +12,8 @@ Scale Deep Learning", 2021, section 5.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from torchwrap.core import errors
 
-__all__ = ["Rule", "settings_of"]
+__all__ = ["Rule", "settings_of", "step_of"]
 
 _WAY_OUT = (
     "Use a class that treats elements one by one (SGD, Adam, AdamW, Adagrad, RMSprop, ...), or give this one the parameters that stay in "
@@ -87,7 +88,7 @@ class Rule:
         inner = self.cls([{**settings, "params": [weight]}], **self.options)
         if state:
             inner.state[weight] = dict(state)
-        inner.step()
+        step_of(inner)()
         after: Mapping[str, Any] = inner.state[weight]
         return after
 
@@ -119,7 +120,7 @@ class Rule:
             for gradient in gradients:
                 full = gradient.to(device, dtype)
                 whole.grad = full
-                inner.step()
+                step_of(inner)()
                 for number, part in enumerate(parts):
                     states[number] = self.step(settings, part, full.view(-1)[_CUTS[number] : _CUTS[number + 1]], states[number])
         except Exception as error:
@@ -149,6 +150,13 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a parameter group, without its parameters; tensors are copied, because schedulers change them in place."""
     left_out = ("params", "param_names")
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in group.items() if name not in left_out}
+
+
+def step_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    """The step of an instance of ours, without the hooks on all optimizers, which are for the steps that the user takes."""
+    step = type(optimizer).step
+    plain = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step  # torch 2.13: _patch_step_function
+    return functools.partial(plain, optimizer)
 
 
 def _equal(left: Any, right: Any) -> bool:

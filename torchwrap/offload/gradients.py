@@ -224,10 +224,12 @@ class Gradients:
         self._backwards = 0
 
     def close(self) -> None:
-        """Take the hooks off."""
-        for hooks in self._hooks.values():
+        """Take the hooks off, and the poison: whoever trains the model next begins with no gradients."""
+        for target, hooks in self._hooks.items():
             for hook in hooks:
                 hook.remove()
+            if target.is_taken():
+                target.parameter.grad = None
         self._hooks.clear()
         if self._handle is not None and self in self._handle.backward.listeners:
             self._handle.backward.listeners.remove(self)

@@ -27,7 +27,7 @@ from torchwrap.core.config import parse_size
 from torchwrap.core.transaction import inner_model, records_of
 from torchwrap.offload.arguments import check_arguments, timing_of
 from torchwrap.offload.chunks import Chunks, Update
-from torchwrap.offload.elementwise import Rule, settings_of
+from torchwrap.offload.elementwise import Rule, settings_of, step_of
 from torchwrap.offload.gradients import Gradients
 from torchwrap.offload.handle import OffloadHandle
 from torchwrap.offload.persist import check_same_run, describe_run, from_json
@@ -435,7 +435,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         numbers = [n for n in range(len(self.param_groups)) if any(t.group == n and not t.streamed for t in self._targets)]
         for number, group in zip(numbers, self._whole.param_groups, strict=True):
             group.update(settings_of(self.param_groups[number]))
-        self._whole.step()
+        step_of(self._whole)()
         for target in self._targets:
             if not target.streamed and target.parameter.grad is not None:
                 target.changed = True
@@ -480,7 +480,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _restore(self) -> None:
         """Make what was committed what the model and this optimizer have."""
         run = self._store.run
-        kept = from_json(run["kept"])
+        kept = {name: from_json(numbers) for name, numbers in run["kept"].items()}  # type: ignore[union-attr]
         self.steps = int(run["steps"])  # type: ignore[arg-type]
         for group, settings in zip(self.param_groups, run["groups"], strict=True):  # type: ignore[arg-type]
             group.update(from_json(settings))
