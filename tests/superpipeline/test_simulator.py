@@ -16,6 +16,7 @@ from tests.stream.fake_arena import FakeArena, Machine
 from tests.stream.parts import Stored, build, check_bound, plan_for, using
 from torchwrap.storage import aio
 from torchwrap.stream.arena import HostArena
+from torchwrap.stream.batches import Batches
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.simulator import Run, simulate
 from torchwrap.superpipeline.policy import Knobs, batch_seconds, batch_seconds_together, stall_free
@@ -146,3 +147,16 @@ def test_sixty_per_cent_less_at_k_two_fifths_of_n() -> None:
     assert at.saved == pytest.approx(0.6)
     machine = timed(4, 1, compute_s=1.0, transfer_s=0.95, passes=4, units=10)
     assert machine.compute.time / 40 <= 1.15
+
+
+def test_a_batch_begins_anew_with_a_unit_that_was_not_foreseen() -> None:
+    batches = Batches(3)
+    assert (batches.begun(present=False), batches.ended(), batches.begun(present=True), batches.ended()) == (True, False, False, False)
+    assert batches.begun(present=False)
+    assert [batches.ended() for _ in range(6)] == [False, False, True, False, False, True]
+
+
+def test_batches_of_one_hand_on_after_every_use() -> None:
+    batches = Batches()
+    assert batches.begun(present=True) and batches.begun(present=False)
+    assert [batches.ended() for _ in range(3)] == [True, True, True]
