@@ -65,6 +65,11 @@ class Superpipeline(Config):
     )
     record: bool = option(False, doc="Record a timeline of reads, computation and stalls for pictures.")
 
+    @property
+    def chooses(self) -> bool:
+        """Whether there is a knob to choose after measuring a pass."""
+        return self.k == "auto" or (self.k_prime == "auto" and self.k != 1)
+
     def validate(self) -> None:
         """Rules that concern more than one field."""
         for name, value in (("k", self.k), ("k_prime", self.k_prime)):

@@ -89,7 +89,7 @@ class SuperpipelineHandle(OffloadHandle):
         self.knobs, self.slot_bytes, self.block_bytes, self.allowed = knobs, slot_bytes, block_bytes, allowed
         if self.engine is not None:
             self.engine.batches = Batches(knobs.k_prime)
-            self.meter = Meter(self.engine, self.device, armed="auto" in (setting.k, setting.k_prime))
+            self.meter = Meter(self.engine, self.device, armed=setting.chooses)
 
     @property
     def profile(self) -> Profile | None:
@@ -108,7 +108,7 @@ class SuperpipelineHandle(OffloadHandle):
         if self.meter is None or not self.meter.pass_ended(whole=whole):
             return
         profile, setting = self.profile, self.setting
-        if profile is None or not self.plan.slots or "auto" not in (setting.k, setting.k_prime):
+        if profile is None or not self.plan.slots or not setting.chooses:
             return
         chosen = choose(
             profile,
@@ -300,7 +300,7 @@ class SuperpipelineHandle(OffloadHandle):
     def rehome(self, device: Any) -> None:
         super().rehome(device)
         if self.engine is not None:
-            self.meter = Meter(self.engine, device, armed="auto" in (self.setting.k, self.setting.k_prime))
+            self.meter = Meter(self.engine, device, armed=self.setting.chooses)
 
 
 def knobs_keep_all(knobs: Knobs) -> bool:

@@ -138,7 +138,7 @@ class SuperpipelineTechnique(Technique[Superpipeline]):
         notes = [
             *division.notes,
             f"k={knobs.k}, k_prime={knobs.k_prime} of {knobs.units} blocks; {format_bytes(plan.held_bytes)} present at most"
-            + (', until "auto" has measured a pass' if "auto" in (config.k, config.k_prime) and plan.slots else ""),
+            + (', until "auto" has measured a pass' if config.chooses and plan.slots else ""),
         ]
         origin = next((p.device for p in model.parameters()), device)
         blueprint = Blueprint(division, plan, budget, device, origin, scratch, None, integration)
