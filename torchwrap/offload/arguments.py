@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchwrap.core import errors
@@ -10,7 +11,7 @@ from torchwrap.offload.gradients import Timing
 from torchwrap.storage.limits import memory_available
 from torchwrap.storage.pool import BLOCK
 
-__all__ = ["check_arguments", "timing_of"]
+__all__ = ["Asked", "check_arguments", "timing_of"]
 
 
 def check_arguments(path: object, max_grad_norm: float | None, accumulate: int, gradients: str, durability: str, chunk: int | str) -> None:
@@ -32,15 +33,33 @@ def check_arguments(path: object, max_grad_norm: float | None, accumulate: int, 
         raise errors.ConfigError(f"OffloadedOptimizer: {wrong[1]}", where=wrong[0], fix=wrong[2])
 
 
-def timing_of(take: bool, accumulate: int, gradients: str, trained_bytes: int, room: int, beside: Path | None) -> Timing:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked for.
+
+    Attributes:
+        take: use gradients during backward, as far as possible.
+        backwards: per step.
+        where: gradients wait: "auto", "host" or "disk".
+        norms: gradients that are used during backward tell their norm.
+    """
+
+    take: bool
+    backwards: int
+    where: str
+    norms: bool = False
+
+
+def timing_of(asked: Asked, trained_bytes: int, room: int, beside: Path | None) -> Timing:
     """When gradients are used, and where they wait.
 
     Args:
-        take: during backward, as far as possible.
+        asked: by the user, or by a training loop.
         trained_bytes: of all gradients together.
         room: bytes that may wait for the worker.
+        beside: folder for gradients on the disk.
     """
     fits = trained_bytes <= (memory_available() or trained_bytes) // 2
-    waits = not take or accumulate > 1
-    park = waits and (gradients == "disk" or (gradients == "auto" and not fits))
-    return Timing(take, park, accumulate, room, beside)
+    waits = not asked.take or asked.backwards > 1
+    park = waits and (asked.where == "disk" or (asked.where == "auto" and not fits))
+    return Timing(asked.take, park, asked.backwards, room, beside, asked.norms)

@@ -2,8 +2,8 @@
 
 A gradient is complete when autograd has accumulated it, and may be used once nothing of this backward needs the old weight any more: when
 its unit is done. It is then handed to the worker at once (*taken*), or put on the disk until the step (*parked*: clipping and several
-backwards per step need all of them first), or left where it is. What is taken or parked leaves a poison behind (see targets.py), so that
-code which expects gradients to wait for `step()` fails loudly.
+backwards per step need all of them first), or left where it is. What is taken or parked leaves a stand-in behind (see standin.py), so that
+code which expects gradients to wait for `step()` fails loudly; clipping by total norm works on what is parked.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Timing:
         backwards: per step.
         room: bytes of taken gradients that may wait before the backward does.
         beside: folder for parked ones; `None` means the system's.
+        norms: find out the norm of what is taken, for a training loop that wants to log it.
     """
 
     take: bool
@@ -48,6 +49,7 @@ class Timing:
     backwards: int
     room: int
     beside: Path | None
+    norms: bool = False
 
 
 class Gradients:
@@ -58,6 +60,7 @@ class Gradients:
         handle: of the offloaded model, if it is one.
 
     Attributes:
+        timing: may be replaced between two steps.
         norms: of parked gradients.
         settings: of all groups when the first gradient was taken, `None` before.
     """
@@ -65,11 +68,13 @@ class Gradients:
     def __init__(
         self, groups: Callable[[], Sequence[Mapping[str, Any]]], handle: OffloadHandle | None, updater: Updater, timing: Timing
     ) -> None:
-        self._groups, self._handle, self._updater, self._timing = groups, handle, updater, timing
+        self._groups, self._handle, self._updater = groups, handle, updater
+        self.timing: Timing = timing
         self._hooks: dict[Target, list[Any]] = {}
         self._waiting: dict[int, list[Update]] = {}  # taken, by the unit that is not done yet
         self._units: dict[int, Unit] = {}
         self._parked: dict[Target, Parked] = {}
+        self._used: set[Target] = set()  # taken since the last step
         self._store: SpillStore | None = None
         self._backwards = 0  # since the last step
         self._queued = False
@@ -104,7 +109,7 @@ class Gradients:
         updates = self._waiting.pop(unit.index, None)
         if updates:
             self._updater.submit(Job(unit, updates))
-            self._updater.wait_for_room(self._timing.room)
+            self._updater.wait_for_room(self.timing.room)
 
     def backward_done(self, error: BaseException | None) -> None:
         """Hand over the rest, and wait, so that no forward sees some weights of before and some of after."""
@@ -118,10 +123,20 @@ class Gradients:
     def _before(self, target: Target, gradient: torch.Tensor) -> None:
         """Another gradient is about to be added to a parameter's."""
         if not target.is_taken():
+            self.drop_cleared(target)
+            if target in self._used and target.parameter.grad is None:
+                raise errors.ConflictError(
+                    f"OffloadedOptimizer: the gradient of {target.name} was cleared after an update had used it",
+                    where=target.name,
+                    fix="Call step() after backward, or pass overlap=False to be able to give gradients up.",
+                )
             return
-        poison = target.parameter.grad
-        if target in self._parked or (poison is not None and not poison.flatten()[0].isnan()):  # parked, or set to zero by the user
-            target.parameter.grad = target.poison = None
+        standin = target.parameter.grad
+        zeroed = standin is not None and not bool(standin.flatten()[0].isnan())  # zero_grad(set_to_none=False)
+        if zeroed or target in self._parked:
+            target.parameter.grad = None
+            if zeroed:
+                self.drop_cleared(target)
             return
         raise errors.ConflictError(
             f"OffloadedOptimizer: a backward would add to the gradient of {target.name}, which an update has used already",
@@ -131,7 +146,10 @@ class Gradients:
 
     def _after(self, target: Target, parameter: torch.Tensor) -> None:
         """A parameter's gradient of this backward is complete."""
-        if self._deferred or parameter.grad is None:
+        if parameter.grad is None:
+            return
+        if self._deferred:
+            self._add_parked(target)
             return
         if parameter.grad.layout != torch.strided:
             raise errors.UnsupportedModelError(
@@ -143,10 +161,10 @@ class Gradients:
         if not following and not self._queued:
             self._queued = True
             torch.autograd.Variable._execution_engine.queue_callback(self._over)
-        last = self._backwards == self._timing.backwards - 1 and (following or self._timing.backwards == 1)
-        if self._timing.take and last:
+        last = self._backwards == self.timing.backwards - 1 and (following or self.timing.backwards == 1)
+        if self.timing.take and last:
             self._take(target)
-        elif self._timing.park and (not self._timing.take or not last):
+        elif self.timing.park and (not self.timing.take or not last):
             self._park(target)
 
     def _over(self) -> None:
@@ -161,7 +179,10 @@ class Gradients:
         if self.settings is None:
             self.settings = [settings_of(group) for group in self._groups()]
         self._add_parked(target)
-        update = Update(target, target.take_gradient().detach(), self.settings[target.group], torch.get_num_threads())
+        self._used.add(target)
+        known = torch.nn.utils.get_total_norm([target.parameter.grad]) if self.timing.norms else None  # type: ignore[list-item]
+        gradient = target.take_gradient(known, parked=False).detach()
+        update = Update(target, gradient, self.settings[target.group], torch.get_num_threads())
         if target.unit is None or not target.away:
             self._updater.submit(Job(None, [update]))
         else:
@@ -176,14 +197,16 @@ class Gradients:
         # On the whole tensor and by the same call, because a sum of parts has other last bits.
         self.norms[target] = torch.nn.utils.get_total_norm([gradient.detach()])
         if self._store is None:
-            self._store = SpillStore.create(self._timing.beside, needed=0)
+            self._store = SpillStore.create(self.timing.beside, needed=0)
         self._store.put(target.name, gradient.detach())
         self._parked[target] = Parked(self._store.file, target.name)
-        target.take_gradient()
+        target.take_gradient(self.norms[target], parked=True)
 
+    @torch.no_grad()
     def _add_parked(self, target: Target) -> None:
         """Add what was parked in earlier backwards; a sum of two has the same bits either way round."""
         if self._parked.pop(target, None) is not None:
+            self.norms.pop(target, None)
             assert self._store is not None and target.parameter.grad is not None
             target.parameter.grad.add_(self._store.get(target.name).to(target.parameter.grad.device))
             self._store.remove(target.name)
@@ -194,6 +217,18 @@ class Gradients:
     def began(self) -> bool:
         """Whether gradients were taken since the last step: parameters are new already."""
         return self.settings is not None
+
+    def drop_cleared(self, target: Target) -> None:
+        """Forget a parked gradient that was cleared through the parameter (`model.zero_grad()`)."""
+        if target in self._parked and not target.is_taken() and target.parameter.grad is None:
+            del self._parked[target]
+            self.norms.pop(target, None)
+            if self._store is not None:
+                self._store.remove(target.name)
+
+    def scaled(self) -> Target | None:
+        """A target whose parked gradient was scaled by others than this optimizer."""
+        return next((t for t in self._parked if t.standin is not None and t.standin.factor is not None), None)
 
     def is_parked(self, target: Target) -> bool:
         """Whether the gradient is on the disk."""
@@ -207,7 +242,8 @@ class Gradients:
         for target in targets:
             parked = self._parked.get(target)
             if parked is not None:
-                found.append(Update(target, parked, settings[target.group], threads, scale))
+                factor = scale if scale is not None or target.standin is None else target.standin.factor
+                found.append(Update(target, parked, settings[target.group], threads, factor))
             elif (gradient := target.gradient()) is not None:
                 found.append(Update(target, gradient.detach(), settings[target.group], threads))
         return found
@@ -218,13 +254,14 @@ class Gradients:
             if self._store is not None:
                 self._store.remove(target.name)
         self._parked.clear()
+        self._used.clear()
         self._waiting.clear()
         self.norms.clear()
         self.settings = None
         self._backwards = 0
 
     def close(self) -> None:
-        """Take the hooks off, and the poison: whoever trains the model next begins with no gradients."""
+        """Take the hooks off, and the stand-ins: whoever trains the model next begins with no gradients."""
         for target, hooks in self._hooks.items():
             for hook in hooks:
                 hook.remove()

@@ -11,6 +11,7 @@ with backward without staleness). Where we differ: any elementwise class, bit-id
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +26,7 @@ from torch import nn
 from torchwrap.core import errors
 from torchwrap.core.config import parse_size
 from torchwrap.core.transaction import inner_model, records_of
-from torchwrap.offload.arguments import check_arguments, timing_of
+from torchwrap.offload.arguments import Asked, check_arguments, timing_of
 from torchwrap.offload.chunks import Chunks, Update
 from torchwrap.offload.elementwise import Rule, settings_of, step_of
 from torchwrap.offload.gradients import Gradients
@@ -110,7 +111,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._whole: torch.optim.Optimizer | None = None
         self._chunk = parse_size(chunk, field="chunk")
         self._max_grad_norm = max_grad_norm
-        self._durability = "none" if path is None else durability
+        self._durability: Literal["save", "step", "none"] = "none" if path is None else durability
         self._scale: torch.Tensor | None = None
         self._clipped = False
         self._done: set[Target] = set()  # of a step that failed half-way
@@ -131,8 +132,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._updater = Updater(self._chunks, handle.engine if handle is not None else None, timeout_s)
             trained = sum(t.parameter.numel() * t.parameter.element_size() for t in self._targets if t.parameter.requires_grad)
             largest = max((unit.nbytes for unit in handle.units), default=0) if handle is not None else 0
-            timing = timing_of(overlap and max_grad_norm is None, accumulate, gradients, trained, max(self._chunk, 2 * largest), folder)
-            self._gradients = Gradients(_groups_of(self), handle, self._updater, timing)
+            self._asked = Asked(overlap and max_grad_norm is None, accumulate, gradients)
+            self._may_take = self._asked.take
+            self._timing_of = functools.partial(timing_of, trained_bytes=trained, room=max(self._chunk, 2 * largest), beside=folder)
+            self._gradients = Gradients(_groups_of(self), handle, self._updater, self._timing_of(self._asked))
             self._shut = weakref.finalize(self, _close, self._updater, self._gradients, reader, self._store)
             self._prepare()
             if self._store.generation:
@@ -197,6 +200,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._handle.backward.settle()
         self._updater.check()
         self._check_settings()
+        for target in self._streamed():
+            self._gradients.drop_cleared(target)
         self._clip()
         unfinished = self._updater.take_unfinished()
         again = {update.target for update in unfinished}
@@ -268,6 +273,48 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             template.__setstate__({"state": {}, "param_groups": before})
         for done in self._optimizer_load_state_dict_post_hooks.values():
             done(self)
+
+    # -- for training loops ------------------------------------------------------------------------------------------------------------
+
+    def configure(
+        self,
+        *,
+        overlap: bool | None = None,
+        accumulate: int | None = None,
+        gradients: Literal["auto", "host", "disk"] | None = None,
+        norms: bool = False,
+    ) -> None:
+        """Change between two steps when gradients are used; `None` leaves a setting as it is.
+
+        Args:
+            overlap: update during backward, unless the constructor was told not to or clips itself.
+            accumulate: backwards per step.
+            gradients: where gradients wait.
+            norms: let gradients that are used during backward tell their norm (not more: they cannot be scaled). Costs a pass over each.
+
+        Raises:
+            ConflictError: in the middle of a step.
+        """
+        self._refuse_half_done("configure")
+        asked = Asked(
+            self._asked.take if overlap is None else self._may_take and overlap,
+            self._asked.backwards if accumulate is None else accumulate,
+            self._asked.where if gradients is None else gradients,
+            norms,
+        )
+        check_arguments(None, None, asked.backwards, asked.where, "save", self._chunk)
+        self._asked = asked
+        self._gradients.timing = self._timing_of(asked)
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What this optimizer clips the total norm to, by itself."""
+        return self._max_grad_norm
+
+    @property
+    def durability(self) -> Literal["save", "step", "none"]:
+        """What a crash leaves; "none" without a folder."""
+        return self._durability
 
     # -- generations -----------------------------------------------------------------------------------------------------------------------
 
@@ -376,6 +423,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Scale all gradients as `clip_grad_norm_` does; once for each step, also if that is repeated after an error."""
         if self._max_grad_norm is None or self._clipped:
             return
+        if (scaled := self._gradients.scaled()) is not None:
+            raise errors.ConflictError(
+                f"OffloadedOptimizer: the gradient of {scaled.name} was clipped already, and would be clipped again with max_grad_norm=",
+                where=scaled.name,
+                fix="Clip in one place: leave max_grad_norm= out here, or do not call clip_grad_norm_ (transformers: max_grad_norm=0).",
+            )
         trained = [t for t in self._targets if t.parameter.grad is not None or self._gradients.is_parked(t)]
         present = [t.parameter for t in trained if not self._gradients.is_parked(t)]
         if len(present) == len(trained):

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from torchwrap.core import errors
-from torchwrap.core.tensors import is_placeholder, placeholder
+from torchwrap.core.tensors import is_placeholder
+from torchwrap.offload.standin import StandIn
 from torchwrap.storage.generations import GenerationStore, Record
 from torchwrap.storage.pool import BLOCK, round_up
 from torchwrap.stream.units import Piece, Unit
@@ -53,7 +54,7 @@ class Target:
     order: tuple[str, ...] = ()
     torn: bool = False
     changed: bool = False
-    poison: torch.Tensor | None = None
+    standin: StandIn | None = None
 
     @property
     def away(self) -> bool:
@@ -84,22 +85,22 @@ class Target:
                 kept[key] = self.numbers[key]
         return kept
 
-    def take_gradient(self) -> torch.Tensor:
-        """Take the gradient over and leave a poison that no arithmetic survives unnoticed.
+    def take_gradient(self, known: torch.Tensor | None, *, parked: bool) -> torch.Tensor:
+        """Take the gradient over and leave a stand-in (see standin.py).
 
-        One NaN expanded to the shape: reading it gives NaN, torch refuses to write to it (clipping, unscaling, accumulating).
+        Args:
+            known: its norm, for those who ask the stand-in.
+            parked: it may still be scaled.
         """
         gradient = self.parameter.grad
         assert gradient is not None
-        if self.poison is None:
-            self.poison = placeholder(self.parameter.shape, gradient.dtype, gradient.device)
-        self.parameter.grad = self.poison
+        self.standin = StandIn.of(self.name, gradient, known, parked=parked)
+        self.parameter.grad = self.standin
         return gradient
 
     def is_taken(self) -> bool:
-        """Whether the gradient was taken and the poison still stands in its place."""
-        gradient = self.parameter.grad
-        return gradient is not None and self.poison is not None and gradient.data_ptr() == self.poison.data_ptr()
+        """Whether the gradient was taken and the stand-in is still in its place."""
+        return self.standin is not None and self.parameter.grad is self.standin
 
     def gradient(self) -> torch.Tensor | None:
         """The gradient, if there is one to be used."""

@@ -1,0 +1,109 @@
+"""What stands in the place of a gradient that was taken or parked.
+
+To reading code it is NaN in every element and torch refuses to write to it, so nothing goes on unnoticed. Two things it can do, because
+clipping by total norm consists of them: it knows the norm of the gradient it stands for, and it takes down a factor to scale it by. So
+`torch.nn.utils.clip_grad_norm_`, and every training loop that calls it, works on gradients that are on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from torchwrap.core import errors
+from torchwrap.core.tensors import placeholder
+
+__all__ = ["StandIn"]
+
+
+class StandIn(torch.Tensor):
+    """One NaN expanded to a gradient's shape.
+
+    Attributes:
+        what: name of the parameter.
+        known: 2-norm of the gradient; `None` if nobody asked for it when it was taken.
+        parked: it waits for the step, so it can still be scaled; otherwise an update uses it already.
+        factor: what it is to be scaled by; `None` for not at all.
+
+    Exactness: norm and scaled gradient have the bits that the gradient itself would give on the CPU. On other devices `clip_grad_norm_`
+        takes norms of several tensors by another kernel if all of them are ordinary, whose last bits may differ.
+    """
+
+    what: str
+    known: torch.Tensor | None
+    parked: bool
+    factor: torch.Tensor | None
+
+    @classmethod
+    def of(cls, what: str, gradient: torch.Tensor, known: torch.Tensor | None, *, parked: bool) -> StandIn:
+        """A stand-in for `gradient`."""
+        made: StandIn = placeholder(gradient.shape, gradient.dtype, gradient.device).as_subclass(cls)
+        made.what, made.known, made.parked, made.factor = what, known, parked, None
+        return made
+
+    @classmethod
+    def __torch_function__(  # type: ignore[override]
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _KNOWN:
+            return _KNOWN[func](*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:  # torch: a written-to element has several places
+                found = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn)]
+                raise _refused(found[0], f"{getattr(func, '__name__', func)}") from error
+
+
+def _norm(x: Any, ord: float = 2.0, *rest: Any, **options: Any) -> torch.Tensor:
+    if not isinstance(x, StandIn) or rest or options:
+        with torch._C.DisableTorchFunctionSubclass():
+            norm: torch.Tensor = torch.linalg.vector_norm(x, ord, *rest, **options)
+            return norm
+    if x.known is None or ord != 2 or x.factor is not None:
+        raise _refused(x, f"its {ord:g}-norm")
+    return x.known
+
+
+def _scale(x: Any, factor: Any) -> Any:
+    if not isinstance(x, StandIn):
+        with torch._C.DisableTorchFunctionSubclass():
+            return x.mul_(factor)
+    if bool(factor == 1):
+        return x
+    if not x.parked or x.factor is not None:
+        raise _refused(x, "scaling it")
+    x.factor = torch.as_tensor(factor).clone()
+    return x
+
+
+def _norms(tensors: Sequence[Any], ord: float = 2.0) -> list[torch.Tensor]:
+    return [_norm(x, ord) for x in tensors]
+
+
+def _scale_all(tensors: Sequence[Any], factor: Any) -> None:
+    factors = factor if isinstance(factor, (list, tuple)) else [factor] * len(tensors)
+    for x, each in zip(tensors, factors, strict=True):
+        _scale(x, each)
+
+
+_KNOWN: dict[Any, Callable[..., Any]] = {
+    torch.linalg.vector_norm: _norm,
+    torch.Tensor.mul_: _scale,
+    torch._foreach_norm: _norms,
+    torch._foreach_mul_: _scale_all,
+}
+
+
+def _refused(gradient: StandIn, what: str) -> errors.ConflictError:
+    where = "is on the disk until the step" if gradient.parked else "has been used during backward"
+    return errors.ConflictError(
+        f"OffloadedOptimizer: the gradient of {gradient.what} {where}; {what} is not possible",
+        where=gradient.what,
+        fix="Pass max_grad_norm= to clip by total norm, or overlap=False, gradients='host' to keep gradients; with transformers' Trainer "
+        "add torchwrap.integrations.transformers.callbacks.OffloadCallback().",
+    )
