@@ -126,7 +126,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             handle = self._handle
             timeout_s = handle.config.io_timeout_s if handle is not None else 60.0
             mode: Literal["auto", "direct", "buffered"] = handle.reader.mode if handle is not None else "auto"
-            reader = aio.Reader(timeout_s=timeout_s, mode=mode)
+            self._reader = reader = aio.Reader(timeout_s=timeout_s, mode=mode)
             self._values = Values(self._store, handle)
             self._chunks = Chunks(self._rule, self._store, reader, self._values.landed)
             self._updater = Updater(self._chunks, handle.engine if handle is not None else None, timeout_s)
@@ -364,11 +364,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._shut()
 
     def stats(self) -> dict[str, int | float]:
-        """Bytes on the disk and in memory, and seconds spent in the optimizer class."""
+        """Bytes on the disk and moved since the start (weights, gradients, state), and seconds spent in the optimizer class."""
         return {
             "steps": self.steps,
             "disk_bytes": self._store.file.nbytes,
             "state_bytes": sum(t.numel * dtype.itemsize for t in self._streamed() for dtype in t.layout.values()),
+            "bytes_read": self._reader.stats.bytes,
+            "bytes_written": self._store.bytes_written,
             "update_s": self._chunks.seconds,
             "parameters_streamed": len(self._streamed()),
             "parameters_in_memory": len(self._targets) - len(self._streamed()),

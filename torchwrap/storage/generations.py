@@ -49,6 +49,7 @@ class GenerationStore:
     Attributes:
         file: what a `Reader` reads from, and what a model's weights may name as their home.
         records: by name.
+        bytes_written: since it was opened.
         generation: number of commits so far, those of earlier processes included.
         run: what the last commit stored beside the records; empty if there is none.
 
@@ -67,6 +68,7 @@ class GenerationStore:
         self._closed = False
         self._staging: Buffer | None = None
         self.generation: int = 0
+        self.bytes_written: int = 0
         self.run: Mapping[str, Json] = {}
         self._records: dict[str, Record] = {}
         self._kept: KeptFolder | None = None
@@ -183,6 +185,7 @@ class GenerationStore:
             direct = self.file.fd(True) if self._use_direct() else None
             worked = write_from(self._backend, direct, self.file.fd(False), memory[:whole], offset - head)
             self._direct = self._direct and worked
+        self.bytes_written += whole
         draft.sums[index] = sum64(memory[head : head + nbytes])
 
     def finish(self, *drafts: Draft) -> None:
