@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import nn
 
-__all__ = ["CallState", "Layer", "Placement", "run", "suspended"]
+__all__ = ["CallState", "Layer", "Placement", "held_back", "run", "suspended"]
 
 _logger = logging.getLogger("torchwrap.layer")
 
@@ -94,6 +94,10 @@ class Placement(Protocol):
         """Prepare `memo` before the module's `__dict__` is copied."""
         ...
 
+    def after_deepcopy(self, module: nn.Module) -> None:
+        """Called of the copy's owner with the copied module."""
+        ...
+
     def reduce(self, module: nn.Module) -> tuple[Any, ...] | None:
         """Stand in for `__reduce_ex__` (pickle, `torch.save`); `None` for the ordinary way."""
         ...
@@ -160,6 +164,11 @@ class _Switch:
 switch: _Switch = _Switch()
 _suspension = _Suspension()
 _switch_lock = threading.Lock()
+
+
+def held_back() -> tuple[Layer, ...]:
+    """Layers that calls made by this thread pass over now; for `suspended` in a thread that works for this one."""
+    return _suspension.layers
 
 
 @contextmanager

@@ -296,14 +296,14 @@ def _overrides(cls: Any) -> dict[str, Any]:
         inherited = getattr(cls, "__deepcopy__", None)
         if inherited is not None:
             copied = inherited(self, memo)
-            return _adopt(copied, copy.deepcopy(_ours(self), memo))
+            return _told(_adopt(copied, copy.deepcopy(_ours(self), memo)))
         replica: nn.Module = self.__new__(type(self))
         memo[id(self)] = replica
         # A class put on top (a parametrization) may forbid pickling but not copying, so its state is taken from `__dict__`.
         getstate = getattr(self, "__getstate__", None)  # `object` has one only from Python 3.11
         state = getstate() if getstate is not None and type(self).__dict__.get(_BASE) is cls else self.__dict__
         _restore(replica, copy.deepcopy(state, memo))
-        return replica
+        return _told(replica)
 
     reduce_plainly: Callable[..., Any] = cls.__reduce_ex__
 
@@ -347,6 +347,12 @@ def _overrides(cls: Any) -> dict[str, Any]:
 def _ask(owner: Any, method: str, *args: Any) -> Any:
     found = getattr(owner, method, None)
     return found(*args) if found is not None else None
+
+
+def _told(copied: nn.Module) -> nn.Module:
+    for owner in owners_of(copied):
+        _ask(owner, "after_deepcopy", copied)
+    return copied
 
 
 def _refuse(module: nn.Module, verb: str) -> None:

@@ -28,7 +28,7 @@ from torchwrap.offload.state import unhook_states
 if TYPE_CHECKING:
     from torchwrap.offload.handle import OffloadHandle
 
-__all__ = ["before_deepcopy", "convert", "reduce"]
+__all__ = ["before_deepcopy", "convert", "is_root", "reduce"]
 
 
 def before_deepcopy(handle: OffloadHandle, module: nn.Module, memo: dict[int, Any]) -> None:
@@ -36,7 +36,7 @@ def before_deepcopy(handle: OffloadHandle, module: nn.Module, memo: dict[int, An
     if id(handle) in memo:
         return
     with handle.lock:
-        if _is_root(handle, module):
+        if is_root(handle, module):
             parameters = {}
             for piece in handle.pieces:
                 value = handle.resident_copy(piece) if piece.resident else placeholder(piece.shape, piece.dtype, handle.device)
@@ -66,7 +66,7 @@ def reduce(handle: OffloadHandle, module: nn.Module) -> tuple[Any, ...]:
             if layer.owner is inert:
                 detach(part, layer)
     unhook_states(plain.modules())
-    if not _is_root(handle, module):
+    if not is_root(handle, module):
         return (_same, (plain,))
     applied = plain.__dict__.get("_torchwrap_applied", {})
     applied.pop(handle.setting.technique, None)
@@ -94,7 +94,7 @@ def convert(
         _check_growth(handle, {dtype: result.dtype for dtype, result in after.items()})
         if devices - {handle.device}:
             target = next(iter(devices - {handle.device}))
-            if not _is_root(handle, module):
+            if not is_root(handle, module):
                 raise errors.UnsupportedModelError(
                     f"offload: a part of the model cannot move to {target} alone", where=type(module).__name__, fix="Move the whole model."
                 )
@@ -126,7 +126,8 @@ def _check_growth(handle: OffloadHandle, dtypes: dict[torch.dtype, torch.dtype])
         )
 
 
-def _is_root(handle: OffloadHandle, module: nn.Module) -> bool:
+def is_root(handle: OffloadHandle, module: nn.Module) -> bool:
+    """Whether this is the model itself."""
     return any(isinstance(layer, RootLayer) and layer.owner is handle for layer in layers_of(module))
 
 

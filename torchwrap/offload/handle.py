@@ -19,11 +19,11 @@ from torch import nn
 from torchwrap.core import errors
 from torchwrap.core.config import Config, format_bytes
 from torchwrap.core.swap import original_class
-from torchwrap.core.technique import Handle
 from torchwrap.core.tensors import bind, data_of, is_placeholder, placeholder, tensor_bytes
 from torchwrap.offload import copying
 from torchwrap.offload.backward import Backward
 from torchwrap.offload.config import CRC, Offload
+from torchwrap.offload.many import ManyCalls
 from torchwrap.offload.predict import Prediction, predict_pass
 from torchwrap.offload.stepping import watch_steps
 from torchwrap.storage import aio
@@ -42,7 +42,7 @@ from torchwrap.stream.units import Crc, Home, Piece, Unit
 __all__ = ["OffloadHandle"]
 
 
-class OffloadHandle(Handle):
+class OffloadHandle(ManyCalls):
     """Weights of one model that are not all in memory.
 
     Attributes:
@@ -305,6 +305,11 @@ class OffloadHandle(Handle):
     def before_deepcopy(self, module: nn.Module, memo: dict[int, Any]) -> None:
         """Called before a module of this model is deep-copied."""
         copying.before_deepcopy(self, module, memo)
+
+    def after_deepcopy(self, module: nn.Module) -> None:
+        """Called when a module of this model has come out of a deep copy."""
+        if copying.is_root(self, module):
+            self.root = weakref.ref(module)
 
     def reduce(self, module: nn.Module) -> tuple[Any, ...] | None:
         """Called when a module of this model is pickled."""

@@ -218,6 +218,7 @@ class OffloadTechnique(Technique[Offload]):
             for _, _, layer in prepared.layers:
                 layer.owner = handle
             handle.hooked = hook_states(model, handle)
+            handle.root = weakref.ref(model)
         except BaseException:
             unhook_states(model.modules())
             if placed is not None:

@@ -4,7 +4,8 @@
 schedule expects next into the free slots; `release(unit)` puts the placeholders back and frees the slot. Resident pieces are never
 touched. Reading goes on between forward calls: the first units of the next token are read while the caller samples this one.
 
-`lock`, held for the whole outermost forward, serialises threads: two threads inside one model would need twice the slots. A backward
+`lock`, held for the whole outermost forward, serialises threads: two threads inside one model would need twice the slots. Within
+`in_turns` its holder shares it with threads that go through the model together, see turns.py. A backward
 runs its hooks in threads of its own, so it does not take that lock: it *holds* units. A hold is only a preference. Whoever needs the
 slot takes it, and the backward then works on private copies; a view of the slot that is still alive keeps the old memory for itself.
 `state` guards the tables for the length of one call; no lock is held by the reading threads. Everything that can be known when the plan
@@ -31,6 +32,7 @@ from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.schedule import Schedule
 from torchwrap.stream.slots import Fetch, Slots
 from torchwrap.stream.timeline import Timeline
+from torchwrap.stream.turns import Turns
 from torchwrap.stream.units import Piece, Unit
 
 __all__ = ["Engine"]
@@ -50,7 +52,7 @@ class Engine(Slots):
         batch: uses after which slots change hands, see batches.py.
 
     Attributes:
-        lock: held from `acquire` to `release`; taken before `state`, never after it.
+        turns: of the threads that share the lock now, if any do.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class Engine(Slots):
         batch: int = 1,
     ) -> None:
         super().__init__(units, plan, arena, reader, verify=verify, timeout_s=timeout_s, timeline=timeline)
-        self.lock: threading.RLock = threading.RLock()
+        self.turns: Turns | None = None
+        self._lock = threading.RLock()
         self.schedule: Schedule = Schedule()
         self.schedule.seed([u.index for u in self.units if self._prefetched(u) and any(not piece.resident for piece in u.pieces)])
         self.batches: Batches = Batches(batch)
@@ -78,6 +81,12 @@ class Engine(Slots):
         self._updating: set[int] = set()  # indices of pieces whose stored values are being replaced
 
     # -- use ---------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held from `acquire` to `release`; taken before `state`, never after it."""
+        shared = None if self.turns is None else self.turns.lock
+        return self._lock if shared is None else shared
 
     def acquire(self, unit: Unit, *, roomy: bool = False) -> None:
         """Make the unit's weights present; other threads wait until the matching `release`.
@@ -91,6 +100,9 @@ class Engine(Slots):
             CorruptDataError: the file is not what it was.
         """
         self.check_process()
+        turns = self.turns
+        if turns is not None:
+            turns.arrive(unit.index)
         self.lock.acquire()
         try:
             with self.state:
@@ -100,6 +112,8 @@ class Engine(Slots):
                 self._acquire(unit)
         except BaseException:
             self._making_room = False
+            if turns is not None:
+                turns.abandon(unit.index)
             self.lock.release()
             raise
 
@@ -107,19 +121,24 @@ class Engine(Slots):
         """End the use that the matching `acquire` began. Never raises."""
         try:
             with self.state:
-                if self._making_room:
+                turns = self.turns
+                if self._making_room and not (turns is not None and turns.awaited(unit.index)):
                     self._making_room = False
                     self._guess()
-                fetch = self._fetches.get(unit.index)
-                if fetch is not None and fetch.users:
-                    fetch.users -= 1
-                    if not fetch.bound:
-                        self._retire(fetch)
+                if turns is None or not turns.leave(unit.index):
+                    self._end_use(unit)
                 if self.timeline is not None:
                     self.timeline.end("compute", unit.name)
                 self.state.notify_all()
         finally:
             self.lock.release()
+
+    def _end_use(self, unit: Unit) -> None:
+        fetch = self._fetches.get(unit.index)
+        if fetch is not None and fetch.users:
+            fetch.users -= 1
+            if not fetch.bound:
+                self._retire(fetch)
 
     def hold(self, unit: Unit) -> bool:
         """Keep the unit's weights present for a backward until `unhold`, or until something else needs the slot. Idempotent.
@@ -163,6 +182,10 @@ class Engine(Slots):
         if self._closed:  # unwrapped by another thread while this one waited for the lock: the weights are all there
             return
         fetch = self._fetches.get(unit.index)
+        if self.turns is not None and self.turns.take_over(unit.index):
+            if self.timeline is not None:
+                self.timeline.begin("compute", unit.name)
+            return
         if fetch is not None and fetch.bound:  # the inner of its two layers, a unit inside itself, or recomputed within a backward
             fetch.users += 1
             return
@@ -376,8 +399,32 @@ class Engine(Slots):
     def exclusive(self) -> Iterator[None]:
         """Within the block no other thread runs the model, no backward holds a unit, and nothing is read ahead."""
         with self.lock, self.state:
+            if self.turns is not None:  # this is one of its threads: the others are inside the model
+                raise errors.ConflictError("offload: weights were to change while several batches use them", fix="Do it between calls.")
             self._end_holds(self._fetches.values())
             yield
+
+    @contextmanager
+    def in_turns(self) -> Iterator[Turns]:
+        """Within the block, threads of `Turns.run` share this thread's right to the model.
+
+        Raises:
+            ConflictError: a forward of this model is running in this thread, or it is one of such threads.
+        """
+        self.check_process()
+        if (self.turns is not None and self.turns.lock is not None) or self._lock._is_owned():  # type: ignore[attr-defined]
+            raise errors.ConflictError("offload: several batches at once, inside a forward of the same model", fix="Call it outside.")
+        with self._lock:
+            self.turns = turns = Turns(len(self.units))
+            try:
+                yield turns
+            finally:
+                self.turns = None
+                with self.state:
+                    self._making_room = False
+                    for index in turns.kept:  # an error came before the thread for which it was kept
+                        self._end_use(self.units[index])
+                    self.state.notify_all()
 
     def forget_layouts(self) -> None:
         """Homes or dtypes of pieces changed: nothing computed from them holds."""
@@ -409,7 +456,7 @@ class Engine(Slots):
         if self._pid == os.getpid():
             return
         self._pid = os.getpid()
-        self.lock = threading.RLock()
+        self._lock, self.turns = threading.RLock(), None
         self.state = threading.Condition(threading.RLock())
         self._updating.clear()
         for fetch in self._fetches.values():

@@ -100,12 +100,12 @@ class SuperpipelineHandle(OffloadHandle):
 
     def pass_begun(self) -> None:
         """Called by the root's layer."""
-        if self.meter is not None:
+        if self.meter is not None and not self._in_turns():
             self.meter.pass_begun()
 
     def pass_ended(self, *, whole: bool) -> None:
         """Called by the root's layer, with the model's lock."""
-        if self.meter is None or not self.meter.pass_ended(whole=whole):
+        if self.meter is None or self._in_turns() or not self.meter.pass_ended(whole=whole):
             return
         profile, setting = self.profile, self.setting
         if profile is None or not self.plan.slots or not setting.chooses:
@@ -121,6 +121,10 @@ class SuperpipelineHandle(OffloadHandle):
         k = setting.k if isinstance(setting.k, int) else chosen.k
         self.chosen = Choice(k, chosen.k_prime, chosen.slowdown)
         self.turn(k, chosen.k_prime)
+
+    def _in_turns(self) -> bool:
+        """Whether this pass is one of several that go through the blocks together; what such a pass takes says nothing."""
+        return self.engine is not None and self.engine.turns is not None
 
     def tune(self) -> None:
         """Measure the next pass, which makes it slower; "auto" chooses again by it, for inputs of another size, say."""
