@@ -37,6 +37,7 @@ from torchwrap.offload.updates import Job, Updater
 from torchwrap.offload.values import Values
 from torchwrap.storage import aio
 from torchwrap.storage.generations import GenerationStore
+from torchwrap.storage.heap import keep_heap_small
 from torchwrap.stream.units import Unit
 
 __all__ = ["OffloadedOptimizer"]
@@ -119,6 +120,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | None = None
         super().__init__(model.parameters() if params is None else params, self._rule.template.defaults)
 
+        keep_heap_small()
         folder = None if path is None else Path(path).expanduser()
         kept = None if self._durability == "none" else folder
         self._store = GenerationStore(kept, beside=folder)
