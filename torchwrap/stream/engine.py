@@ -85,7 +85,8 @@ class Engine(Slots):
     @property
     def lock(self) -> threading.RLock:
         """Held from `acquire` to `release`; taken before `state`, never after it."""
-        shared = None if self.turns is None else self.turns.lock
+        turns = self.turns
+        shared = None if turns is None else turns.lock
         return self._lock if shared is None else shared
 
     def acquire(self, unit: Unit, *, roomy: bool = False) -> None:
