@@ -1,0 +1,74 @@
+"""Peak memory of a training step does not grow with the model: slots, chunks in flight, and gradients that wait."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MIB = 1 << 20
+
+CHILD = """
+import sys, threading, time, torch
+from torch import nn
+import torchwrap as tw
+from torchwrap import OffloadedOptimizer
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) << 10
+
+class Net(nn.Module):
+    def __init__(self, depth, width=768):
+        super().__init__()
+        made = (nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)) for _ in range(depth))
+        self.blocks = nn.ModuleList(made)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+depth, options = int(sys.argv[1]), eval(sys.argv[2])
+small = nn.Linear(8, 8)  # what torch.optim loads when first used is not the model's
+warm = torch.optim.AdamW(small.parameters())
+small(torch.ones(1, 8)).sum().backward()
+warm.step()
+model = tw.offload(Net(depth).train(), params="disk", k=2, units=tuple(f"blocks.{i}" for i in range(depth)))
+optimizer = OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3, chunk="2MiB", **options)
+base, peak, over = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not over.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch, daemon=True)
+watcher.start()
+for _ in range(2):
+    optimizer.zero_grad()
+    model(torch.ones(32, 768)).square().mean().backward()
+    optimizer.step()
+over.set()
+print(peak - base)
+"""
+
+
+def peak_of(depth: int, options: str) -> int:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", CHILD, str(depth), options], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("options", ["{}", "{'max_grad_norm': 0.5, 'gradients': 'disk'}"], ids=["overlap", "clipped"])
+def test_three_times_the_model_takes_no_more_memory(options: str) -> None:
+    block = 2 * 2 * 768 * 768 * 4
+    small, large = peak_of(4, options), peak_of(12, options)
+    # 8 more blocks are 72 MiB of weights, as much of gradients and twice as much of state.
+    assert large - small < 3 * block, f"{small // MIB} MiB with 4 blocks, {large // MIB} MiB with 12"
