@@ -109,6 +109,13 @@ class OffloadCallback(TrainerCallback):
     def __init__(self) -> None:
         self._seen: _Figures | None = None
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse what the trainer would fail at later, with torch's words: replicas of weights that are away."""
+        if args.world_size > 1 or args.n_gpu > 1:
+            away = [name for name, parameter in kwargs["model"].named_parameters() if is_placeholder(parameter.detach())]
+            if away:
+                _refuse_replicas(args, away[0])
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that this can be trained, and tell the optimizer how the trainer goes about it."""
         model: nn.Module = kwargs["model"]
@@ -122,9 +129,16 @@ class OffloadCallback(TrainerCallback):
                 "torch.optim.AdamW, lr=args.learning_rate), None)).",
             )
         if _is_offloaded(inner):
-            _refuse_replicas(args)
             _configure(inner, args)
-            inner.steps = state.global_step  # a checkpoint of the trainer's has replaced whatever the optimizer's folder held
+            if state.global_step:
+                inner.steps = state.global_step  # a checkpoint of the trainer's has replaced whatever the optimizer's folder held
+            elif inner.steps and inner.durability != "none":
+                warnings.warn(
+                    f"the trainer begins at step 0 with weights and optimizer state of {inner.steps} steps, from the optimizer's folder; "
+                    "pass resume_from_checkpoint=True to go on, or another path= to begin anew",
+                    TorchwrapWarning,
+                    stacklevel=2,
+                )
         self._seen = _Figures(model, inner)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -187,15 +201,14 @@ def _configure(optimizer: Any, args: TrainingArguments) -> None:
     )
 
 
-def _refuse_replicas(args: TrainingArguments) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
-        count = max(args.world_size, args.n_gpu)
-        raise UnsupportedModelError(
-            f"OffloadCallback: {count} replicas would each have their own copy of the weights on the disk, and gradients that are averaged "
-            "after they were used",
-            where="TrainingArguments",
-            fix="Train in one process on one device (CUDA_VISIBLE_DEVICES=0); for several, shard with FSDP2 through accelerate instead.",
-        )
+def _refuse_replicas(args: TrainingArguments, name: str) -> None:
+    raise UnsupportedModelError(
+        f"OffloadCallback: the trainer would make {max(args.world_size, args.n_gpu)} replicas of the model, and write into {name}, "
+        "whose weights are away",
+        where=name,
+        fix="Train in one process on one device (CUDA_VISIBLE_DEVICES=0), shard with FSDP2 through accelerate instead of offloading, or "
+        "write the loop yourself: DistributedDataParallel(model) first, then torchwrap.offload, then OffloadedOptimizer.",
+    )
 
 
 def _is_offloaded(optimizer: Any) -> bool:

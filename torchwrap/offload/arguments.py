@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from torchwrap.core import errors
 from torchwrap.core.config import parse_size
 from torchwrap.offload.gradients import Timing
 from torchwrap.storage.limits import memory_available
 from torchwrap.storage.pool import BLOCK
 
-__all__ = ["Asked", "check_arguments", "timing_of"]
+__all__ = ["Asked", "asked_for", "check_arguments", "timing_of"]
 
 
 def check_arguments(path: object, max_grad_norm: float | None, accumulate: int, gradients: str, durability: str, chunk: int | str) -> None:
@@ -48,6 +50,24 @@ class Asked:
     backwards: int
     where: str
     norms: bool = False
+
+
+def asked_for(overlap: bool, max_grad_norm: float | None, accumulate: int, gradients: str) -> Asked:
+    """What the arguments come to.
+
+    Raises:
+        ConfigError: gradients on the disk, where `DistributedDataParallel` averages them in memory.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+        return Asked(overlap and max_grad_norm is None, accumulate, gradients)
+    if gradients == "disk":
+        raise errors.ConfigError(
+            "OffloadedOptimizer: gradients cannot wait on the disk where several processes average them",
+            where="gradients",
+            fix='Use gradients="host", or shard the model with FSDP2 instead of offloading it.',
+        )
+    # DistributedDataParallel averages the gradients of all processes at the end of backward, and reads them in memory.
+    return Asked(False, accumulate, "host")
 
 
 def timing_of(asked: Asked, trained_bytes: int, room: int, beside: Path | None) -> Timing:

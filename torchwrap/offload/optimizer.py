@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -26,7 +27,7 @@ from torch import nn
 from torchwrap.core import errors
 from torchwrap.core.config import parse_size
 from torchwrap.core.transaction import inner_model, records_of
-from torchwrap.offload.arguments import Asked, check_arguments, timing_of
+from torchwrap.offload.arguments import asked_for, check_arguments, timing_of
 from torchwrap.offload.chunks import Chunks, Update
 from torchwrap.offload.elementwise import Rule, settings_of, step_of
 from torchwrap.offload.gradients import Gradients
@@ -53,7 +54,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         path: a folder for the run, which can be continued after a crash: constructing with a folder that holds a committed run of the
             same model goes on from there (weights, state, settings, `steps`). `None`: a temporary folder, nothing is kept.
         overlap: update during backward. Then gradients are gone when `backward()` returns, and what reads or changes them by hand (clipping
-            by hand, a `GradScaler`) raises: pass `overlap=False` for those.
+            by hand, a `GradScaler`) raises: pass `overlap=False` for those. In several processes gradients always wait, in memory, until
+            they are averaged (`DistributedDataParallel` around the model first, then `offload`).
         max_grad_norm: clip by total norm, exactly as `torch.nn.utils.clip_grad_norm_` does; updates then begin after backward.
         accumulate: backwards per step.
         gradients: where gradients that have to wait for the step do so; "auto" takes memory if half of what is free suffices.
@@ -134,7 +136,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._updater = Updater(self._chunks, handle.engine if handle is not None else None, timeout_s)
             trained = sum(t.parameter.numel() * t.parameter.element_size() for t in self._targets if t.parameter.requires_grad)
             largest = max((unit.nbytes for unit in handle.units), default=0) if handle is not None else 0
-            self._asked = Asked(overlap and max_grad_norm is None, accumulate, gradients)
+            self._asked = asked_for(overlap, max_grad_norm, accumulate, gradients)
             self._may_take = self._asked.take
             self._timing_of = functools.partial(timing_of, trained_bytes=trained, room=max(self._chunk, 2 * largest), beside=folder)
             self._gradients = Gradients(_groups_of(self), handle, self._updater, self._timing_of(self._asked))
@@ -298,12 +300,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             ConflictError: in the middle of a step.
         """
         self._refuse_half_done("configure")
-        asked = Asked(
+        asked = asked_for(
             self._asked.take if overlap is None else self._may_take and overlap,
+            None,
             self._asked.backwards if accumulate is None else accumulate,
             self._asked.where if gradients is None else gradients,
-            norms,
         )
+        asked = replace(asked, norms=norms)
         check_arguments(None, None, asked.backwards, asked.where, "save", self._chunk)
         self._asked = asked
         self._gradients.timing = self._timing_of(asked)
