@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from torchwrap.integrations.transformers.callbacks import OffloadCallback, PlanCallback  # noqa: E402
 
-__all__ = ["Data", "KillAfter", "LR", "arguments", "history", "llama", "offloaded", "optimizer_of", "trainer_of"]
+__all__ = ["LR", "Data", "KillAfter", "arguments", "history", "killed", "llama", "offloaded", "optimizer_of", "trainer_of"]
 
 LR = 1e-2
 
@@ -55,7 +55,7 @@ def offloaded(model: nn.Module, **fields: Any) -> Any:
 
 
 def arguments(folder: Path, **fields: Any) -> TrainingArguments:
-    """Seven sentences are 4 batches of 2 (the last of each epoch is a shorter group with accumulation 3)."""
+    """Two epochs of 7 batches: with accumulation, the last group of each is a shorter one."""
     given: dict[str, Any] = {
         "output_dir": str(folder), "per_device_train_batch_size": 2, "num_train_epochs": 2, "learning_rate": LR, "logging_steps": 1,
         "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 5, "lr_scheduler_type": "cosine",
@@ -77,7 +77,13 @@ def optimizer_of(model: nn.Module, args: TrainingArguments, **fields: Any) -> to
 def trainer_of(model: Any, args: TrainingArguments, *callbacks: TrainerCallback, optimizer: Any = None, **fields: Any) -> Trainer:
     """A trainer that computes as every other one with the same arguments."""
     trainer = Trainer(
-        model=model, args=args, train_dataset=Data(), eval_dataset=Data(4), callbacks=list(callbacks), optimizers=(optimizer, None), **fields
+        model=model,
+        args=args,
+        train_dataset=Data(),
+        eval_dataset=Data(4),
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+        **fields,
     )
     trainer.remove_callback(next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"))
     return trainer
@@ -90,7 +96,7 @@ def history(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 class KillAfter(TrainerCallback):
-    """Kills the process at the beginning of a step, or just before one is logged."""
+    """Kills the process at an event of a step."""
 
     def __init__(self, step: int, event: str) -> None:
         setattr(self, event, lambda args, state, control, **kwargs: self._maybe(state.global_step, step))
@@ -100,18 +106,15 @@ class KillAfter(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(folder: Path, kept: str, kill_at: int, event: str) -> None:
-    """Train and be killed; or (`kill_at` < 0) go on from the last checkpoint and store what comes out."""
+def killed(folder: Path, kept: bool, step: int, event: str) -> Any:
+    """What a program trains that is killed in the middle (`step` >= 0), or goes on: (model, optimizer, trainer)."""
     args = arguments(folder / "out", save_strategy="steps", save_steps=2, gradient_accumulation_steps=2)
     model = offloaded(llama())
-    optimizer = optimizer_of(model, args, path=folder / "run" if kept == "kept" else None)
-    killer = [KillAfter(kill_at, event)] if kill_at >= 0 else []
-    trainer = trainer_of(model, args, OffloadCallback(), PlanCallback(), *killer, optimizer=optimizer)
-    trainer.train(resume_from_checkpoint=True if kill_at < 0 else None)
-    tw.unwrap(model)
-    torch.save((dict(model.named_parameters()), optimizer.state_dict(), history(trainer)), folder / "result.pt")
+    optimizer = optimizer_of(model, args, path=folder / "run" if kept else None)
+    killer = [KillAfter(step, event)] if step >= 0 else []
+    return model, optimizer, trainer_of(model, args, *killer, OffloadCallback(), PlanCallback(), optimizer=optimizer)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    torch.set_num_threads(int(sys.argv[5]))
+    killed(Path(sys.argv[1]), sys.argv[2] == "kept", int(sys.argv[3]), sys.argv[4])[2].train()
