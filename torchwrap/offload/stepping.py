@@ -7,11 +7,14 @@ the heap is damaged). So every step is looked at before it begins, with torch's 
 
 from __future__ import annotations
 
+import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from torchwrap.core import errors
 
@@ -24,10 +27,25 @@ STEPS_ABSENT_WEIGHTS = "steps_absent_weights"
 """An optimizer with this attribute set knows where the weights are."""
 
 
-def watch_steps(handle: OffloadHandle) -> weakref.finalize[Any, OffloadHandle]:
+_watched: list[tuple[weakref.ref[OffloadHandle], RemovableHandle]] = []
+_lock = threading.Lock()
+
+
+def watch_steps(handle: OffloadHandle) -> Callable[[], None]:
     """Refuse steps of ordinary optimizers that would write to the handle's absent weights; calling what is returned ends that."""
-    hook = register_optimizer_step_pre_hook(_Watch(handle))
-    return weakref.finalize(handle, hook.remove)
+    with _lock:
+        # Those of models that were collected go here and not in a finalizer: that could run inside a step, which walks the same table.
+        for entry in [entry for entry in _watched if entry[0]() is None]:
+            _watched.remove(entry)
+            entry[1].remove()
+        _watched.append((weakref.ref(handle), hook := register_optimizer_step_pre_hook(_Watch(handle))))
+
+    def end() -> None:
+        with _lock:
+            _watched[:] = [entry for entry in _watched if entry[1] is not hook]
+            hook.remove()
+
+    return end
 
 
 class _Watch:
