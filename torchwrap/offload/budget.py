@@ -15,9 +15,9 @@ from torchwrap.core.tensors import data_of, is_placeholder
 from torchwrap.offload.config import Offload
 from torchwrap.storage.limits import memory_available, memory_limit
 
-__all__ = ["Budget", "check_room", "process_bytes", "weight_budget", "working_bytes"]
+__all__ = ["RESERVE_TOKENS", "Budget", "check_room", "process_bytes", "weight_budget", "working_bytes"]
 
-_RESERVE_TOKENS = 256
+RESERVE_TOKENS = 256
 """Tokens per call that the default reserve provides for (chosen: a chat prompt and its answer; longer inputs set `reserve`)."""
 
 _MARGIN = 24 << 20
@@ -44,7 +44,7 @@ def weight_budget(config: Offload, model: nn.Module, integration: Integration, d
     reserve = (
         config.reserve
         if config.reserve is not None
-        else working_bytes(model, integration, batch=1, tokens=_RESERVE_TOKENS, scratch=scratch)
+        else working_bytes(model, integration, batch=1, tokens=RESERVE_TOKENS, scratch=scratch)
     )
     reserve = int(reserve)
     available = memory_available()

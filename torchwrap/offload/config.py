@@ -61,6 +61,19 @@ class Offload(Config):
     reserve: int | str | None = option(
         None, doc="Memory left to activations and caches; None: estimated from the model.", unit="bytes", size=True
     )
+    activations: Literal["keep", "recompute", "host", "disk", "auto"] = option(
+        "keep",
+        doc="What a block's backward needs besides weights: keep it; recompute it; move it to host memory (beside a separate device) or "
+        "disk and back; auto measures the first step and chooses for each block.",
+        choices=("keep", "recompute", "host", "disk", "auto"),
+    )
+    activation_memory: int | str | None = option(
+        None,
+        doc='Activations of blocks that may be present at once with activations="auto"; None: `reserve` and what weights leave of their '
+        "budget.",
+        unit="bytes",
+        size=True,
+    )
     io_backend: Literal["auto", "direct", "buffered"] = option(
         "auto",
         doc="Reads past the page cache, or through it; auto: past it where the file system allows.",
@@ -83,6 +96,12 @@ class Offload(Config):
         """Rules that concern more than one field."""
         if 0 < int(self.io_chunk) < 4096:
             raise errors.ConfigError(f"offload: requests of {self.io_chunk} bytes", where="io_chunk", fix="Use 0, or 4096 bytes and more.")
+        if self.activation_memory is not None and self.activations != "auto":
+            raise errors.ConfigError(
+                f'offload: activation_memory bounds what activations="auto" chooses, not "{self.activations}"',
+                where="activation_memory",
+                fix='Leave it out, or use activations="auto".',
+            )
         if self.path is not None:
             object.__setattr__(self, "path", os.path.expanduser(self.path))
         if self.path is not None and ("\0" in self.path or not self.path):

@@ -21,6 +21,7 @@ from torchwrap.core.config import Config, format_bytes
 from torchwrap.core.swap import original_class
 from torchwrap.core.tensors import bind, data_of, is_placeholder, placeholder, tensor_bytes
 from torchwrap.offload import copying
+from torchwrap.offload.activations import Activations
 from torchwrap.offload.backward import Backward
 from torchwrap.offload.config import CRC, Offload
 from torchwrap.offload.many import ManyCalls
@@ -51,6 +52,7 @@ class OffloadHandle(ManyCalls):
         plan: how the budget was divided.
         engine: streams the units; None when everything is resident.
         backward: the backward running through the model; tells listeners which units it is done with.
+        activations: what becomes of what blocks save for the backward.
         tables: row tables by unit index.
         passes: completed forward passes through the root.
         keeps_casts: all streamed blocks together are no larger than the slots (one block used again and again), so that autocast may
@@ -92,6 +94,7 @@ class OffloadHandle(ManyCalls):
         self.hooked: list[nn.Module] = []  # modules with our state hooks, also those the user took out of the model since
         self.is_inert: bool = False
         self.on_close: Callable[[], object] = _nothing
+        self.activations: Activations = self._activations()
         self.passes: int = 0
         self.watching: bool = any(not piece.resident for piece in pieces)
         self._end_watch: Callable[[], object] = watch_steps(self) if self.watching else _nothing
@@ -131,6 +134,7 @@ class OffloadHandle(ManyCalls):
             "disk_bytes": sum(p.nbytes for p in self.pieces if not p.resident and p.home is not None),
             "host_bytes": sum(p.nbytes for p in self.pieces if not p.resident and p.host is not None),
             "total_bytes": sum(p.nbytes for p in self.pieces),
+            **self.activations.stats(),
         }
 
     def tiers(self) -> dict[str, int]:
@@ -175,13 +179,13 @@ class OffloadHandle(ManyCalls):
             )
         else:
             lines.append("Nothing is streamed: all units are resident.")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [*self.activations.explain(), *(f"note: {note}" for note in self.notes)]
         return "\n".join(lines)
 
     @property
     def timeline(self) -> Timeline | None:
         """Recorded events and samples, if the config has `record=True`."""
-        return self.engine.timeline if self.engine is not None else None
+        return self.engine.timeline if self.engine is not None else self.activations.timeline
 
     @property
     def events(self) -> list[Event]:
@@ -251,6 +255,10 @@ class OffloadHandle(ManyCalls):
         before, piece.home = piece.home, put_away(self.store, piece, value, crc=self.crc)
         if before is not None and before.file is self.store.file:
             drop_home(self.store, before)
+
+    def _activations(self) -> Activations:
+        timeline = self.engine.timeline if self.engine is not None else None
+        return Activations(self.config, self.units, self.device, timeline, self.plan, self.activation)
 
     @property
     def crc(self) -> Crc:
@@ -393,6 +401,8 @@ class OffloadHandle(ManyCalls):
                 bind(piece.parameter, piece.absent)
         if self.engine is not None:
             self.engine.rehome(arena_for(device))
+        self.activations.close()
+        self.activations = self._activations()
 
     def replan(self) -> None:
         """Dtypes changed: size the slots for what the pieces are now."""
@@ -448,6 +458,7 @@ class OffloadHandle(ManyCalls):
         if self.store is not None:
             self.store.close(keep=self.config.keep)
         self._end_watch()
+        self.activations.close()
         self.on_close()
 
 

@@ -23,10 +23,12 @@ from torchwrap.stream.watch import AbsentUseGuard, can_watch
 if TYPE_CHECKING:
     from torchwrap.offload.handle import OffloadHandle
 
-__all__ = ["RootLayer", "RowLayer", "UnitLayer"]
+__all__ = ["OffloadLayer", "RootLayer", "RowLayer", "UnitLayer"]
 
 
-class _OffloadLayer(Layer):
+class OffloadLayer(Layer):
+    """What all of them have in common: the handle, and a value for each running call."""
+
     name = "offload"
     traceable = False
     essential = True
@@ -41,7 +43,7 @@ class _OffloadLayer(Layer):
         return handle
 
 
-class RootLayer(_OffloadLayer):
+class RootLayer(OffloadLayer):
     """Holds the model's lock for a whole forward, counts passes, and watches the first one."""
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -58,6 +60,8 @@ class RootLayer(_OffloadLayer):
             if handle.watching and can_watch():
                 guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)
                 guard.__enter__()  # type: ignore[no-untyped-call]
+            if torch.is_grad_enabled():
+                handle.activations.pass_begins()
             self._calls.push(guard)
         except BaseException:
             handle.lock.release()
@@ -88,7 +92,7 @@ class RootLayer(_OffloadLayer):
         return guard is not None
 
 
-class UnitLayer(_OffloadLayer):
+class UnitLayer(OffloadLayer):
     """Makes a unit's weights present while its module runs."""
 
     def __init__(self, handle: OffloadHandle | None, unit: int, where: Literal["inside", "outside"]) -> None:
@@ -129,7 +133,7 @@ class UnitLayer(_OffloadLayer):
         return scope
 
 
-class RowLayer(_OffloadLayer):
+class RowLayer(OffloadLayer):
     """Stands in for an embedding's forward: reads the rows that the ids name."""
 
     def __init__(self, handle: OffloadHandle | None, unit: int) -> None:

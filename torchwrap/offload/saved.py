@@ -19,7 +19,7 @@ from torchwrap.stream.units import Piece
 if TYPE_CHECKING:
     from torchwrap.offload.handle import OffloadHandle
 
-__all__ = ["saving_for"]
+__all__ = ["Kept", "modified", "saving_for"]
 
 
 class saving_for(torch.autograd.graph.saved_tensors_hooks):
@@ -54,7 +54,7 @@ class _Weight:
     def restore(self) -> torch.Tensor:
         whole = self._whole().reshape(-1)
         if _versions(self.piece) != self.versions:  # looked at after reading: an update under way was waited for
-            raise _modified(f"{self.piece.name}, a weight of type {self.piece.dtype} and shape {list(self.piece.shape)},")
+            raise modified(f"{self.piece.name}, a weight of type {self.piece.dtype} and shape {list(self.piece.shape)},")
         whole = whole.to(self.dtype) if self.cast else whole.view(self.dtype)
         tensor = whole.as_strided(self.size, self.stride, whole.storage_offset() + self.offset)
         tensor = torch._conj(tensor) if self.conjugate else tensor
@@ -67,7 +67,7 @@ class _Weight:
         return self.handle.value(self.piece) if view is None else view
 
 
-class _Kept:
+class Kept:
     """Any other tensor. Hooks switch off autograd's own check that it was not modified, so that is done here."""
 
     __slots__ = ("tensor", "version")
@@ -78,7 +78,7 @@ class _Kept:
 
     def restore(self) -> torch.Tensor:
         if self.tensor._version != self.version:
-            raise _modified(f"a tensor of type {self.tensor.dtype} and shape {list(self.tensor.shape)}")
+            raise modified(f"a tensor of type {self.tensor.dtype} and shape {list(self.tensor.shape)}")
         return self.tensor
 
 
@@ -102,7 +102,7 @@ class _Pack:
     def __init__(self, handle: OffloadHandle, outer: tuple[Callable[..., Any], Callable[..., Any]] | None) -> None:
         self.handle, self._outer = handle, outer
 
-    def __call__(self, tensor: torch.Tensor) -> _Weight | _Kept | _Passed:
+    def __call__(self, tensor: torch.Tensor) -> _Weight | Kept | _Passed:
         engine = self.handle.engine
         if engine is not None:
             if (found := engine.piece_at(tensor)) is not None:
@@ -111,7 +111,7 @@ class _Pack:
                 return _Weight(self.handle, piece, tensor, int(tensor.storage_offset()) * tensor.element_size(), cast=True)
         if self._outer is not None:
             return _Passed(self._outer[1], self._outer[0](tensor))
-        return _Kept(tensor)
+        return Kept(tensor)
 
     def _cast_of(self, tensor: torch.Tensor, pieces: list[Piece]) -> Piece | None:
         """The weight of which this is a copy in a narrower type. Compared bit by bit, because a cast of a frozen weight has no history.
@@ -138,11 +138,12 @@ def _versions(piece: Piece) -> tuple[int, int]:
     return piece.version, piece.parameter._version
 
 
-def _unpack(packed: _Weight | _Kept | _Passed) -> torch.Tensor:
+def _unpack(packed: _Weight | Kept | _Passed) -> torch.Tensor:
     return packed.restore()
 
 
-def _modified(what: str) -> RuntimeError:
+def modified(what: str) -> RuntimeError:
+    """Torch's own error for a saved tensor that was written to."""
     return RuntimeError(
         f"one of the variables needed for gradient computation has been modified by an inplace operation: {what} was written to "
         "between forward and backward. Write after backward(), or run the forward again."

@@ -27,6 +27,7 @@ from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration
 from torchwrap.core.order import PHASES
 from torchwrap.core.technique import Handle, Place, Prepared, Technique, register
+from torchwrap.offload.activations import ActivationLayer, RecomputeLayer, check_tier
 from torchwrap.offload.budget import Budget, check_room, process_bytes, weight_budget, working_bytes
 from torchwrap.offload.config import Offload
 from torchwrap.offload.folder import SOURCES, open_folder
@@ -100,6 +101,7 @@ class OffloadTechnique(Technique[Offload]):
         homes: dict[str, Home] | None = model.__dict__.get(SOURCES)
         refuse_uninitialised(model)
         device = device_of(model, config, from_folder=homes is not None)
+        check_tier(config, device)
         division = find_units(
             model,
             blocks_of(model, config, integration),
@@ -160,6 +162,12 @@ class OffloadTechnique(Technique[Offload]):
                 where=type(model).__name__,
                 fix="Name the modules to stream: units=(...), or leave the model as it is.",
             )
+        if config.activations != "keep":
+            swaps = config.activations in ("host", "disk")
+            for unit in division.units:
+                if unit.kind == "block" and unit.parent is None and unit.module is not None:
+                    around = ActivationLayer(None, unit.index) if swaps else RecomputeLayer(None, unit.index)
+                    layers.insert(0, (unit.name, unit.module, around))  # outside of what replaces weights: it gets the rest
         notes = [*division.notes, f"{format_bytes(plan.held_bytes)} present at most, {format_bytes(plan.streamed_bytes)} streamed per pass"]
         return Prepared(
             config=config, layers=layers, notes=notes, data=Blueprint(division, plan, budget, device, origin, scratch, homes, integration)

@@ -12,12 +12,15 @@ from typing import Literal
 
 __all__ = ["Event", "Timeline"]
 
-Lane = Literal["read", "compute", "stall"]
+Lane = Literal["read", "compute", "stall", "save", "load"]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One interval: seconds since the timeline began, which lane, which unit, bytes read (0 for other lanes)."""
+    """One interval: seconds since the timeline began, which lane, which unit, bytes moved (0 where none are).
+
+    "save" and "load" are activations leaving and coming back, "read" is weights.
+    """
 
     start: float
     end: float

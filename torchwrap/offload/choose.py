@@ -1,0 +1,99 @@
+"""Which blocks keep their activations, which swap them out, and which compute them again.
+
+Computing a block's activations again costs its forward time; keeping them costs their bytes; moving them costs nothing as long as the
+link has time left over. So memory goes first to the blocks that save most time for each byte, then the link's idle time to the next
+ones, and the rest is recomputed.
+
+Source: Fuyou (Liao et al., "Adding NVMe SSDs to Enable and Accelerate 100B Model Fine-tuning on a Single GPU", 2024), which ranks the
+activations of a fixed block by recomputation time per byte. Where we differ: measured times and bytes of any block, memory as a third
+choice, and the peak counted over the whole pass instead of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Choice", "Cost", "choose", "idle_bytes", "peak_bytes"]
+
+Choice = Literal["keep", "swap", "recompute"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One use of one unit in a forward.
+
+    Attributes:
+        unit: index of the unit; one used several times has several costs and one choice.
+        nbytes: what its backward needs.
+        input_bytes: the part of that which recomputing needs as well.
+        seconds: to compute it again.
+    """
+
+    unit: int
+    nbytes: int
+    input_bytes: int
+    seconds: float
+
+
+def choose(uses: Sequence[Cost], *, allowed: int, swappable: int) -> dict[int, Choice]:
+    """A choice for each unit.
+
+    Args:
+        uses: in the order of the forward.
+        allowed: bytes of activations that may be present at once.
+        swappable: bytes that may be moved out in a forward and back in its backward; see `idle_bytes`.
+
+    Returns:
+        Choices whose peak is at most `allowed`, or that of recomputing everything if that is more already.
+
+    Cost: quadratic in the number of uses.
+    """
+    choices: dict[int, Choice] = {use.unit: "recompute" for use in uses}
+    allowed = max(allowed, peak_bytes(uses, choices))
+    ranked = sorted(choices, key=lambda unit: _saved_per_byte(unit, uses), reverse=True)
+    for unit in ranked:
+        if peak_bytes(uses, {**choices, unit: "keep"}) <= allowed:
+            choices[unit] = "keep"
+    for unit in ranked:
+        moved = sum(use.nbytes for use in uses if use.unit == unit)
+        if choices[unit] == "recompute" and moved <= swappable and peak_bytes(uses, {**choices, unit: "swap"}) <= allowed:
+            choices[unit] = "swap"
+            swappable -= moved
+    return choices
+
+
+def peak_bytes(uses: Sequence[Cost], choices: Mapping[int, Choice]) -> int:
+    """Most bytes of activations present at once.
+
+    When the backward is at one use, its own activations are there however they came, those of the swapped use before it are on their way,
+    and earlier uses hold what they hold. What later ones held is gone. The forward has the same at the same place: the swapped use before
+    it is still being written.
+    """
+    held = moving = peak = 0
+    for use in uses:
+        peak = max(peak, held + moving + use.nbytes)
+        if choices[use.unit] == "swap":
+            moving = use.nbytes
+        else:
+            held += use.nbytes if choices[use.unit] == "keep" else use.input_bytes
+    return peak
+
+
+def idle_bytes(compute_s: float, streamed_bytes: int, *, read: float, write: float) -> int:
+    """Bytes that a disk can write during a forward and read during its backward in the time that weights leave it.
+
+    Args:
+        compute_s: of the forward; the backward is taken for twice that.
+        streamed_bytes: weights read in each direction.
+        read: bytes per second.
+        write: bytes per second.
+    """
+    busy = streamed_bytes / read
+    return int(min(max(0.0, compute_s - busy) * write, max(0.0, 2 * compute_s - busy) * read))
+
+
+def _saved_per_byte(unit: int, uses: Sequence[Cost]) -> float:
+    mine = [use for use in uses if use.unit == unit]
+    return sum(use.seconds for use in mine) / max(1, sum(use.nbytes - use.input_bytes for use in mine))
