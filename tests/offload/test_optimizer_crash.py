@@ -66,6 +66,22 @@ def test_a_run_goes_on_where_it_was_committed(tmp_path: Path) -> None:
     assert differences(plain, reference, again, resumed) == []
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=["fused", "foreach", "single"])
+@pytest.mark.parametrize("offload", [{"params": "disk"}, {"device_memory": 2_000_000}], ids=["disk", "half"])
+def test_every_commit_has_the_weights_that_stay_in_memory(tmp_path: Path, offload: dict[str, Any], options: dict[str, Any]) -> None:
+    plain, model = pair(offload=offload)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, **options)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", durability="step", **ADAM, **options)
+    trained(model, optimizer, range(3))
+    trained(plain, reference, range(3))
+    trained(model, optimizer, range(3, 4))
+    optimizer.close()
+    again = pair(offload=offload)[1]
+    resumed = OffloadedOptimizer(again, torch.optim.AdamW, path=tmp_path / "run", **ADAM, **options)
+    trained(plain, reference, range(3, 4))
+    assert differences(plain, reference, again, resumed) == []
+
+
 @pytest.mark.parametrize("change", ["class", "model"])
 def test_a_folder_with_another_run_is_refused(tmp_path: Path, change: str) -> None:
     _, model = pair()

@@ -499,6 +499,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for target in self._targets:
             if not target.streamed and target.parameter.grad is not None:
                 target.changed = True
+                self._values.changed(target)
 
     def _check_usable(self) -> None:
         if not self._shut.alive:

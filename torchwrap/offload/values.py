@@ -60,6 +60,10 @@ class Values:
             self._store.put(name, weight)
             self._saved[name] = version
 
+    def changed(self, target: Target) -> None:
+        """A weight in memory has new values. Fused kernels do not count up the tensor's version (torch 2.13), so it has to be told."""
+        self._saved.pop(target.weight_name, None)
+
     def save_whole(self, target: Target, state: Mapping[str, Any]) -> None:
         """Have in the store what is kept per element of a parameter in memory; the rest goes into `target.numbers`."""
         target.order = tuple(state)
