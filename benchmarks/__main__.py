@@ -4,6 +4,7 @@ python -m benchmarks                          everything `make bench` runs
 python -m benchmarks offload-limit --shape llama-2.7GB --limit 1GiB --rounds 3
 python -m benchmarks offload-limit --only torchwrap mmap --rounds 1 --no-write
 python -m benchmarks offload-fits
+python -m benchmarks forward-many             eight sequences through one model, together and one after another
 python -m benchmarks --check                  exit status 1 when a bar of targets.toml is missed
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 from benchmarks.harness.campaign import ALL, Campaign, available
 from benchmarks.harness.cgroup import unavailable_reason
 from benchmarks.harness.contenders import declare_torchvision_operators
+from benchmarks.harness.many import ManyCampaign
 from benchmarks.harness.results import RESULTS, judge, verdict_lines, write_results
 
 GIB = 1 << 30
@@ -26,7 +28,7 @@ GIB = 1 << 30
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=("all", "offload-limit", "offload-fits"))
+    parser.add_argument("what", nargs="?", default="all", choices=("all", "offload-limit", "offload-fits", "forward-many"))
     parser.add_argument("--shape", nargs="+", default=["llama-2.7GB", "llama-thin-tied"])
     parser.add_argument("--limit", type=_size, default=GIB, help="memory limit, as 1GiB or 700MiB")
     parser.add_argument("--only", nargs="+", choices=ALL, help="these contenders instead of all installed ones")
@@ -50,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         runs[TITLE] = measure_fits()
         print(TITLE, {name: {phase: round(ratio, 3) for phase, ratio in speeds.items()} for name, speeds in runs[TITLE]["speed"].items()})
+    if given.what in ("all", "forward-many"):
+        reason = unavailable_reason()
+        if reason:
+            print(f"forward-many skipped: {reason}")
+        else:
+            many = ManyCampaign(shape="llama-2.7GB", limit=given.limit)
+            runs[many.title] = _complete(many, given.rounds)
     verdicts = [verdict for title, summary in runs.items() for verdict in judge(title, summary)]
     print(*verdict_lines(verdicts), sep="\n")
     if runs and not given.no_write:
@@ -66,12 +75,12 @@ def _campaigns(given: argparse.Namespace) -> list[Campaign]:
     return found
 
 
-def _complete(campaign: Campaign, rounds: int) -> dict[str, Any]:
+def _complete(campaign: Campaign | ManyCampaign, rounds: int) -> dict[str, Any]:
     campaign.prepare()
     for index in range(rounds):
         campaign.round(index)
     summary = campaign.summary()
-    for key in ("equal_tokens", "equal_logits", "decode_ratio", "prefill_ratio", "prediction", "physics"):
+    for key in ("equal_tokens", "equal_logits", "decode_ratio", "prefill_ratio", "all_ratio", "prediction", "physics"):
         if key in summary:
             print(f"{campaign.title} {key}: {_rounded(summary[key])}")
     return summary
