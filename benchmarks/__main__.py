@@ -5,6 +5,7 @@ python -m benchmarks offload-limit --shape llama-2.7GB --limit 1GiB --rounds 3
 python -m benchmarks offload-limit --only torchwrap mmap --rounds 1 --no-write
 python -m benchmarks offload-fits
 python -m benchmarks forward-many             eight sequences through one model, together and one after another
+python -m benchmarks training                 training with weights and optimizer state on the disk
 python -m benchmarks --check                  exit status 1 when a bar of targets.toml is missed
 """
 
@@ -21,17 +22,31 @@ from benchmarks.harness.cgroup import unavailable_reason
 from benchmarks.harness.contenders import declare_torchvision_operators
 from benchmarks.harness.many import ManyCampaign
 from benchmarks.harness.results import RESULTS, judge, verdict_lines, write_results
+from benchmarks.harness.training import CONTENDERS, TrainingCampaign
 
 GIB = 1 << 30
+_SHOWN = (
+    "equal_tokens",
+    "equal_logits",
+    "equal_losses",
+    "decode_ratio",
+    "prefill_ratio",
+    "all_ratio",
+    "step_ratio",
+    "slowdown_over_memory",
+    "prediction",
+    "physics",
+    "notes",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=("all", "offload-limit", "offload-fits", "forward-many"))
+    parser.add_argument("what", nargs="?", default="all", choices=("all", "offload-limit", "offload-fits", "training", "forward-many"))
     parser.add_argument("--shape", nargs="+", default=["llama-2.7GB", "llama-thin-tied"])
     parser.add_argument("--limit", type=_size, default=GIB, help="memory limit, as 1GiB or 700MiB")
-    parser.add_argument("--only", nargs="+", choices=ALL, help="these contenders instead of all installed ones")
+    parser.add_argument("--only", nargs="+", choices=sorted({*ALL, *CONTENDERS}), help="these contenders instead of all installed ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=6)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -52,6 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         runs[TITLE] = measure_fits()
         print(TITLE, {name: {phase: round(ratio, 3) for phase, ratio in speeds.items()} for name, speeds in runs[TITLE]["speed"].items()})
+    if given.what in ("all", "training"):
+        reason = unavailable_reason()
+        if reason:
+            print(f"training skipped: {reason}")
+        else:
+            training = TrainingCampaign(names=[name for name in given.only or CONTENDERS if name in CONTENDERS])
+            runs[training.title] = _complete(training, given.rounds)
     if given.what in ("all", "forward-many"):
         reason = unavailable_reason()
         if reason:
@@ -67,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _campaigns(given: argparse.Namespace) -> list[Campaign]:
-    names = available(given.only or ALL)
+    names = available(name for name in given.only or ALL if name in ALL)
     found = [Campaign(shape=shape, limit=given.limit, names=names, tokens=given.tokens) for shape in given.shape]
     if given.what == "all":
         # More memory, same model: only the law (streamed bytes / bandwidth) is at stake, so no rivals but the compute floor.
@@ -75,12 +97,12 @@ def _campaigns(given: argparse.Namespace) -> list[Campaign]:
     return found
 
 
-def _complete(campaign: Campaign | ManyCampaign, rounds: int) -> dict[str, Any]:
+def _complete(campaign: Campaign | TrainingCampaign | ManyCampaign, rounds: int) -> dict[str, Any]:
     campaign.prepare()
     for index in range(rounds):
         campaign.round(index)
     summary = campaign.summary()
-    for key in ("equal_tokens", "equal_logits", "decode_ratio", "prefill_ratio", "all_ratio", "prediction", "physics"):
+    for key in _SHOWN:
         if key in summary:
             print(f"{campaign.title} {key}: {_rounded(summary[key])}")
     return summary

@@ -39,6 +39,12 @@ class Shape:
     tied: bool
     shards: int
     positions: int = 2048
+    dtype: str = "bfloat16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return 4 if self.dtype == "float32" else 2
 
     def configuration(self) -> dict[str, object]:
         """Content of config.json."""
@@ -61,7 +67,7 @@ class Shape:
             "mlp_bias": False,
             "bos_token_id": 1,
             "eos_token_id": 2,
-            "dtype": "bfloat16",
+            "dtype": self.dtype,
         }
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -84,8 +90,8 @@ class Shape:
             yield "lm_head.weight", (self.vocabulary, self.hidden)
 
     def nbytes(self) -> int:
-        """Bytes of all weights in bfloat16."""
-        return sum(2 * _count(shape) for _, shape in self.tensors())
+        """Bytes of all weights."""
+        return sum(self.itemsize * _count(shape) for _, shape in self.tensors())
 
 
 SHAPES = {
@@ -99,6 +105,19 @@ SHAPES = {
         Shape(name="llama-135M", hidden=576, mlp=1536, blocks=30, heads=9, kv_heads=3, vocabulary=49152, tied=True, shards=1),
         # For the tests: 0.86 GB in 24 blocks of 35 MB.
         Shape(name="llama-0.9GB", hidden=1024, mlp=4864, blocks=24, heads=16, kv_heads=4, vocabulary=8192, tied=True, shards=3),
+        # For training: 352 M parameters in float32, of which 340 M in 12 blocks of 113 MB.
+        Shape(
+            name="llama-352M-fp32",
+            hidden=1536,
+            mlp=4096,
+            blocks=12,
+            heads=12,
+            kv_heads=12,
+            vocabulary=8192,
+            tied=True,
+            shards=1,
+            dtype="float32",
+        ),
         # For one CUDA card with 80 GB: 16.1 GB in 32 blocks of 436 MB; built in memory, never written.
         Shape(name="llama-8B", hidden=4096, mlp=14336, blocks=32, heads=32, kv_heads=8, vocabulary=128256, tied=False, shards=8),
     )
@@ -119,7 +138,8 @@ def checkpoint(name: str, *, folder: Path | None = None) -> Path:
     Cost: `SHAPES[name].nbytes()` of disk, a fifth of that in memory while writing.
     """
     shape = SHAPES[name]
-    digest = hashlib.sha256(json.dumps([RECIPE, asdict(shape)], sort_keys=True).encode()).hexdigest()[:12]
+    recipe = {key: value for key, value in asdict(shape).items() if (key, value) != ("dtype", "bfloat16")}
+    digest = hashlib.sha256(json.dumps([RECIPE, recipe], sort_keys=True).encode()).hexdigest()[:12]
     target = (folder or cache_folder()) / f"{name}-{digest}"
     if not (target / "config.json").exists():
         partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
@@ -136,12 +156,12 @@ def write_checkpoint(shape: Shape, folder: Path, *, seed: int = 0) -> None:
     if free < shape.nbytes() * 1.1:
         raise OSError(f"{folder}: {shape.nbytes():,} bytes are needed, {free:,} are free; set TORCHWRAP_BENCH to a larger disk")
     folder.mkdir(parents=True, exist_ok=True)
-    generator = numpy.random.default_rng(seed)
+    generator, dtype = numpy.random.default_rng(seed), getattr(torch, shape.dtype)
     groups = _cut(shape)
     weight_map = {}
     for index, group in enumerate(groups, start=1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{index:05d}-of-{len(groups):05d}.safetensors"
-        save_file({name: _random(generator, name, size) for name, size in group}, folder / file, metadata={"format": "pt"})
+        save_file({name: _random(generator, name, size).to(dtype) for name, size in group}, folder / file, metadata={"format": "pt"})
         weight_map.update({name: file for name, _ in group})
         with (folder / file).open("rb") as written:
             # Dirty pages cannot be dropped from the page cache, and would later be charged to whoever runs first.
@@ -167,7 +187,7 @@ def _cut(shape: Shape) -> list[list[tuple[str, tuple[int, ...]]]]:
         if groups[-1] and len(groups) < shape.shards and written >= share * len(groups):
             groups.append([])
         groups[-1].append((name, size))
-        written += 2 * _count(size)
+        written += shape.itemsize * _count(size)
     return groups
 
 

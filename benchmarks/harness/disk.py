@@ -16,11 +16,11 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["RawRate", "cached_bytes", "drop_cached_pages", "raw_read_rate"]
+__all__ = ["RawMixedRate", "RawRate", "cached_bytes", "drop_cached_pages", "raw_mixed_rate", "raw_read_rate"]
 
 MIB = 1 << 20
 TRIES = ((2, 4 * MIB), (2, 16 * MIB), (4, 4 * MIB))
@@ -39,6 +39,14 @@ class RawRate:
 
     cache: float
     memory: float
+
+
+@dataclass(frozen=True, slots=True)
+class RawMixedRate:
+    """Best raw O_DIRECT rates of reading and writing at the same time, in bytes per second; 0.0 where O_DIRECT is refused."""
+
+    read: float
+    write: float
 
 
 def drop_cached_pages(files: Iterable[Path]) -> None:
@@ -87,6 +95,59 @@ def raw_read_rate(files: Sequence[Path], *, seconds: float = 0.4) -> RawRate:
         cache=max(_rate(path, threads, chunk, threads * chunk, seconds) for threads, chunk in TRIES),
         memory=max(_rate(path, threads, chunk, LAYERS, seconds) for threads, chunk in TRIES),
     )
+
+
+def raw_mixed_rate(folder: Path, *, nbytes: int = 256 * MIB, seconds: float = 0.4) -> RawMixedRate:
+    """Rates of one or two readers beside one or two writers on a file of their own; the pair with the largest sum.
+
+    Args:
+        folder: on the disk that is meant; a file of `nbytes` is made there and removed.
+        nbytes: a multiple of 64 MiB.
+        seconds: time for each try.
+    """
+    path = folder / f"probe-{os.getpid()}.bin"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT, 0o600)
+    except OSError:
+        path.unlink(missing_ok=True)
+        return RawMixedRate(0.0, 0.0)
+    try:
+        buffer = _huge_buffer(LAYERS)
+        for start in range(0, nbytes, LAYERS):
+            os.pwritev(descriptor, [buffer[: min(LAYERS, nbytes - start)]], start)
+        found = [
+            _mixed(descriptor, buffer, nbytes, threads, chunk, seconds) for threads, chunk in ((1, 4 * MIB), (1, 16 * MIB), (2, 4 * MIB))
+        ]
+    finally:
+        os.close(descriptor)
+        path.unlink()
+    return max(found, key=lambda rate: rate.read + rate.write)
+
+
+def _mixed(descriptor: int, buffer: memoryview, nbytes: int, pairs: int, chunk: int, seconds: float) -> RawMixedRate:
+    counts = {os.preadv: [0] * pairs, os.pwritev: [0] * pairs}
+    own = len(buffer) // (2 * pairs) // chunk * chunk
+    start = time.perf_counter()
+
+    def move(call: Callable[..., int], place: int, worker: int) -> None:
+        number = 0
+        while time.perf_counter() < start + seconds:
+            at = place * own + number * chunk % own
+            counts[call][worker] += call(descriptor, [buffer[at : at + chunk]], (worker + number * pairs) * chunk % nbytes)
+            number += 1
+
+    workers = [
+        threading.Thread(target=move, args=(call, 2 * worker + place, worker))
+        for worker in range(pairs)
+        for place, call in enumerate((os.preadv, os.pwritev))
+    ]
+    for thread in workers:
+        thread.start()
+    for thread in workers:
+        thread.join()
+    elapsed = time.perf_counter() - start
+    return RawMixedRate(sum(counts[os.preadv]) / elapsed, sum(counts[os.pwritev]) / elapsed)
 
 
 def _rate(path: Path, threads: int, chunk: int, memory: int, seconds: float) -> float:

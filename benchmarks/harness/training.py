@@ -1,0 +1,224 @@
+"""Training under a memory limit: ours against everything in memory and against the kernel's paging, step by step the same bits.
+
+Rounds alternate and start with a different contender each time; each run is a fresh child in a fresh memory group, after the page cache of
+the checkpoint was dropped, between two probes of the disk. The first step of a run is not counted: files are new and libraries cold then.
+Figures are medians over all counted steps of all rounds. No time is reported unless the losses of all steps of all runs have equal bits.
+
+Overlap efficiency, the physical limit over what was measured: `max(T_io, T_compute + T_update) / T_step`, where `T_io` is what the raw
+probe would take to move the same bytes, reading and writing at the same time, and `T_compute + T_update` a step with everything in memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.harness.campaign import ROOT
+from benchmarks.harness.cgroup import run_child
+from benchmarks.harness.checkpoints import SHAPES, checkpoint, weight_files
+from benchmarks.harness.disk import RawMixedRate, drop_cached_pages, raw_mixed_rate
+from benchmarks.harness.statistics import ratio_of_medians, spread
+from benchmarks.harness.trainers import OURS
+
+__all__ = ["CONTENDERS", "TrainingCampaign"]
+
+GIB = 1 << 30
+CONTENDERS = ("torchwrap", "torchwrap-serial", "memory", "paging")
+# Paging gets more than ours: under our limit it takes even longer.
+LIMITS = {"torchwrap": GIB * 5 // 4, "torchwrap-serial": GIB * 5 // 4, "paging": GIB * 3 // 2}
+
+
+@dataclass(kw_only=True)
+class TrainingCampaign:
+    """All contenders on one checkpoint.
+
+    Args:
+        shape: name in `SHAPES`.
+        names: contenders, see `CONTENDERS`.
+        tokens: of the one sequence in each step.
+        steps: per run; the first is not counted.
+        threads: compute threads of every contender.
+        options: passed to our contenders.
+        say: called with one line per finished run.
+    """
+
+    shape: str = "llama-352M-fp32"
+    names: Sequence[str] = CONTENDERS
+    tokens: int = 128
+    steps: int = 3
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    options: dict[str, Any] = field(default_factory=lambda: {"offload": {"device_memory": "300MiB"}})
+    say: Callable[[str], None] = print
+    runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    probes: list[RawMixedRate] = field(default_factory=list)
+    killed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Group name."""
+        return f"training[{self.shape}@{LIMITS['torchwrap'] / GIB:g}GiB]"
+
+    def prepare(self) -> None:
+        """Make the checkpoint; not timed."""
+        checkpoint(self.shape)
+
+    def round(self, index: int) -> None:
+        """Run every contender once, starting with another one each time."""
+        first = index % len(self.names)
+        for name in (*self.names[first:], *self.names[:first]):
+            self.run(name)
+
+    def run(self, name: str) -> float:
+        """One measured run; its median seconds per step, infinity for a rival that did not survive its limit.
+
+        Raises:
+            RuntimeError: one of ours failed, or a rival for another reason than the limit; with its output.
+        """
+        if name in self.killed:
+            return math.inf
+        folder = checkpoint(self.shape)
+        work = folder.with_name(f"{folder.name}-{name}")
+        shutil.rmtree(work, ignore_errors=True)
+        drop_cached_pages(weight_files(folder))
+        before = raw_mixed_rate(folder.parent)
+        try:
+            child = run_child(
+                self._command(name, folder, work),
+                limit=LIMITS.get(name),
+                environment={"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"},
+                folder=ROOT,
+                timeout_s=900,
+            )
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        if name not in OURS and child.killed:
+            self.killed[name] = f"ended by the out-of-memory killer at {child.peak_bytes} of {child.limit_bytes} bytes"
+            self.runs.pop(name, None)
+            self.say(f"{self.title} {name:<17} {self.killed[name]}")
+            return math.inf
+        child.check()
+        after = raw_mixed_rate(folder.parent)
+        self.probes += [before, after]
+        record = {
+            **child.data,
+            "limit_bytes": child.limit_bytes,
+            "peak_bytes": child.peak_bytes,
+            "hwm_bytes": child.hwm_bytes,
+            "refaulted_pages": child.refaulted_pages,
+            "wall_s": child.wall_s,
+            "load_average": os.getloadavg()[0],
+            "raw_bytes_per_s": [[before.read, before.write], [after.read, after.write]],
+        }
+        self.runs.setdefault(name, []).append(record)
+        self.say(_line(self.title, name, record))
+        return median(_counted(record))
+
+    def summary(self) -> dict[str, Any]:
+        """Everything measured, and what follows from it."""
+        equal = len({tuple(record["losses"]) for records in self.runs.values() for record in records}) == 1
+        result: dict[str, Any] = {
+            "title": self.title,
+            "weights_bytes": SHAPES[self.shape].nbytes(),
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "threads": self.threads,
+            "rounds": max(map(len, self.runs.values()), default=0),
+            "killed": dict(self.killed),
+            "equal_losses": equal,
+            "notes": _notes(),
+            "contenders": {name: _contender(records) for name, records in self.runs.items()},
+            "raw_read_bytes_per_s": spread([probe.read for probe in self.probes]),
+            "raw_write_bytes_per_s": spread([probe.write for probe in self.probes]),
+        }
+        if equal and "torchwrap" in self.runs:
+            mine = _every_step(self.runs["torchwrap"])
+            result["step_ratio"] = {
+                name: ratio_of_medians(_every_step(records), mine) for name, records in self.runs.items() if name != "torchwrap"
+            }
+            if "memory" in self.runs:
+                result["slowdown_over_memory"] = 1 / result["step_ratio"]["memory"]
+            result["prediction"] = _prediction(self.runs["torchwrap"])
+            result["physics"] = self._physics()
+        return result
+
+    def _physics(self) -> dict[str, float | None]:
+        mine = self.runs["torchwrap"]
+        best = max(self.probes, key=lambda probe: probe.read + probe.write)
+        read = median([value for record in mine for value in record["bytes_read"][1:]])
+        written = median([value for record in mine for value in record["bytes_written"][1:]])
+        moving = max(read / best.read, written / best.write) if best.read and best.write else None
+        computing = median(_every_step(self.runs["memory"])) if "memory" in self.runs else None
+        measured = median(_every_step(mine))
+        known = [seconds for seconds in (moving, computing) if seconds is not None]
+        return {
+            "read_bytes_per_step": read,
+            "written_bytes_per_step": written,
+            "moving_s": moving,
+            "computing_s": computing,
+            "measured_s": measured,
+            "overlap_efficiency": max(known) / measured if known else None,
+        }
+
+    def _command(self, name: str, folder: Path, work: Path) -> list[str]:
+        command = [sys.executable, "-m", "benchmarks.harness.trainers", name, str(folder), "--work", str(work)]
+        options = self.options if name in OURS else {}
+        return [*command, "--tokens", str(self.tokens), "--steps", str(self.steps), "--options", json.dumps(options)]
+
+
+def _counted(record: dict[str, Any]) -> list[float]:
+    return list(record["step_s"][1:])
+
+
+def _every_step(records: Sequence[dict[str, Any]]) -> list[float]:
+    return [seconds for record in records for seconds in _counted(record)]
+
+
+def _contender(records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "step_s": spread(_every_step(records)),
+        "first_step_s": spread([record["step_s"][0] for record in records]),
+        "load_s": spread([record["load_s"] for record in records]),
+        "peak_bytes": max(record["peak_bytes"] or 0 for record in records),
+        "hwm_bytes": max(record["hwm_bytes"] or 0 for record in records),
+        "limit_bytes": records[0]["limit_bytes"],
+        "bytes_read": median([value for record in records for value in record["bytes_read"][1:]]),
+        "bytes_written": median([value for record in records for value in record["bytes_written"][1:]]),
+        "refaulted_pages": max(record["refaulted_pages"] or 0 for record in records),
+        "runs": records,
+    }
+
+
+def _prediction(mine: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest relative distance of what was promised from what was measured, over all runs."""
+    found: dict[str, float] = {}
+    for record in mine:
+        promised = record.get("prediction") or {}
+        for key, value in (("peak_process", record["peak_bytes"]), ("seconds_per_step", median(_counted(record)))):
+            if promised.get(key) and value:
+                found[f"error_{key}"] = max(found.get(f"error_{key}", 0.0), abs(promised[key] - value) / value)
+                found[key] = promised[key]
+    return found
+
+
+def _notes() -> list[str]:
+    if importlib.util.find_spec("deepspeed") is None:
+        return ["DeepSpeed is not installed here, so ZeRO-Infinity itself was not measured"]
+    return ["DeepSpeed is installed but has no contender: its CPU build is not comparable without its compiled operators"]
+
+
+def _line(title: str, name: str, record: dict[str, Any]) -> str:
+    seconds, peak, raw = median(_counted(record)), (record["peak_bytes"] or 0) / 2**20, record["raw_bytes_per_s"][0]
+    return (
+        f"{title} {name:<17} {seconds:6.2f} s/step (first {record['step_s'][0]:.2f})  peak {peak:5.0f} MiB  read "
+        f"{record['bytes_read'][-1] / 1e9:5.2f} GB  written {record['bytes_written'][-1] / 1e9:5.2f} GB  "
+        f"raw {raw[0] / 1e9:.1f}+{raw[1] / 1e9:.1f} GB/s  load {record['load_average']:.1f}"
+    )
