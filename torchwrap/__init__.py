@@ -62,6 +62,8 @@ _WHERE = {
         "torchwrap.core.report": ("Report", "check", "describe"),
         "torchwrap.core.technique": ("Handle", "Technique"),
         "torchwrap.core.transaction": ("applied", "apply", "disabled", "handle_of", "unwrap", "wrappers_of"),
+        # Not in __all__: these two need transformers.
+        "torchwrap.integrations.transformers.callbacks": ("OffloadCallback", "PlanCallback"),
         "torchwrap.offload.config": ("Offload",),
         "torchwrap.offload.optimizer": ("OffloadedOptimizer",),
         "torchwrap.superpipeline.config": ("Superpipeline",),

