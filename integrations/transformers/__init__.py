@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from torchwrap.core.integration import BlockRef, Integration, LoadingState, Skeleton
+from torchwrap.core.integration import BlockRef, ExpertsRef, Integration, LoadingState, Skeleton
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,12 @@ class TransformersIntegration(Integration):
         from torchwrap.integrations.transformers import families
 
         return families.gather_only(model)
+
+    def experts(self, model: nn.Module) -> list[ExpertsRef]:
+        """Modules of fused experts; see `experts.experts`."""
+        from torchwrap.integrations.transformers import experts
+
+        return experts.experts(model)
 
     def loading(self) -> AbstractContextManager[LoadingState]:
         """Whether `from_pretrained` or `from_config` is constructing modules in this thread; see `loading.loading_state`."""

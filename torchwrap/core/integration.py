@@ -14,11 +14,11 @@ import importlib.metadata
 import importlib.util
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -28,7 +28,16 @@ from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
 from torchwrap.core.swap import original_class
 from torchwrap.core.tensors import tied_groups
 
-__all__ = ["BlockRef", "Integration", "LoadingState", "Skeleton", "integration_for", "integration_for_folder", "known_integrations"]
+__all__ = [
+    "BlockRef",
+    "ExpertsRef",
+    "Integration",
+    "LoadingState",
+    "Skeleton",
+    "integration_for",
+    "integration_for_folder",
+    "known_integrations",
+]
 
 _BUILT_IN = {"transformers": "torchwrap.integrations.transformers", "torchvision": "torchwrap.integrations.torchvision"}
 
@@ -46,6 +55,25 @@ class BlockRef:
     fqn: str
     module: nn.Module
     container: str
+
+
+@dataclass(frozen=True)
+class ExpertsRef:
+    """A module whose experts are slices of its parameters.
+
+    Attributes:
+        fqn: name of the module in the model.
+        parameters: names of its parameters of shape (count, ...).
+        count: how many experts there are.
+        routed: called with the module and its call's args and kwargs before it runs: an integer tensor with the index of every expert
+            that the call will use (repeats are fine), or `None` if it may use all.
+    """
+
+    fqn: str
+    module: nn.Module
+    parameters: tuple[str, ...]
+    count: int
+    routed: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
 
 
 @dataclass
@@ -108,6 +136,10 @@ class Integration:
     def gather_only(self, model: nn.Module) -> tuple[type[nn.Embedding], ...]:
         """Embedding classes whose forward picks rows of the weight by its first argument and then works row by row."""
         return (nn.Embedding,)
+
+    def experts(self, model: nn.Module) -> list[ExpertsRef]:
+        """Modules with an expert in each slice of their parameters, of which a call uses only those that its tokens are routed to."""
+        return []
 
     def loading(self) -> AbstractContextManager[LoadingState]:
         """Tells, as a context, whether one of this framework's loaders is constructing modules now."""

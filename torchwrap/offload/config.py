@@ -56,6 +56,9 @@ class Offload(Config):
     max_unit_bytes: int | str = option(
         512 << 20, doc="Blocks larger than this are streamed child by child.", unit="bytes", size=True, low=1
     )
+    expert_streaming: bool = option(
+        True, doc="Experts kept as slices of one parameter: read only those that tokens were routed to (where no gradients are wanted)."
+    )
     k: int = option(0, doc="Slots, that is units present at once besides resident ones; 0 chooses.", unit="units", low=0)
     pin: tuple[str, ...] = option((), doc="Names of modules or parameters that never leave.")
     reserve: int | str | None = option(

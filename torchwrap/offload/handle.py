@@ -134,6 +134,7 @@ class OffloadHandle(ManyCalls):
             "disk_bytes": sum(p.nbytes for p in self.pieces if not p.resident and p.home is not None),
             "host_bytes": sum(p.nbytes for p in self.pieces if not p.resident and p.host is not None),
             "total_bytes": sum(p.nbytes for p in self.pieces),
+            **{name: int(value) for name, value in counters.items() if name.startswith("expert_")},
             **self.activations.stats(),
         }
 
@@ -372,6 +373,7 @@ class OffloadHandle(ManyCalls):
                 timeout_s=self.config.io_timeout_s,
                 timeline=Timeline() if self.config.record else None,
             )
+            engine.route(self.engine.groups)
         return type(self)(
             self.config,
             units,

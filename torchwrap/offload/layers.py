@@ -108,7 +108,7 @@ class UnitLayer(OffloadLayer):
         unit = engine.units[self.unit]
         if self.handle.lent:
             self.handle.hide_lent()
-        engine.acquire(unit, roomy=unit.kind == "leaf" and _copies_weight(args))
+        engine.acquire(unit, roomy=unit.kind == "leaf" and _copies_weight(args), whole=torch.is_grad_enabled())
         try:
             scope = _Scope(self.handle, unit)
         except BaseException:

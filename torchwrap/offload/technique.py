@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from torchwrap.core.technique import Handle, Place, Prepared, Technique, registe
 from torchwrap.offload.activations import ActivationLayer, RecomputeLayer, check_tier
 from torchwrap.offload.budget import Budget, check_room, process_bytes, weight_budget, working_bytes
 from torchwrap.offload.config import Offload
+from torchwrap.offload.experts import ExpertsLayer, groups_of
 from torchwrap.offload.folder import SOURCES, open_folder
 from torchwrap.offload.handle import OffloadHandle
 from torchwrap.offload.layers import RootLayer, RowLayer, UnitLayer
@@ -40,6 +41,7 @@ from torchwrap.storage.limits import memory_available
 from torchwrap.stream.arena import arena_for
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.planner import PlannedUnit, ResidencyPlan, plan_residency
+from torchwrap.stream.routed import ExpertGroup
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Home, UnitMap, find_units
 
@@ -60,6 +62,7 @@ class Blueprint:
     scratch: int
     homes: dict[str, Home] | None
     integration: Integration
+    groups: list[ExpertGroup] = field(default_factory=list)
 
 
 class OffloadTechnique(Technique[Offload]):
@@ -156,6 +159,12 @@ class OffloadTechnique(Technique[Offload]):
             else:
                 # Outside as well, because torch hooks on the module itself (weight norm, say) may read its weights.
                 layers += [(unit.name, unit.module, UnitLayer(None, unit.index, where)) for where in ("outside", "inside")]
+        groups: list[ExpertGroup] = []
+        # A separate device gets whole units from its host's memory; a CRC is that of a whole parameter.
+        if config.expert_streaming and device.type == "cpu" and config.verify != "always":
+            for group, ref in groups_of(integration.experts(model), division, plan.resident):
+                layers.append((ref.fqn, ref.module, ExpertsLayer(None, len(groups), ref.count, ref.routed)))
+                groups.append(group)
         if config.params in ("host", "disk") and len(layers) == 1:
             raise errors.UnsupportedModelError(
                 f"offload: nothing in {type(model).__name__} can be streamed",
@@ -170,7 +179,10 @@ class OffloadTechnique(Technique[Offload]):
                     layers.insert(0, (unit.name, unit.module, around))  # outside of what replaces weights: it gets the rest
         notes = [*division.notes, f"{format_bytes(plan.held_bytes)} present at most, {format_bytes(plan.streamed_bytes)} streamed per pass"]
         return Prepared(
-            config=config, layers=layers, notes=notes, data=Blueprint(division, plan, budget, device, origin, scratch, homes, integration)
+            config=config,
+            layers=layers,
+            notes=notes,
+            data=Blueprint(division, plan, budget, device, origin, scratch, homes, integration, groups),
         )
 
     @torch.inference_mode(False)
@@ -204,6 +216,7 @@ class OffloadTechnique(Technique[Offload]):
                     timeout_s=config.io_timeout_s,
                     timeline=timeline,
                 )
+                engine.route(blueprint.groups)
             integration = blueprint.integration
             working = _Working(integration, model, blueprint.scratch)
             handle = self.handle_class(

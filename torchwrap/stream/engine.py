@@ -29,8 +29,9 @@ from torchwrap.stream.arena import Arena, Slot
 from torchwrap.stream.batches import Batches
 from torchwrap.stream.pieces import check_untouched, read_piece
 from torchwrap.stream.planner import ResidencyPlan
+from torchwrap.stream.routed import RoutedSlots
 from torchwrap.stream.schedule import Schedule
-from torchwrap.stream.slots import Fetch, Slots
+from torchwrap.stream.slots import Fetch
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.turns import Turns
 from torchwrap.stream.units import Piece, Unit
@@ -38,7 +39,7 @@ from torchwrap.stream.units import Piece, Unit
 __all__ = ["Engine"]
 
 
-class Engine(Slots):
+class Engine(RoutedSlots):
     """Streams the units of one model through the slots of one arena.
 
     Args:
@@ -89,12 +90,13 @@ class Engine(Slots):
         shared = None if turns is None else turns.lock
         return self._lock if shared is None else shared
 
-    def acquire(self, unit: Unit, *, roomy: bool = False) -> None:
+    def acquire(self, unit: Unit, *, roomy: bool = False, whole: bool = True) -> None:
         """Make the unit's weights present; other threads wait until the matching `release`.
 
         Args:
             roomy: the unit's computation needs memory of the size of its weights: until `release`, nothing is read ahead and slots not
                 in use give their memory back to the system (not on a separate device).
+            whole: False if experts may be left out until `begin_experts`, see routed.py.
 
         Raises:
             StorageError: a read failed or did not finish in time.
@@ -110,7 +112,7 @@ class Engine(Slots):
                 self._await_update(unit.pieces)
                 if roomy and not self.arena.separate:
                     self._make_room(unit)
-                self._acquire(unit)
+                self._acquire(unit, whole)
         except BaseException:
             self._making_room = False
             if turns is not None:
@@ -155,9 +157,11 @@ class Engine(Slots):
             if self._closed:
                 return False
             fetch = self._fetches.get(unit.index)
-            if fetch is None or not fetch.bound:
+            if fetch is not None and fetch.bound:
+                self._complete(fetch)
+            else:
                 try:
-                    self._acquire(unit)
+                    self._acquire(unit, True)
                 except errors.UnsupportedModelError:  # every slot is in use by forwards
                     return False
                 fetch = self._fetches.get(unit.index)
@@ -179,10 +183,12 @@ class Engine(Slots):
                 self.timeline.end("compute", unit.name)
             self.state.notify_all()
 
-    def _acquire(self, unit: Unit) -> None:
+    def _acquire(self, unit: Unit, whole: bool) -> None:
         if self._closed:  # unwrapped by another thread while this one waited for the lock: the weights are all there
             return
         fetch = self._fetches.get(unit.index)
+        if whole and fetch is not None and fetch.bound:
+            self._complete(fetch)
         if self.turns is not None and self.turns.take_over(unit.index):
             if self.timeline is not None:
                 self.timeline.begin("compute", unit.name)
@@ -196,7 +202,7 @@ class Engine(Slots):
         if fetch is None:
             self._hand_over(len(self._slots) - 1)  # a batch ends early where a unit is missing
         if self.layout(unit).places:
-            self._bring(unit, fetch)
+            self._bring(unit, fetch, whole)
         try:
             if self.batches.begun(present=fetch is not None):
                 self._guess()
@@ -209,7 +215,7 @@ class Engine(Slots):
         if self.timeline is not None:
             self.timeline.begin("compute", unit.name)
 
-    def _bring(self, unit: Unit, guessed: Fetch | None) -> None:
+    def _bring(self, unit: Unit, guessed: Fetch | None, whole: bool) -> None:
         """Have the unit's weights in a slot and show them."""
         for piece, _ in self.layout(unit).places:
             check_untouched(piece)
@@ -225,10 +231,13 @@ class Engine(Slots):
                 self._discard(fetch)
                 fetch = self._start(unit, self._take_slot(unit))
                 self._wait(fetch)
+            if whole:
+                self._complete(fetch)
             self.arena.before_compute(fetch.slot)
-            views = self._views(unit, fetch.slot)
+            views, late = self._views(unit, fetch.slot), self._late(fetch)
             for (piece, _), view in zip(self.layout(unit).places, views, strict=True):
-                bind(piece.parameter, view)
+                if piece.index not in late:
+                    bind(piece.parameter, view)
         except BaseException:
             self._hide(unit)
             self._discard(fetch)
@@ -256,7 +265,9 @@ class Engine(Slots):
         fetch.lent = False
         self._hide(fetch.unit)
         self.arena.after_compute(fetch.slot)
-        if alive:
+        if fetch.spoiled:
+            self._discard(fetch)
+        elif alive:
             self._give_away(fetch)
         self._finished.append(fetch)
         if not self.batches.ended():

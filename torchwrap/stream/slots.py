@@ -34,14 +34,19 @@ class Fetch:
         held: kept present by a backward, which can do without.
         lent: views were given to that backward.
         references: tensors over the slot's memory when the parameters had just been shown.
+        rows: experts present, by group; None: all of the unit's bytes are (see routed.py).
+        marked: experts that are not present begin with NaN.
+        spoiled: a read into the slot failed while the unit was in use, and may still write.
     """
 
-    __slots__ = ("error", "held", "lent", "references", "slot", "ticket", "unit", "uploaded", "users")
+    __slots__ = ("error", "held", "lent", "marked", "references", "rows", "slot", "spoiled", "ticket", "unit", "uploaded", "users")
 
     def __init__(self, unit: Unit, slot: Slot, ticket: aio.Ticket | None) -> None:
         self.unit, self.slot, self.ticket = unit, slot, ticket
         self.users = 0
         self.held = self.lent = False
+        self.rows: dict[int, set[int]] | None = None
+        self.marked = self.spoiled = False
         self.references = 0
         self.uploaded: threading.Event | None = None
         self.error: BaseException | None = None
@@ -116,15 +121,16 @@ class Slots:
         try:
             self.arena.before_read(slot)
             ticket = None
-            if layout.regions:
-                for file in {id(region.file): region.file for region in layout.regions}.values():
+            regions = self._regions(unit)
+            if regions:
+                for file in {id(region.file): region.file for region in regions}.values():
                     file.check_unchanged()
-                ticket = self.reader.submit([self._read(region, slot) for region in layout.regions])
+                ticket = self.reader.submit([self._read(region, slot) for region in regions])
         except BaseException:
             self._free.append(slot)
             raise
         self.counters["reads"] += 1
-        self.counters["bytes_read"] += layout.read_bytes
+        self.counters["bytes_read"] += sum(region.nbytes for region in regions)
         fetch = Fetch(unit, slot, ticket)
         self._fetches[unit.index] = fetch
         if self.timeline is not None:
@@ -137,6 +143,10 @@ class Slots:
                 self._start_uploader()
                 self._uploads.put(fetch)
         return fetch
+
+    def _regions(self, unit: Unit) -> list[Region]:
+        """What a fetch of the unit reads."""
+        return self.layout(unit).regions
 
     def _read(self, region: Region, slot: Slot) -> aio.Read:
         parts = tuple(part_of(piece) for piece in region.pieces) if self._verify else ()
