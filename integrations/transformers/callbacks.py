@@ -26,7 +26,7 @@ from torchwrap.core.technique import Handle, technique_named
 from torchwrap.core.tensors import is_placeholder
 from torchwrap.core.transaction import records_of
 
-__all__ = ["OffloadCallback", "PlanCallback"]
+__all__ = ["OffloadCallback", "PlanCallback", "optimizer_settings"]
 
 
 class PlanCallback(TrainerCallback, ExportableState):
@@ -125,8 +125,8 @@ class OffloadCallback(TrainerCallback):
             raise ConflictError(
                 f"OffloadCallback: {type(inner).__name__} would train {away[0]}, whose weights are away",
                 where=away[0],
-                fix="Give the trainer an optimizer that can: Trainer(..., optimizers=(torchwrap.OffloadedOptimizer(model, "
-                "torch.optim.AdamW, lr=args.learning_rate), None)).",
+                fix="Give the trainer an optimizer that can: cls, settings = optimizer_settings(model, args); Trainer(..., "
+                "optimizers=(torchwrap.OffloadedOptimizer(model, cls, **settings), None)).",
             )
         if _is_offloaded(inner):
             _configure(inner, args)
@@ -160,6 +160,34 @@ class OffloadCallback(TrainerCallback):
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)  # written before the callbacks are asked
+
+
+def optimizer_settings(model: nn.Module, args: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """What the trainer would make its optimizer of: `OffloadedOptimizer(model, cls, **settings)` is that one, with its state on the disk.
+
+    Args:
+        model: the trainer's, with `requires_grad` as it will be trained.
+        args: `optim`, `learning_rate`, `weight_decay`, `adam_beta1` and so on are read.
+
+    Returns:
+        The class, and its settings with `params`: one group with decay and one without, as the trainer divides them.
+
+    Raises:
+        ConfigError: `args.optim` names something that is no optimizer class of torch.
+    """
+    from transformers import Trainer  # seconds, and by now the program has loaded it
+
+    trainer: Any = Trainer
+    cls, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or {"params", "model", "optimizer_dict"} & settings.keys():
+        raise ConfigError(f"optim={str(args.optim)!r} is no class that runs by itself", where="optim", fix='Use optim="adamw_torch_fused".')
+    decayed = set(trainer.get_decay_parameter_names(None, model))  # reads nothing of a trainer
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if name in decayed], "weight_decay": args.weight_decay},
+        {"params": [parameter for name, parameter in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+    return cls, {**settings, "params": groups}
 
 
 class _Figures:

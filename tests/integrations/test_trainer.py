@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from tests.integrations.training import LR, Data, arguments, history, killed, llama, offloaded, optimizer_of, trainer_of
-from torchwrap.integrations.transformers.callbacks import OffloadCallback, PlanCallback
+from torchwrap.integrations.transformers.callbacks import OffloadCallback, PlanCallback, optimizer_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -187,8 +187,30 @@ def test_adapters_of_a_streamed_base_train_with_the_trainers_own_optimizer(insid
 
 def test_an_ordinary_optimizer_is_refused_before_the_first_step(tmp_path: Path) -> None:
     model = offloaded(llama())
-    with pytest.raises(tw.ConflictError, match=r"OffloadCallback: AdamW would train .*OffloadedOptimizer\(model"):
+    with pytest.raises(tw.ConflictError, match=r"OffloadCallback: AdamW would train .*OffloadedOptimizer\(model, cls"):
         trainer_of(model, arguments(tmp_path), OffloadCallback()).train()
+
+
+def test_settings_of_the_optimizer_are_the_trainers(tmp_path: Path) -> None:
+    model, args = llama(), arguments(tmp_path, weight_decay=0.1, adam_beta2=0.95)
+    expected = trainer_of(model, args).create_optimizer()
+    cls, settings = optimizer_settings(model, args)
+    assert type(expected) is cls
+    found = cls(**settings)
+    for mine, theirs in zip(found.param_groups, expected.param_groups, strict=True):
+        assert [id(p) for p in mine.pop("params")] == [id(p) for p in theirs.pop("params")]
+        assert mine == theirs
+    assert [group["weight_decay"] for group in found.param_groups] == [0.1, 0.0]
+
+
+def test_optimizers_that_cannot_be_offloaded_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, args = llama(), arguments(tmp_path, optim="adafactor")
+    cls, settings = optimizer_settings(model, args)
+    with pytest.raises(tw.ConfigError, match="Adafactor"):
+        tw.OffloadedOptimizer(model, cls, **settings)
+    monkeypatch.setattr("transformers.Trainer.get_optimizer_cls_and_kwargs", lambda args, model: (lambda: None, {}))
+    with pytest.raises(tw.ConfigError, match=r"adafactor.* is no class that runs by itself"):
+        optimizer_settings(model, args)
 
 
 def test_clipping_in_two_places_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ torchvision_ops.ensure()
 
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
-from torchwrap.integrations.transformers.callbacks import OffloadCallback, PlanCallback  # noqa: E402
+from torchwrap.integrations.transformers.callbacks import OffloadCallback, PlanCallback, optimizer_settings  # noqa: E402
 
 __all__ = ["LR", "Data", "KillAfter", "arguments", "history", "killed", "llama", "offloaded", "optimizer_of", "trainer_of"]
 
@@ -65,13 +65,9 @@ def arguments(folder: Path, **fields: Any) -> TrainingArguments:
 
 
 def optimizer_of(model: nn.Module, args: TrainingArguments, **fields: Any) -> torch.optim.Optimizer:
-    """What the trainer would make by itself, offloaded: decay for matrices only, fused AdamW."""
-    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return tw.OffloadedOptimizer(
-        model, torch.optim.AdamW, params=groups, lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True, chunk=8192, **fields
-    )
+    """What the trainer would make by itself, offloaded."""
+    cls, settings = optimizer_settings(model, args)
+    return tw.OffloadedOptimizer(model, cls, chunk=8192, **settings, **fields)
 
 
 def trainer_of(model: Any, args: TrainingArguments, *callbacks: TrainerCallback, optimizer: Any = None, **fields: Any) -> Trainer:
