@@ -180,7 +180,11 @@ def optimizer_settings(model: nn.Module, args: TrainingArguments) -> tuple[type[
     trainer: Any = Trainer
     cls, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or {"params", "model", "optimizer_dict"} & settings.keys():
-        raise ConfigError(f"optim={getattr(args.optim, 'value', args.optim)!r} is no class that runs by itself", where="optim", fix='Use optim="adamw_torch_fused".')
+        raise ConfigError(
+            f"optim={getattr(args.optim, 'value', args.optim)!r} is no class that runs by itself",
+            where="optim",
+            fix='Use optim="adamw_torch_fused".',
+        )
     decayed = set(trainer.get_decay_parameter_names(None, model))  # reads nothing of a trainer
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
