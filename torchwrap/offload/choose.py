@@ -50,18 +50,29 @@ def choose(uses: Sequence[Cost], *, allowed: int, swappable: int) -> dict[int, C
 
     Cost: quadratic in the number of uses.
     """
+    allowed = max(allowed, peak_bytes(uses, {use.unit: "recompute" for use in uses}))
+    # Memory that keeps a block could be where many others come and go, and the other way round.
+    orders: tuple[tuple[Choice, Choice], ...] = (("keep", "swap"), ("swap", "keep"))
+    return min((_fill(uses, allowed, swappable, order) for order in orders), key=lambda choices: _price(uses, choices))
+
+
+def _fill(uses: Sequence[Cost], allowed: int, swappable: int, order: Sequence[Choice]) -> dict[int, Choice]:
+    """Spend memory and the link, in this order, on the blocks that save most for each byte."""
     choices: dict[int, Choice] = {use.unit: "recompute" for use in uses}
-    allowed = max(allowed, peak_bytes(uses, choices))
     ranked = sorted(choices, key=lambda unit: _saved_per_byte(unit, uses), reverse=True)
-    for unit in ranked:
-        if peak_bytes(uses, {**choices, unit: "keep"}) <= allowed:
-            choices[unit] = "keep"
-    for unit in ranked:
-        moved = sum(use.nbytes for use in uses if use.unit == unit)
-        if choices[unit] == "recompute" and moved <= swappable and peak_bytes(uses, {**choices, unit: "swap"}) <= allowed:
-            choices[unit] = "swap"
-            swappable -= moved
+    for choice in order:
+        for unit in ranked:
+            moved = sum(use.nbytes for use in uses if use.unit == unit) if choice == "swap" else 0
+            if choices[unit] == "recompute" and moved <= swappable and peak_bytes(uses, {**choices, unit: choice}) <= allowed:
+                choices[unit] = choice
+                swappable -= moved
     return choices
+
+
+def _price(uses: Sequence[Cost], choices: Mapping[int, Choice]) -> tuple[float, int]:
+    """Seconds of computing again, then bytes moved."""
+    again = sum(use.seconds for use in uses if choices[use.unit] == "recompute")
+    return again, sum(use.nbytes for use in uses if choices[use.unit] == "swap")
 
 
 def peak_bytes(uses: Sequence[Cost], choices: Mapping[int, Choice]) -> int:
@@ -69,7 +80,7 @@ def peak_bytes(uses: Sequence[Cost], choices: Mapping[int, Choice]) -> int:
 
     When the backward is at one use, its own activations are there however they came, those of the swapped use before it are on their way,
     and earlier uses hold what they hold. What later ones held is gone. The forward has the same at the same place: the swapped use before
-    it is still being written.
+    it may still be being written.
     """
     held = moving = peak = 0
     for use in uses:
