@@ -78,7 +78,10 @@ class PlanCallback(TrainerCallback, ExportableState):
         folder = _checkpoint(args, state)
         if not state.is_world_process_zero:
             return
-        if not folder.is_dir():  # a search for hyperparameters uses folders of its own
+        if not folder.is_dir():
+            if not state.is_hyper_param_search:
+                return  # save_total_limit has removed it already, in favour of the best one
+            # It uses folders of its own.
             warnings.warn(f"PlanCallback: no plan written, there is no {folder}", TorchwrapWarning, stacklevel=2)
             return
         plan_of(_planned(kwargs["model"])).save(folder)
