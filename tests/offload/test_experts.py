@@ -316,6 +316,30 @@ def test_a_flipped_bit_in_a_routed_slice_is_refused(poisoned: None) -> None:
     assert torch.equal(logits(wrapped, token()), expected)
 
 
+def test_the_first_read_of_what_was_stored_is_compared_with_what_was_written(poisoned: None) -> None:
+    """Also of slices that no token was routed to before: their sums are learned with the whole parameter's being compared."""
+    wrapped = streamed(make("mixtral"))
+    with routings(wrapped) as seen:
+        logits(wrapped, token())
+    handle(wrapped).trim()
+    piece = next(p for p in handle(wrapped).pieces if p.name == f"model.layers.{LAYERS - 1}.mlp.experts.gate_up_proj")
+    assert piece.home is not None
+    row = min(set(range(EXPERTS)) - seen[-1])
+    _flip(Path(piece.home.file.path), piece.home.offset + row * (piece.nbytes // EXPERTS) + 8)
+    with pytest.raises(tw.CorruptDataError, match="gate_up_proj"):
+        for value in range(1, 90):
+            logits(wrapped, token(value))
+
+
+def test_the_first_read_of_a_folder_reads_routed_slices_only(tmp_path: Path, poisoned: None) -> None:
+    make("mixtral").save_pretrained(tmp_path)
+    whole = tw.offload.from_pretrained(tmp_path, params="disk", device="cpu", k=1, expert_streaming=False)
+    wrapped = tw.offload.from_pretrained(tmp_path, params="disk", device="cpu", k=1)
+    for value in (9, 7):
+        assert torch.equal(logits(wrapped, token(value)), logits(whole, token(value)))
+    assert handle(wrapped).stats()["expert_bytes_skipped"] > 0
+
+
 def test_bytes_beside_a_slice_are_those_that_were_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read of whole pages brings bytes of neighbours along, which nobody compares: they must not stay."""
     wrapped = streamed(make("mixtral"))

@@ -151,7 +151,14 @@ class RoutedSlots(Slots):
     # -- reading -------------------------------------------------------------------------------------------------------------------
 
     def _partial(self, unit: Unit) -> bool:
-        return not self._whole and not self.arena.separate and bool(self._routed(unit))
+        if self._whole or self.arena.separate:
+            return False
+        routed = self._routed(unit)
+        return bool(routed) and all(self._comparable(piece) for piece in unit.pieces if piece.index in routed)
+
+    def _comparable(self, piece: Piece) -> bool:
+        """Whether reading slices checks as much as reading the piece: not if its sum is known and theirs are not."""
+        return not self._verify or piece.checksum is None or None not in self._known(piece)
 
     def _routed(self, unit: Unit) -> frozenset[int]:
         return frozenset(index for group in self.groups if group.unit == unit.index for index in group.pieces)
