@@ -55,6 +55,26 @@ def test_norms_of_gradients_that_were_used_are_told_if_asked_for() -> None:
     optimizer.step()
 
 
+def test_a_gradient_scaler_that_skips_steps() -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=False, gradients="host", **ADAM)
+    found: list[list[tuple[float, float]]] = [[], []]
+    for lines, each, opt in zip(found, (plain, model), (reference, optimizer), strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)  # gradients overflow now and then
+        for step in range(8):
+            scaler.scale(loss_of(each, step) * 64).backward()
+            scaler.unscale_(opt)
+            norm = nn.utils.clip_grad_norm_(each.parameters(), 0.5)
+            scaler.step(opt)
+            scaler.update()
+            each.zero_grad()
+            lines.append((norm.item(), scaler.get_scale()))
+    assert str(found[0]) == str(found[1])  # NaN is NaN
+    assert 0 < optimizer.steps < 8
+    assert differences(plain, reference, model, optimizer) == []
+
+
 def test_clipping_twice_is_a_conflict() -> None:
     _, model = pair()
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, max_grad_norm=0.1, gradients="disk", **ADAM)
