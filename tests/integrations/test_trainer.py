@@ -196,6 +196,22 @@ def test_adapters_of_a_streamed_base_train_with_the_trainers_own_optimizer(insid
     assert json.loads((tmp_path / "offloaded" / "checkpoint-4" / "torchwrap.json").read_text())["techniques"][0]["name"] == "offload"
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_a_streamed_model_inside_another_one_trains_whole(fused: bool) -> None:
+    plain, model = llama(), offloaded(llama())
+    outer = [nn.ModuleDict({"base": each}) for each in (plain, model)]
+    reference = torch.optim.AdamW(outer[0].parameters(), lr=LR, fused=fused)
+    optimizer = tw.OffloadedOptimizer(outer[1], torch.optim.AdamW, lr=LR, chunk=8192, fused=fused)
+    for each, opt in ((plain, reference), (model, optimizer)):
+        torch.manual_seed(3)
+        for step in range(2):
+            each(**{name: value[None] for name, value in Data()[step].items()}).loss.backward()
+            opt.step()
+            opt.zero_grad()
+    assert same_state(reference, optimizer)
+    assert unequal(plain, model) == []
+
+
 def test_an_ordinary_optimizer_is_refused_before_the_first_step(tmp_path: Path) -> None:
     model = offloaded(llama())
     with pytest.raises(tw.ConflictError, match=r"OffloadCallback: AdamW would train .*OffloadedOptimizer\(model, cls"):

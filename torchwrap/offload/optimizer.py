@@ -109,7 +109,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         check_arguments(path, max_grad_norm, accumulate, gradients, durability, chunk)
         self._rule = Rule(cls, options)
         self._model_names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
-        self._handle = next((r.handle for r in records_of(inner_model(model)).values() if isinstance(r.handle, OffloadHandle)), None)
+        # Anywhere inside: peft and others put an offloaded model into one of theirs.
+        records = [record for module in inner_model(model).modules() for record in records_of(module).values()]
+        self._handle = next((r.handle for r in records if isinstance(r.handle, OffloadHandle)), None)
         self._targets: list[Target] = []
         self._whole: torch.optim.Optimizer | None = None
         self._chunk = parse_size(chunk, field="chunk")
