@@ -157,7 +157,9 @@ def _torchwrap(folder: Path, work: Path, options: dict[str, Any], *, overlap: bo
     handle = torchwrap.handle_of(model, "offload")
 
     def figures() -> dict[str, Any]:
-        return {"stats": {**handle.stats(), **optimizer.stats()}, "explain": handle.explain()}
+        promised = handle.predict_training(batch=1, tokens=options["tokens"])
+        stats = {**handle.stats(), "optimizer": optimizer.stats()}
+        return {"stats": stats, "prediction": promised.to_dict(), "explain": handle.explain()}
 
     return Trainer(model, optimizer, figures)
 

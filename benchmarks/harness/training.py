@@ -56,7 +56,7 @@ class TrainingCampaign:
     tokens: int = 128
     steps: int = 3
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    options: dict[str, Any] = field(default_factory=lambda: {"offload": {"device_memory": "300MiB"}})
+    options: dict[str, Any] = field(default_factory=lambda: {"offload": {"goal": "train"}})
     say: Callable[[str], None] = print
     runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     probes: list[RawMixedRate] = field(default_factory=list)

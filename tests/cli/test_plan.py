@@ -31,3 +31,14 @@ def test_plan_takes_budgets_in_one_word(cli: Callable[..., Done], pristine: Path
     assert {key: value for key, value in one.items() if key not in timed} == {
         key: value for key, value in other.items() if key not in timed
     }
+
+
+def test_plan_for_training_tells_a_step(cli: Callable[..., Done], pristine: Path) -> None:
+    done = cli("plan", pristine, "--device-memory", "2MiB", "--goal", "train", "--json")
+    assert done.status == 0, done.err
+    step = done.data["plan"]["training"]
+    assert step["peak_process"] > step["ring_bytes"] + step["gradient_bytes"] + step["slot_bytes"]
+    # Weights are read for forward, backward and update; two states are read, and both with the weights are written.
+    assert step["read_bytes"] > step["written_bytes"] >= 2 * done.data["plan"]["streamed_bytes"]
+    assert step["seconds_per_step"] is None or step["seconds_per_step"] > 0
+    assert cli("plan", pristine, "--device-memory", "2MiB", "--json").data["plan"]["training"] is None

@@ -22,12 +22,13 @@ from tests import torchvision_ops
 torchvision_ops.ensure()
 
 FORWARDS = 200
+STEPS = 500
 CYCLES = 200
 WARM_UP = 40
 
 
-def small_model() -> Any:
-    """Llama, 8 blocks of 0.4 MB: large enough to stream, small enough for 200 passes in a second or two."""
+def small_model(blocks: int = 8) -> Any:
+    """Llama, blocks of 0.4 MB: large enough to stream, small enough for 200 passes in a second or two."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -35,7 +36,7 @@ def small_model() -> Any:
         vocab_size=512,
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=8,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -84,6 +85,66 @@ def cycles(folder: str) -> dict[str, Any]:
 
         growth = watch(once, CYCLES)
     return {**growth, "equal": equal and torch.equal(model(ids).logits, expected), "left_over": sorted(os.listdir(folder))}
+
+
+def steps(folder: str) -> dict[str, Any]:
+    """Growth over 500 training steps of one offloaded model."""
+    torch.set_num_threads(1)  # two would wait for each other most of the time, with tensors this small
+    model = small_model(3).train()
+    ids = torch.arange(8).unsqueeze(0)
+    tw.offload(model, device_memory="1600KiB", params="disk", path=folder)
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-4, fused=True, path=Path(folder) / "run", chunk="64KiB")
+    sizes, losses = [], []
+
+    def once() -> None:
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if optimizer.steps % 100 == WARM_UP:
+            optimizer.commit()
+            sizes.append(sum(file.stat().st_blocks * 512 for file in Path(folder).rglob("*") if file.is_file()))
+
+    growth = watch(once, STEPS)
+    streamed = int(tw.handle_of(model, "offload").plan.streamed_bytes)
+    optimizer.close()
+    tw.unwrap(model)
+    return {**growth, "sizes": sizes, "first": losses[0], "last": losses[-1], "streamed_bytes": streamed}
+
+
+def train(folder: str, count: str, *options: str) -> dict[str, Any]:
+    """Open `folder` offloaded and train `count` steps by AdamW; what was promised, what came out, and what it took."""
+    work = Path(folder) / "run"
+    model = tw.offload.from_pretrained(Path(folder), goal="train", **dict(option.split("=", 1) for option in options)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-4, fused=True, path=work, durability="none")
+    handle = tw.handle_of(model, "offload")
+    promised = handle.predict_training(batch=1, tokens=32)
+    losses = _losses(model, optimizer, int(count))
+    measured = handle.predict_training(batch=1, tokens=32)
+    optimizer.close()
+    return {"losses": losses, "promised": promised.to_dict(), "measured": measured.to_dict(), "streamed_bytes": handle.plan.streamed_bytes}
+
+
+def train_plainly(folder: str, count: str) -> dict[str, Any]:
+    """The same without torchwrap."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").train()
+    return {"losses": _losses(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), int(count))}
+
+
+def _losses(model: Any, optimizer: torch.optim.Optimizer, count: int) -> list[str]:
+    losses = []
+    for number in range(count):
+        ids = torch.arange(3 + number, 35 + number).unsqueeze(0)
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item().hex())
+    return losses
 
 
 def generate(folder: str, tokens: str, *options: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Nothing grows: 200 forwards and 200 wrap/unwrap cycles leave memory, descriptors, threads and objects where they were."""
+"""Nothing grows: forwards, wrap/unwrap cycles and training steps leave memory, descriptors, threads and objects where they were."""
 
 from __future__ import annotations
 
@@ -25,3 +25,14 @@ def test_repetition_grows_nothing_and_stays_exact(repeated: str, child: Any, tmp
     assert growth["after"]["objects"] - growth["before"]["objects"] < 100, growth
     assert growth.get("streamed_bytes", 1) > 0, "the model was resident, so nothing was tested"
     assert not growth.get("left_over"), "files stayed behind after unwrap"
+
+
+def test_training_grows_nothing(child: Any, tmp_path: Path) -> None:
+    growth = child("steps", tmp_path).check().data
+    assert growth["last"] < growth["first"]
+    assert growth["slope_bytes_per_100"] < MEGABYTE, growth
+    assert growth["after"]["descriptors"] <= growth["before"]["descriptors"], growth
+    assert growth["after"]["threads"] <= growth["before"]["threads"], growth
+    assert growth["after"]["objects"] - growth["before"]["objects"] < 100, growth
+    assert len(set(growth["sizes"][1:])) == 1, growth["sizes"]
+    assert growth["streamed_bytes"] > 0, "the model was resident, so nothing was tested"

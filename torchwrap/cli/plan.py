@@ -4,6 +4,7 @@ Reads only config.json and the headers of the safetensors files. The answer come
 speed measured on the spot. Exit status 1 when the budget is too small; the message names the smallest one that works.
 
 example: torchwrap plan ./my-model --device-memory 1GiB
+example: torchwrap plan ./my-model --device-memory 300MiB --goal train
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torchwrap.cli.output import Outcome, existing_folder, size
 
 __all__ = ["SUMMARY", "configure", "run"]
 
-SUMMARY = "bytes per tier and predicted seconds per token for a model folder, without loading it"
+SUMMARY = "bytes per tier and predicted seconds per token or training step for a model folder, without loading it"
 
 _TIERS = {"device": "device_memory", "host": "host_memory"}
 
@@ -26,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-memory", type=size, metavar="SIZE", help="bytes of weights the host may hold beside a separate device")
     parser.add_argument("--budget", type=_budget, metavar="TIER=SIZE,...", default={}, help="the same in one word: device=6GiB,host=16GiB")
     parser.add_argument("--device", help="compute device, for example cpu or cuda:0 (default: as offload chooses)")
-    parser.add_argument("--goal", choices=["infer"], default="infer", help="what the model is for")
+    parser.add_argument("--goal", choices=["infer", "train"], default="infer", help="what the model is for; train: by AdamW from the disk")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from torchwrap.offload.plan import plan_folder
 
     given = {name: getattr(arguments, name) for name in ("device", "device_memory", "host_memory") if getattr(arguments, name) is not None}
-    config = Offload(**{**arguments.budget, **given})
+    config = Offload(goal=arguments.goal, **{**arguments.budget, **given})
     subject = {"model": str(arguments.model), "goal": arguments.goal, "technique": "offload"}
     try:
         plan = plan_folder(arguments.model, config)

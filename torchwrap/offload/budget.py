@@ -13,6 +13,7 @@ from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration
 from torchwrap.core.tensors import data_of, is_placeholder
 from torchwrap.offload.config import Offload
+from torchwrap.offload.training import Training, step_bytes
 from torchwrap.storage.limits import memory_available, memory_limit
 
 __all__ = ["RESERVE_TOKENS", "Budget", "check_room", "process_bytes", "weight_budget", "working_bytes"]
@@ -34,22 +35,30 @@ class Budget:
     reserve: int
 
 
-def weight_budget(config: Offload, model: nn.Module, integration: Integration, device: torch.device, scratch: int) -> Budget:
+def weight_budget(
+    config: Offload, model: nn.Module, integration: Integration, device: torch.device, scratch: int, training: Training | None = None
+) -> Budget:
     """The budget for one model.
 
     Args:
+        training: what steps of an optimizer take besides; None for inference.
         scratch: bytes of the largest parameter that a matrix product may keep a reordered copy of while everything else is present.
     """
     total = sum(p.numel() * p.element_size() for p in model.parameters())
-    reserve = (
-        config.reserve
-        if config.reserve is not None
-        else working_bytes(model, integration, batch=1, tokens=RESERVE_TOKENS, scratch=scratch)
-    )
-    reserve = int(reserve)
+
+    def working(batch: int, tokens: int) -> int:
+        return working_bytes(model, integration, batch=batch, tokens=tokens, scratch=scratch)
+
+    on_host = 0
+    if config.reserve is not None:
+        reserve = int(config.reserve)
+    elif training is not None:
+        reserve, on_host = step_bytes(working, training.head, 1, RESERVE_TOKENS), training.optimizer
+    else:
+        reserve = working(1, RESERVE_TOKENS)
     available = memory_available()
     # Weights that are in private memory now will be streamed from disk instead, so their memory counts as free.
-    left = total if available is None else available + min(_private_bytes(model), total) - reserve - _MARGIN
+    left = total if available is None else available + min(_private_bytes(model), total) - on_host - reserve - _MARGIN
     if device.type == "cpu":
         asked = [int(size) for size in (config.device_memory, config.host_memory) if size is not None]
         return Budget(max(0, min([*asked, left])), 0, reserve)
@@ -57,8 +66,8 @@ def weight_budget(config: Offload, model: nn.Module, integration: Integration, d
     held = sum(data_of(p).untyped_storage().nbytes() for p in model.parameters() if p.device.type == device.type)
     device_left = int(0.95 * free) + held - reserve
     on_device = min(int(config.device_memory), device_left) if config.device_memory is not None else device_left
-    on_host = min(int(config.host_memory), left) if config.host_memory is not None else left
-    return Budget(max(0, on_device), max(0, on_host), reserve)
+    host = min(int(config.host_memory), left) if config.host_memory is not None else left
+    return Budget(max(0, on_device), max(0, host), reserve)
 
 
 def working_bytes(model: nn.Module, integration: Integration, *, batch: int, tokens: int, scratch: int) -> int:

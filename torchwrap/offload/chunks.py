@@ -88,11 +88,13 @@ class Chunks:
 
     Attributes:
         seconds: spent in the optimizer class.
+        writing_s: spent writing.
     """
 
     def __init__(self, rule: Rule, store: GenerationStore, reader: aio.Reader, done: Callable[[Target, Home | None], None]) -> None:
         self._rule, self._store, self._reader, self._done = rule, store, reader, done
         self.seconds: float = 0.0
+        self.writing_s: float = 0.0
 
     def begin(self, update: Update) -> int:
         """Begin new versions of all that changes; the number of chunks."""
@@ -192,9 +194,10 @@ class Chunks:
 
     def write(self, chunk: Chunk) -> bool:
         """Write what changed; True if that was the last chunk of the parameter, whose new values are the present ones then."""
-        update = chunk.update
+        update, began = chunk.update, time.monotonic()
         for name, draft in update.drafts.items():
             self._store.write(draft, chunk.index, chunk.buffers[name.rpartition(":")[2]].memory)
+        self.writing_s += time.monotonic() - began
         update.left -= 1
         if not update.left:
             self._finish(update)

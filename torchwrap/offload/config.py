@@ -64,6 +64,11 @@ class Offload(Config):
     reserve: int | str | None = option(
         None, doc="Memory left to activations and caches; None: estimated from the model.", unit="bytes", size=True
     )
+    goal: Literal["infer", "train"] = option(
+        "infer",
+        doc="What `reserve` provides for if it is estimated: forwards, or steps of an OffloadedOptimizer on blocks that are recomputed.",
+        choices=("infer", "train"),
+    )
     activations: Literal["keep", "recompute", "host", "disk", "auto"] = option(
         "keep",
         doc="What a block's backward needs besides weights: keep it; recompute it; move it to host memory (beside a separate device) or "

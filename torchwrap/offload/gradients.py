@@ -185,6 +185,7 @@ class Gradients:
         update = Update(target, gradient, self.settings[target.group], torch.get_num_threads())
         if target.unit is None or not target.away:
             self._updater.submit(Job(None, [update]))
+            self._updater.wait_for_room(self.timing.room)
         else:
             self._units[target.unit.index] = target.unit
             self._waiting.setdefault(target.unit.index, []).append(update)

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ from torchwrap.offload.config import CRC, Offload
 from torchwrap.offload.many import ManyCalls
 from torchwrap.offload.predict import Prediction, predict_pass
 from torchwrap.offload.stepping import watch_steps
+from torchwrap.offload.training import TrainingPrediction, predict_step
 from torchwrap.storage import aio
 from torchwrap.storage.checksum import memory_of, sum64
 from torchwrap.storage.generations import GenerationFile
@@ -39,6 +40,9 @@ from torchwrap.stream.planner import ResidencyPlan, region_bytes
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.timeline import Event, Timeline
 from torchwrap.stream.units import Crc, Home, Piece, Unit
+
+if TYPE_CHECKING:
+    from torchwrap.offload.optimizer import OffloadedOptimizer
 
 __all__ = ["OffloadHandle"]
 
@@ -95,6 +99,7 @@ class OffloadHandle(ManyCalls):
         self.is_inert: bool = False
         self.on_close: Callable[[], object] = _nothing
         self.activations: Activations = self._activations()
+        self.optimizer: Callable[[], OffloadedOptimizer | None] = _nothing  # a weak reference, once there is one
         self.passes: int = 0
         self.watching: bool = any(not piece.resident for piece in pieces)
         self._end_watch: Callable[[], object] = watch_steps(self) if self.watching else _nothing
@@ -157,6 +162,18 @@ class OffloadHandle(ManyCalls):
         Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md; seconds from the bandwidth seen so far.
         """
         return predict_pass(self, batch=batch, tokens=tokens)
+
+    def predict_training(self, *, batch: int = 1, tokens: int = 128) -> TrainingPrediction:
+        """What a training step will take, with the model's `OffloadedOptimizer`, or with an Adam as long as there is none.
+
+        Args:
+            batch: sequences (or images) per step.
+            tokens: tokens per sequence.
+
+        Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md, if blocks are computed again in backward; seconds from the
+            bandwidth seen so far, and after the first step from its computing time.
+        """
+        return predict_step(self, batch=batch, tokens=tokens)
 
     def explain(self) -> str:
         """The division of the memory as a table, and the one change that would help most."""

@@ -32,8 +32,10 @@ from torchwrap.offload.chunks import Chunks, Update
 from torchwrap.offload.elementwise import Rule, settings_of, step_of
 from torchwrap.offload.gradients import Gradients
 from torchwrap.offload.handle import OffloadHandle
+from torchwrap.offload.pace import Pace, footprint_of
 from torchwrap.offload.persist import check_same_run, describe_run, from_json
 from torchwrap.offload.targets import Target, can_stream, records_needed
+from torchwrap.offload.training import Footprint, room_for
 from torchwrap.offload.updates import Job, Updater
 from torchwrap.offload.values import Values
 from torchwrap.storage import aio
@@ -137,12 +139,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._chunks = Chunks(self._rule, self._store, reader, self._values.landed)
             self._updater = Updater(self._chunks, handle.engine if handle is not None else None, timeout_s)
             trained = sum(t.parameter.numel() * t.parameter.element_size() for t in self._targets if t.parameter.requires_grad)
-            largest = max((unit.nbytes for unit in handle.units), default=0) if handle is not None else 0
+            room = room_for(handle.units if handle is not None else (), self._chunk)
+            self._pace = Pace(handle, self._updater, self._chunks)
             self._asked = asked_for(overlap, max_grad_norm, accumulate, gradients)
             self._may_take = self._asked.take
-            self._timing_of = functools.partial(timing_of, trained_bytes=trained, room=max(self._chunk, 2 * largest), beside=folder)
+            self._timing_of = functools.partial(timing_of, trained_bytes=trained, room=room, beside=folder)
             self._gradients = Gradients(_groups_of(self), handle, self._updater, self._timing_of(self._asked))
             self._shut = weakref.finalize(self, _close, self._updater, self._gradients, reader, self._store)
+            if handle is not None:
+                handle.optimizer = weakref.ref(self)
             self._prepare()
             if self._store.generation:
                 check_same_run(self._store.run, cls, self._targets, str(folder))
@@ -183,6 +188,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 target.parameter.grad = None
         super().zero_grad(set_to_none)
         self._watch()
+        self._pace.begin()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -220,6 +226,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._done.clear()
         self.steps += 1
         self._watch()
+        self._pace.end()
         if self._durability == "step":
             self.commit()
         return loss
@@ -382,6 +389,21 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             "parameters_streamed": len(self._streamed()),
             "parameters_in_memory": len(self._targets) - len(self._streamed()),
         }
+
+    def footprint(self) -> Footprint:
+        """What this optimizer adds to a training step in memory and bytes moved; see `OffloadHandle.predict_training`."""
+        assert self._handle is not None
+        return footprint_of(self._streamed(), self._store, self._gradients.timing, self._handle)
+
+    @property
+    def write_rate(self) -> float:
+        """Bytes per second while writing; 0.0 before the first step."""
+        return self._store.bytes_written / self._chunks.writing_s if self._chunks.writing_s else 0.0
+
+    @property
+    def computing_s(self) -> float | None:
+        """Seconds of the last step without waiting for a disk; None before the first."""
+        return self._pace.computing_s
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an OffloadedOptimizer owns files and threads: make a new one and load_state_dict(optimizer.state_dict())")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from torchwrap.core.config import format_bytes
-from torchwrap.core.integration import integration_for_folder
+from torchwrap.core.integration import Integration, integration_for_folder
+from torchwrap.offload.budget import RESERVE_TOKENS, process_bytes, working_bytes
 from torchwrap.offload.config import Offload
 from torchwrap.offload.folder import as_placeholders, work_folder
 from torchwrap.offload.technique import Blueprint, offload
+from torchwrap.offload.training import TrainingPrediction, expected_footprint, forecast, head_bytes, step_bytes
 from torchwrap.storage.aio import probe
 
 __all__ = ["FolderPlan", "plan_folder"]
@@ -28,6 +32,7 @@ class FolderPlan:
         table_bytes: embeddings of which only rows are read.
         bandwidth: bytes per second that the disk gave just now.
         seconds_per_token: of a decoded token when reading is what takes the time; 0 if nothing is streamed.
+        training: a training step by an Adam, if that is the goal; without seconds of computing.
     """
 
     model: str
@@ -43,8 +48,9 @@ class FolderPlan:
     table_bytes: int
     bandwidth: float
     seconds_per_token: float
+    training: TrainingPrediction | None = None
 
-    def to_dict(self) -> dict[str, int | float | str]:
+    def to_dict(self) -> dict[str, Any]:
         """The same, for JSON."""
         return asdict(self)
 
@@ -65,7 +71,7 @@ class FolderPlan:
             if self.streamed_bytes
             else "nothing is streamed"
         )
-        return "\n".join([*lines, f"  {speed}"])
+        return "\n".join([*lines, f"  {speed}", *([str(self.training)] if self.training is not None else [])])
 
 
 @torch.inference_mode(False)
@@ -105,6 +111,29 @@ def plan_folder(folder: str | Path, config: Offload) -> FolderPlan:
             table_bytes=plan.table_bytes,
             bandwidth=bandwidth,
             seconds_per_token=plan.streamed_bytes / bandwidth if bandwidth else 0.0,
+            training=_training(model, blueprint, integration, bandwidth) if config.goal == "train" else None,
         )
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _training(model: nn.Module, blueprint: Blueprint, integration: Integration, bandwidth: float) -> TrainingPrediction:
+    """A step on one sequence of the length that the reserve provides for; writing is taken to be as fast as reading."""
+    division, plan = blueprint.division, blueprint.plan
+
+    def activation(batch: int, tokens: int) -> int:
+        return working_bytes(model, integration, batch=batch, tokens=tokens, scratch=blueprint.scratch)
+
+    fixed = {piece.index for piece in division.fixed}
+    footprint = expected_footprint(division.units, division.pieces, plan.resident | fixed)
+    slots, separate = plan.slots * plan.slot_bytes, blueprint.device.type != "cpu"
+    return forecast(
+        footprint,
+        present=process_bytes() + slots + (0 if separate else plan.fixed_bytes + plan.resident_bytes),
+        slots=slots,
+        working=0 if separate else step_bytes(activation, head_bytes(division.units, division.pieces), 1, RESERVE_TOKENS),
+        read=2 * plan.streamed_bytes + footprint.read,
+        read_rate=bandwidth,
+        write_rate=bandwidth,
+        computing=None,
+    )

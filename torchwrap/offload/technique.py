@@ -36,6 +36,7 @@ from torchwrap.offload.handle import OffloadHandle
 from torchwrap.offload.layers import RootLayer, RowLayer, UnitLayer
 from torchwrap.offload.place import Placed, place, take_back
 from torchwrap.offload.state import hook_states, unhook_states
+from torchwrap.offload.training import training_of
 from torchwrap.storage import aio
 from torchwrap.storage.limits import memory_available
 from torchwrap.stream.arena import arena_for
@@ -129,7 +130,8 @@ class OffloadTechnique(Technique[Offload]):
         fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
         inside, alone = _scratch(division)
         scratch = max(inside, alone)
-        budget = weight_budget(config, model, integration, device, scratch)
+        training = training_of(division.units, division.pieces) if config.goal == "train" else None
+        budget = weight_budget(config, model, integration, device, scratch, training)
         whole = fixed + sum({p.index: p.nbytes for u in division.units for p in u.pieces}.values())
         keep_resident = config.params in ("auto", "device")
 
@@ -146,7 +148,7 @@ class OffloadTechnique(Technique[Offload]):
             if shared == scratch:
                 break
             scratch = shared
-            budget = weight_budget(config, model, integration, device, scratch)
+            budget = weight_budget(config, model, integration, device, scratch, training)
             plan = planned_for(budget)
         layers: list[Place] = [("", model, RootLayer(None))]
         for unit in division.units:

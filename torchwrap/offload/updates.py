@@ -21,13 +21,12 @@ from dataclasses import dataclass
 
 from torchwrap.core import errors
 from torchwrap.offload.chunks import Chunk, Chunks, Update
+from torchwrap.offload.training import IN_FLIGHT
 from torchwrap.storage.pool import Buffer
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.units import Unit
 
 __all__ = ["Job", "Updater"]
-
-_IN_FLIGHT = 3  # chunks: one read, one updated, one written
 
 
 @dataclass(eq=False, slots=True)
@@ -56,6 +55,7 @@ class Updater:
 
     Attributes:
         unfinished: updates that did not happen because of an error.
+        waited_s: seconds that the trainer spent in `wait` and `wait_for_room`.
     """
 
     def __init__(self, chunks: Chunks, engine: Engine | None, timeout_s: float) -> None:
@@ -74,6 +74,7 @@ class Updater:
         self._error: errors.TorchwrapError | None = None
         self._pid = os.getpid()
         self.unfinished: list[Update] = []
+        self.waited_s: float = 0.0
 
     # -- for the thread that trains --------------------------------------------------------------------------------------------------
 
@@ -146,6 +147,7 @@ class Updater:
                         fix="Check the disk, or raise io_timeout_s.",
                     )
                 self._changed.wait(self._timeout_s - quiet)
+            self.waited_s += time.monotonic() - begin
 
     # -- worker ------------------------------------------------------------------------------------------------------------------------
 
@@ -284,7 +286,7 @@ class Updater:
 
     def _take_buffers(self) -> dict[str, Buffer]:
         with self._changed:
-            while not self._free and self._made == _IN_FLIGHT:
+            while not self._free and self._made == IN_FLIGHT:
                 self._changed.wait()
             self._alive += 1
             if self._free:
