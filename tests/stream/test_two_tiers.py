@@ -168,11 +168,11 @@ class CudaWithoutBeforeRead(WatchedCuda):
 
 
 class EngineWithoutBefore(Engine):
-    def _acquire(self, unit: Unit) -> None:
+    def _acquire(self, unit: Unit, whole: bool) -> None:
         arena, before = self.arena, self.arena.before_compute
         arena.before_compute = lambda slot: None  # type: ignore[method-assign]
         try:
-            super()._acquire(unit)
+            super()._acquire(unit, whole)
         finally:
             arena.before_compute = before  # type: ignore[method-assign]
 

@@ -162,8 +162,7 @@ class OffloadTechnique(Technique[Offload]):
                 # Outside as well, because torch hooks on the module itself (weight norm, say) may read its weights.
                 layers += [(unit.name, unit.module, UnitLayer(None, unit.index, where)) for where in ("outside", "inside")]
         groups: list[ExpertGroup] = []
-        # A separate device gets whole units from its host's memory; a CRC is that of a whole parameter.
-        if config.expert_streaming and device.type == "cpu" and config.verify != "always":
+        if config.expert_streaming and config.verify != "always":  # a CRC is that of a whole parameter
             for group, ref in groups_of(integration.experts(model), division, plan.resident):
                 layers.append((ref.fqn, ref.module, ExpertsLayer(None, len(groups), ref.count, ref.routed)))
                 groups.append(group)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from torchwrap.core import errors
 from torchwrap.core.tensors import bind
 from torchwrap.storage import aio
 from torchwrap.stream.arena import Slot
@@ -73,7 +74,7 @@ class RoutedSlots(Slots):
     _whole: bool = True  # units are fetched with all experts: what the last call suggests
 
     def route(self, groups: Sequence[ExpertGroup]) -> None:
-        """From now on read routed experts only. Pieces must have homes in files that reads can begin anywhere in."""
+        """From now on read routed experts only, of these groups; with none, everything."""
         self.groups = tuple(groups)
         self._whole = True
         self._sums: dict[int, tuple[int, list[int | None]]] = {}  # of slices, by piece: version of the values, sums
@@ -121,7 +122,6 @@ class RoutedSlots(Slots):
     # -- for the engine ------------------------------------------------------------------------------------------------------------
 
     def _late(self, fetch: Fetch) -> frozenset[int]:
-        """Indices of pieces that are not shown with the rest of the unit."""
         return frozenset() if fetch.rows is None else self._routed(fetch.unit)
 
     def _complete(self, fetch: Fetch) -> None:
@@ -138,10 +138,9 @@ class RoutedSlots(Slots):
             if piece.index in pieces:
                 bind(piece.parameter, view)
 
-    def _start(self, unit: Unit, slot: Slot) -> Fetch:
-        partial = self._partial(unit)
-        fetch = super()._start(unit, slot)
-        if partial:
+    def _begun(self, fetch: Fetch) -> Fetch:
+        unit = fetch.unit
+        if self._partial(unit):
             fetch.rows = {number: set() for number, group in enumerate(self.groups) if group.unit == unit.index}
         elif self.groups:
             routed = self._routed(unit)
@@ -151,14 +150,14 @@ class RoutedSlots(Slots):
     # -- reading -------------------------------------------------------------------------------------------------------------------
 
     def _partial(self, unit: Unit) -> bool:
-        if self._whole or self.arena.separate:
+        if self._whole:
             return False
         routed = self._routed(unit)
         return bool(routed) and all(self._comparable(piece) for piece in unit.pieces if piece.index in routed)
 
     def _comparable(self, piece: Piece) -> bool:
         """Whether reading slices checks as much as reading the piece: not if its sum is known and theirs are not."""
-        return not self._verify or piece.checksum is None or None not in self._known(piece)
+        return not self._verify or piece.home is None or piece.checksum is None or None not in self._known(piece)
 
     def _routed(self, unit: Unit) -> frozenset[int]:
         return frozenset(index for group in self.groups if group.unit == unit.index for index in group.pieces)
@@ -189,41 +188,67 @@ class RoutedSlots(Slots):
     def _read_rows(self, fetch: Fetch, wanted: dict[int, set[int]]) -> None:
         """Read what is missing of the experts wanted, by group."""
         assert fetch.rows is not None
+        if fetch.spoiled:
+            raise errors.StorageError(f"offload: reading experts of {fetch.unit.name} failed before in this call", where=fetch.unit.name)
         missing = {number: rows - fetch.rows[number] for number, rows in wanted.items()}
         layout = self.layout(fetch.unit)
+        self.arena.before_compute(fetch.slot)  # the NaN is written where computing is done
         if not fetch.marked:
             self._mark(fetch, layout)
             fetch.marked = True
         slices = [
             part
             for number, rows in missing.items()
-            for piece, target in layout.places
+            for piece, target in layout.landing
             if piece.index in self.groups[number].pieces
             for part in self._slices(piece, target, sorted(rows))
         ]
-        if not slices:
-            return
+        if slices:
+            self._read_slices(fetch, slices)
+        if self.arena.separate:
+            self._upload_rows(fetch, missing)
+        for number, rows in missing.items():
+            group = self.groups[number]
+            fetch.rows[number] |= rows
+            self.counters["expert_bytes_read"] += sum(
+                piece.nbytes // group.count * len(rows) for piece, _ in layout.places if piece.index in group.pieces
+            )
+
+    def _read_slices(self, fetch: Fetch, slices: list[_Slice]) -> None:
         runs = list(_runs(slices))
-        beside = [span for run in runs for span in _beside(run)]
-        memory = fetch.slot.device
+        memory = fetch.slot.host.tensor()
+        beside = [] if self.arena.separate else [span for run in runs for span in _beside(run)]
         kept = [memory[first:last].clone() for first, last in beside]
         for file in {id(part.home.file): part.home.file for part in slices}.values():
             file.check_unchanged()
+        self.arena.before_read(fetch.slot)
+        fetch.spoiled = True  # until all is in its place: nobody uses the slot's contents after an error or an interrupt
         ticket = fetch.ticket = self.reader.submit([self._read_run(run, fetch.slot) for run in runs])
-        try:
-            self._wait(fetch)
-        except BaseException:
-            fetch.spoiled = True
-            raise
-        for (first, last), bytes_ in zip(beside, kept, strict=True):
-            memory[first:last].copy_(bytes_)
+        self._wait(fetch)
+        for (first, last), before in zip(beside, kept, strict=True):
+            memory[first:last].copy_(before)
+        fetch.spoiled = False
         self._learn(slices, ticket)
-        nbytes = sum(part.nbytes for part in slices)
         self.counters["reads"] += 1
         self.counters["bytes_read"] += sum(run[-1].offset + run[-1].nbytes - run[0].offset for run in runs)
-        self.counters["expert_bytes_read"] += nbytes
+
+    def _upload_rows(self, fetch: Fetch, missing: dict[int, set[int]]) -> None:
+        """Copy slices to the device: those just read, and those from page-locked memory."""
+        layout, slot = self.layout(fetch.unit), fetch.slot
+        landed = {piece.index: offset for piece, offset in layout.landing}
+        memory, parts = slot.host.tensor(), []
         for number, rows in missing.items():
-            fetch.rows[number] |= rows
+            group = self.groups[number]
+            for piece, offset in layout.places:
+                if piece.index in group.pieces:
+                    nbytes = piece.nbytes // group.count
+                    source = piece.host if piece.host is not None else memory[landed[piece.index] : landed[piece.index] + piece.nbytes]
+                    parts += [(offset + row * nbytes, source[row * nbytes : (row + 1) * nbytes]) for row in sorted(rows)]
+        if parts:
+            self.arena.after_compute(slot)  # the copy comes after the NaN that it replaces
+            self.arena.upload(slot, parts)
+            self.counters["uploads"] += 1
+            self.arena.before_compute(slot)
 
     def _read_run(self, run: list[_Slice], slot: Slot) -> aio.Read:
         parts = tuple(aio.Part(part.name, part.offset, part.nbytes, self._sum(part)) for part in run) if self._verify else ()

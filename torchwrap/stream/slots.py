@@ -36,7 +36,7 @@ class Fetch:
         references: tensors over the slot's memory when the parameters had just been shown.
         rows: experts present, by group; None: all of the unit's bytes are (see routed.py).
         marked: experts that are not present begin with NaN.
-        spoiled: a read into the slot failed while the unit was in use, and may still write.
+        spoiled: a read into the slot while the unit was in use did not end well, and may still write.
     """
 
     __slots__ = ("error", "held", "lent", "marked", "references", "rows", "slot", "spoiled", "ticket", "unit", "uploaded", "users")
@@ -131,7 +131,7 @@ class Slots:
             raise
         self.counters["reads"] += 1
         self.counters["bytes_read"] += sum(region.nbytes for region in regions)
-        fetch = Fetch(unit, slot, ticket)
+        fetch = self._begun(Fetch(unit, slot, ticket))
         self._fetches[unit.index] = fetch
         if self.timeline is not None:
             self.timeline.present(sum(piece.nbytes for piece, _ in layout.places))
@@ -147,6 +147,14 @@ class Slots:
     def _regions(self, unit: Unit) -> list[Region]:
         """What a fetch of the unit reads."""
         return self.layout(unit).regions
+
+    def _begun(self, fetch: Fetch) -> Fetch:
+        """The fetch that has just begun."""
+        return fetch
+
+    def _late(self, fetch: Fetch) -> frozenset[int]:
+        """Indices of pieces that do not come with the rest of the unit."""
+        return frozenset()
 
     def _read(self, region: Region, slot: Slot) -> aio.Read:
         parts = tuple(part_of(piece) for piece in region.pieces) if self._verify else ()
@@ -278,7 +286,10 @@ class Slots:
         landed = {piece.index: offset for piece, offset in layout.landing}
         memory = fetch.slot.host.tensor()
         parts = []
+        late = self._late(fetch)
         for piece, offset in layout.places:
+            if piece.index in late:
+                continue
             if piece.host is not None:
                 parts.append((offset, piece.host))
             else:
