@@ -35,6 +35,7 @@ from torchwrap.offload.layers import OffloadLayer
 from torchwrap.offload.saved import Kept
 from torchwrap.offload.swap import Swap, Use
 from torchwrap.offload.tiers import DiskTier, HostTier, Tier
+from torchwrap.storage.heap import keep_heap_small
 from torchwrap.storage.limits import memory_available
 from torchwrap.stream.arena import arena_for
 from torchwrap.stream.planner import ResidencyPlan
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 __all__ = ["ActivationLayer", "Activations", "RecomputeLayer", "check_tier"]
 
 _PROBE = 8 << 20  # bytes; chosen: a few hundredths of a second
+_SHARE = 0.7  # chosen: gradients, what is outside of blocks, and temporaries need memory too
 _MOST = 4096  # chosen: calls of blocks in a pass
 
 
@@ -73,6 +75,7 @@ class Activations:
 
     Attributes:
         choices: with "auto", the mode of each block by unit index; empty until the first step was measured.
+        allowed: the bytes they were chosen for.
     """
 
     def __init__(
@@ -86,11 +89,14 @@ class Activations:
     ) -> None:
         self.config, self.units, self.device, self.plan, self.working = config, units, device, plan, working
         self.choices: dict[int, Choice] = {}
+        self.allowed = 0
         self.timeline = timeline or (Timeline() if config.record and config.activations not in ("keep", "recompute") else None)
         self._swap: Swap | None = None
         self._costs: list[_Measured] | None = [] if config.activations == "auto" else None
         self._warned = False
         self._pid = os.getpid()
+        if config.activations != "keep" and device.type == "cpu":
+            keep_heap_small()
 
     @property
     def swap(self) -> Swap:
@@ -161,11 +167,16 @@ class Activations:
         write, read = self.swap.bandwidth(_PROBE)
         streamed = self.plan.streamed_bytes
         swappable = idle_bytes(sum(use.seconds for use in uses), streamed, read=read, write=write)
-        self.choices = choose(uses, allowed=self._allowed(), swappable=swappable)
+        self.allowed = self._allowed()
+        self.choices = choose(uses, allowed=self.allowed, swappable=swappable)
 
     def _allowed(self) -> int:
-        """Bytes of activations that may be present at once."""
+        """Bytes of activations that may be present at once, asked for while none are."""
         config = self.config
+        if config.activation_memory is None and config.device_memory is None and config.reserve is None:
+            free = memory_available() if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
+            if free is not None:
+                return int(free * _SHARE)
         if config.activation_memory is not None:
             return int(config.activation_memory)
         reserve = int(config.reserve) if config.reserve is not None else self.working(1, RESERVE_TOKENS)
@@ -192,7 +203,7 @@ class Activations:
             return ["activations: recomputed until a step was measured"]
         counts = {mode: list(self.choices.values()).count(mode) for mode in ("keep", "swap", "recompute")}
         kept = f"{counts['keep']} kept, {counts['swap']} swapped, {counts['recompute']} recomputed"
-        return [f"activations of blocks: {kept}, in {format_bytes(self._allowed())}"]
+        return [f"activations of blocks: {kept}, in {format_bytes(self.allowed)}"]
 
     def close(self) -> None:
         """Remove what was stored. Idempotent."""
@@ -230,6 +241,7 @@ class RecomputeLayer(ActivationLayer):
     """Recomputes or swaps. A layer of its own, because what it stands in for is hidden from `torch.compile`."""
 
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the block now and again in the backward, if its mode says so."""
         running = self._calls.peek()
         return running.run(call, args, kwargs) if isinstance(running, _Recomputing) else call(*args, **kwargs)
 

@@ -77,8 +77,8 @@ class Offload(Config):
     )
     activation_memory: int | str | None = option(
         None,
-        doc='Activations of blocks that may be present at once with activations="auto"; None: `reserve` and what weights leave of their '
-        "budget.",
+        doc='Activations of blocks that may be present at once with activations="auto"; None: `reserve` and what weights leave of '
+        "`device_memory`, or most of what is free if neither is given.",
         unit="bytes",
         size=True,
     )
