@@ -156,6 +156,24 @@ def test_many_tokens_read_whole_units_ahead() -> None:
     assert all(figures[0][name] == figures[1][name] for name in ("bytes_read", "unit_hits", "unit_uses"))
 
 
+def test_a_prompt_after_single_tokens_waits_for_experts_in_the_first_layer_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = torch.arange(1, 81).reshape(2, 40)
+    model = make("qwen3_moe")
+    expected = logits(model, prompt)
+    wrapped = streamed(model)
+    settle(wrapped)
+    late: list[str] = []
+    read = routed.RoutedSlots._read_slices
+
+    def watched(self: routed.RoutedSlots, fetch: Any, slices: Any) -> None:
+        late.append(fetch.unit.name)
+        read(self, fetch, slices)
+
+    monkeypatch.setattr(routed.RoutedSlots, "_read_slices", watched)
+    assert torch.equal(logits(wrapped, prompt), expected)
+    assert late == ["model.layers.0"]
+
+
 def test_it_can_be_switched_off() -> None:
     wrapped = streamed(make("mixtral"), expert_streaming=False)
     settle(wrapped)

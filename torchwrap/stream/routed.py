@@ -95,17 +95,19 @@ class RoutedSlots(Slots):
             return
         group = self.groups[number]
         with self.state:
-            self._whole = rows is None or len(rows) > _MOST * group.count
+            before, self._whole = self._whole, rows is None or len(rows) > _MOST * group.count
             fetch = self._fetches.get(group.unit)
             if fetch is None or not fetch.bound or fetch.rows is None:
                 return
             if rows is None:
                 self._complete(fetch)
-                return
-            self._read_rows(fetch, {number: set(rows)})
-            self._show(fetch, group.pieces)
-            nbytes = sum(piece.nbytes for piece, _ in self.layout(fetch.unit).places if piece.index in group.pieces)
-            self.counters["expert_bytes_skipped"] += nbytes // group.count * (group.count - len(rows))
+            else:
+                self._read_rows(fetch, {number: set(rows)})
+                self._show(fetch, group.pieces)
+                nbytes = sum(piece.nbytes for piece, _ in self.layout(fetch.unit).places if piece.index in group.pieces)
+                self.counters["expert_bytes_skipped"] += nbytes // group.count * (group.count - len(rows))
+            if self._whole and not before:
+                self._begin_again()
 
     def end_experts(self, number: int) -> None:
         """End what `begin_experts` began."""
@@ -132,6 +134,16 @@ class RoutedSlots(Slots):
         late, fetch.rows = self._late(fetch), None
         if fetch.bound:
             self._show(fetch, late)
+
+    def _begin_again(self) -> None:
+        """What was read ahead lacks experts that will be needed: read it whole, while this call computes."""
+        for fetch in list(self._fetches.values()):
+            if not fetch.bound and fetch.rows is not None:
+                self._discard(fetch)
+        self._guess()
+
+    def _guess(self) -> None:
+        """Read ahead, if anything is expected."""
 
     def _show(self, fetch: Fetch, pieces: frozenset[int]) -> None:
         for (piece, _), view in zip(self.layout(fetch.unit).places, self._views(fetch.unit, fetch.slot), strict=True):
