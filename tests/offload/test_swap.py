@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from torchwrap.core import errors
 from torchwrap.offload import swap
 from torchwrap.offload.config import Offload
 from torchwrap.offload.swap import Swap, Use
-from torchwrap.offload.tiers import DiskTier, Loading, Place
+from torchwrap.offload.tiers import DiskTier, HostTier, Loading, Place
+from torchwrap.storage import pool
+from torchwrap.stream.arena import HostArena
 
 CPU = torch.device("cpu")
 WIDTH = 64
@@ -333,6 +336,36 @@ def test_a_read_that_fails_is_tried_again_by_who_asks(monkeypatch: pytest.Monkey
         with pytest.raises(errors.StorageError, match="bad moment"):
             entry.restore()
         assert torch.equal(entry.restore(), _large())
+
+
+def test_host_memory_beside_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tier's own bookkeeping, on a device whose streams do everything at once; tests/gpu has a real one."""
+    anything = MagicMock()
+    for name in ("Stream", "Event", "device", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, anything)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    asked: list[int] = []
+    arena = HostArena()
+    made, released = [], []
+    monkeypatch.setattr(arena, "host_buffer", lambda nbytes: made.append(pool.allocate(nbytes)) or made[-1])
+    monkeypatch.setattr(arena, "release_host", released.append)
+    with _moves(lambda: HostTier(arena, asked.append)) as moved:
+        for _ in range(3):
+            entries = []
+            for n in range(4):
+                use = moved.begin(str(n))
+                entries += [(moved.pack(use, _large(n)[:, 1:]), n) for _ in range(2)]
+                _settle(moved)
+            while entries:
+                entry, n = entries.pop()
+                back = entry.restore()
+                assert torch.equal(back, _large(n)[:, 1:]) and back.stride() == (256, 1)
+            del entry, back
+        assert moved.counters["read"] == moved.counters["written"] == 3 * 3 * 2 * _large().nbytes
+        assert len(made) == len(asked) < 10 and not released  # the same buffers again
+        while moved._trash:
+            moved._tier.free(moved._trash.popleft())
+    assert len(released) == len(made)
 
 
 # -- random programs ---------------------------------------------------------------------------------------------------------------------

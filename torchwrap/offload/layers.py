@@ -39,6 +39,7 @@ class OffloadLayer(Layer):
 
     @property
     def handle(self) -> OffloadHandle:
+        """The live object it works for."""
         handle: OffloadHandle = self.owner  # type: ignore[assignment]
         return handle
 

@@ -77,6 +77,7 @@ class Kept:
         self.tensor, self.version = tensor.detach() if tensor.grad_fn is not None else tensor, tensor._version
 
     def restore(self) -> torch.Tensor:
+        """The tensor; raises torch's error if it was written to."""
         if self.tensor._version != self.version:
             raise modified(f"a tensor of type {self.tensor.dtype} and shape {list(self.tensor.shape)}")
         return self.tensor
