@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from torchwrap.offload.elementwise import Rule, settings_of
-from torchwrap.offload.parts import Whole, run, slack
+from torchwrap.offload.parts import Whole, run
 
 CLASSES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
@@ -47,9 +47,8 @@ def test_chunks_give_the_bits_of_the_whole(
     rule = Rule(cls, options)
     settings = settings_of(rule.template.param_groups[0])
     layout = rule.layout(settings, dtype, torch.device("cpu"))
-    room = slack(threads)
-    weight = torch.cat([start, torch.zeros(room, dtype=dtype)])
-    state = {name: torch.empty(numel + room, dtype=kept) for name, kept in layout.items()}
+    weight = start.clone()
+    state = {name: torch.empty(numel, dtype=kept) for name, kept in layout.items()}
     numbers: dict[str, Any] = {}
     whole = Whole(numel, threads, ranged=not options.get("fused"), plain=False)
     for step in range(3):
@@ -59,20 +58,19 @@ def test_chunks_give_the_bits_of_the_whole(
         chunk, after = 4096 * 3 + 2, {}  # cuts anywhere
         for first in range(0, numel, chunk):
             last = min(numel, first + chunk)
-            buffers = {name: torch.zeros(chunk + room, dtype=tensor.dtype) for name, tensor in (("w", weight), *state.items())}
+            buffers = {name: torch.zeros(chunk, dtype=tensor.dtype) for name, tensor in (("w", weight), *state.items())}
             buffers["w"][: last - first] = weight[first:last]
             for name, tensor in state.items():
                 buffers[name][: last - first] = tensor[first:last]
-            filled = torch.cat([gradient[first:last], torch.zeros(room, dtype=dtype)])
             kept = {name: buffers[name] for name in state}
-            after = run(rule, settings, whole, (first, last), buffers["w"], filled, kept, numbers, begun=step > 0)
+            after = run(rule, settings, whole, (first, last), buffers["w"], gradient[first:last], kept, numbers, begun=step > 0)
             weight[first:last] = buffers["w"][: last - first]
             for name in state:
                 state[name][first:last] = buffers[name][: last - first]
         numbers = after
-    assert torch.equal(weight[:numel], plain)
+    assert torch.equal(weight, plain)
     for name, value in reference.state[plain].items():
-        got = state[name][:numel] if name in state else numbers[name]
+        got = state[name] if name in state else numbers[name]
         assert torch.equal(torch.as_tensor(got), torch.as_tensor(value)), name
 
 
@@ -92,9 +90,11 @@ def test_plain_cuts_would_not_do() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("length", [1, 127, 128, 32768, 32769, 99_999, 4 << 20])
-def test_room_is_enough_for_any_length(length: int, count: int) -> None:
+def test_lengths_go_through_registers_entirely(length: int, count: int) -> None:
     whole = Whole(length, count, ranged=True, plain=False)
     filled = whole.filled(length)
-    assert length <= filled <= length + slack(count)
-    workers = max(1, min(count, -(-filled // 32768)))
-    assert filled % (128 * workers) == 0
+    even = whole.even(length)
+    assert length - 128 * (count + 1) < even <= length <= filled <= length + 256 * (count + 1)
+    for computed in (even, filled):
+        workers = max(1, min(count, -(-computed // 32768)))
+        assert computed % (128 * workers) == 0

@@ -15,7 +15,7 @@ import torch
 
 from torchwrap.core import errors
 from torchwrap.offload.elementwise import Rule
-from torchwrap.offload.parts import Whole, run, slack
+from torchwrap.offload.parts import Whole, run
 from torchwrap.offload.targets import Target, flat_weight
 from torchwrap.storage import aio
 from torchwrap.storage.checksum import sum64
@@ -122,7 +122,7 @@ class Chunks:
         first, last = geometry.span(index)
         reads: list[aio.Read] = []
         for stream, dtype in _streams(update).items():
-            needed = (geometry.chunk + slack(update.threads)) * dtype.itemsize
+            needed = geometry.chunk * dtype.itemsize
             buffer = chunk.buffers.get(stream)
             if buffer is None or buffer.nbytes < needed:
                 buffer = chunk.buffers[stream] = allocate(needed)
@@ -131,7 +131,8 @@ class Chunks:
             elif stream != _GRADIENT:
                 record = self._store.records[target.state_name(stream)]
                 reads += [self._store.read(record, index, buffer, update.drafts[record.name])] if update.begun else []
-            elif isinstance(update.gradient, Parked):
+            else:
+                assert isinstance(update.gradient, Parked)
                 segment = update.gradient.file.segments[update.gradient.name]
                 offset, nbytes = segment.offset + first * dtype.itemsize, (last - first) * dtype.itemsize
                 part = 0 if index else geometry.lead * dtype.itemsize
@@ -164,7 +165,7 @@ class Chunks:
         def room(name: str, kind: torch.dtype) -> torch.Tensor:
             return chunk.buffers[name].tensor()[lead * kind.itemsize :].view(kind)
 
-        weight, gradient = room(_WEIGHT, dtype), room(_GRADIENT, _streams(update)[_GRADIENT])
+        weight = room(_WEIGHT, dtype)
         memory = flat_weight(target)
         if memory is not None:
             weight[: last - first].copy_(memory[first:last])
@@ -172,9 +173,11 @@ class Chunks:
             read = weight[: last - first].view(torch.uint8).numpy().data
             update.total = (update.total + sum64(read, first * dtype.itemsize)) % (1 << 64)
         if isinstance(update.gradient, torch.Tensor):
-            gradient[: last - first].copy_(update.gradient.reshape(-1)[first:last])
-        elif update.scale is not None:
-            gradient[: last - first].mul_(update.scale)
+            gradient = update.gradient.reshape(-1)[first:last]
+        else:
+            gradient = room(_GRADIENT, dtype)[: last - first]
+            if update.scale is not None:
+                gradient.mul_(update.scale)
         state = {key: room(key, kind) for key, kind in target.layout.items()}
         began = time.monotonic()
         numbers = target.numbers if update.begun else {}
@@ -230,6 +233,6 @@ class Chunks:
 
 def _streams(update: Update) -> dict[str, torch.dtype]:
     """What passes through buffers for each chunk."""
-    target, gradient = update.target, update.gradient
-    kind = gradient.dtype if isinstance(gradient, torch.Tensor) else target.parameter.dtype
-    return {_WEIGHT: target.parameter.dtype, _GRADIENT: kind, **target.layout}
+    target = update.target
+    parked = {_GRADIENT: target.parameter.dtype} if isinstance(update.gradient, Parked) else {}
+    return {_WEIGHT: target.parameter.dtype, **parked, **target.layout}

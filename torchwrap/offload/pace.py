@@ -6,11 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 from torchwrap.offload.chunks import Chunks
 from torchwrap.offload.gradients import Timing
-from torchwrap.offload.parts import slack
 from torchwrap.offload.targets import Target
 from torchwrap.offload.training import IN_FLIGHT, Footprint, waiting_bytes
 from torchwrap.offload.updates import Updater
@@ -55,12 +52,11 @@ class Pace:
 def footprint_of(targets: Sequence[Target], store: GenerationStore, timing: Timing, handle: OffloadHandle) -> Footprint:
     """What the streamed `targets` of an optimizer add to a step of the model of `handle`."""
     trained = [target for target in targets if target.parameter.requires_grad and target.weight_name in store.records]
-    margin = slack(torch.get_num_threads())
     ring = state = away = total = largest = 0
     for target in trained:
         size = target.parameter.element_size()
         kept = sum(dtype.itemsize for dtype in target.layout.values())
-        ring = max(ring, (store.records[target.weight_name].chunk + margin) * (2 * size + kept))  # with the weight and its gradient
+        ring = max(ring, store.records[target.weight_name].chunk * ((2 if timing.park else 1) * size + kept))
         state += target.numel * kept
         away += target.numel * size if target.away and target.piece is not None and target.piece.host is None else 0
         total += target.numel * size

@@ -3,8 +3,8 @@
 On the CPU, torch runs an elementwise operator over ranges, one per thread, and within a range over whole vector registers; the few elements
 left at the end of each range are computed one by one. Both ways round differently in some kernels (measured, torch 2.13: SGD in
 bfloat16, fused SGD, RMSprop in bfloat16). So what matters for an element is which of the two ways it would go in the whole tensor, not
-where it stands. `run` therefore computes a chunk with its length filled up so that all of it goes through registers, and computes the last
-block of each range again by itself, at its true length.
+where it stands. `run` therefore computes as much of a chunk as goes through registers entirely, the few elements left in a tensor filled up
+so that they do, too, and the last block of each range again by itself, at its true length.
 
 Source of the ranges: `at::TensorIterator::for_each` and `at::parallel_for` of torch 2.13; tests/offload/test_parts.py fails when they
 change.
@@ -21,7 +21,7 @@ import torch
 from torchwrap.core import errors
 from torchwrap.offload.elementwise import Rule
 
-__all__ = ["BLOCK", "Whole", "run", "slack"]
+__all__ = ["BLOCK", "Whole", "run"]
 
 BLOCK = 128
 """Elements; a multiple of two registers of every type and instruction set that torch is built for."""
@@ -58,6 +58,14 @@ class Whole:
                 found.append((begin, end))
         return found
 
+    def even(self, length: int) -> int:
+        """The greatest length up to `length` at which every element goes through registers."""
+        if self.plain:
+            return length
+        workers = _workers(length, self.threads) if self.ranged else 1
+        even = length // (BLOCK * workers) * BLOCK * workers
+        return even if not self.ranged or not even or _workers(even, self.threads) == workers else self.even(even)
+
     def filled(self, length: int) -> int:
         """The least length from `length` on at which every element goes through registers."""
         if self.plain:
@@ -65,11 +73,6 @@ class Whole:
         workers = _workers(length, self.threads) if self.ranged else 1
         filled = -(-length // (BLOCK * workers)) * BLOCK * workers
         return filled if not self.ranged or _workers(filled, self.threads) == workers else self.filled(filled)
-
-
-def slack(threads: int) -> int:
-    """Elements that `Whole.filled` adds at most."""
-    return 2 * BLOCK * (threads + 1)
 
 
 def run(
@@ -88,8 +91,8 @@ def run(
 
     Args:
         span: (first element, end) of the chunk in the whole.
-        weight: its values, with room behind them for `whole.filled(length)` elements.
-        gradient: of the same length; what lies in the room behind is overwritten.
+        weight: its values.
+        gradient: of the same length, not changed.
         state: what is kept per element, likewise; only written to, unless `begun`.
         numbers: what is kept per parameter; not changed.
         begun: False for the parameter's first step, which makes the state.
@@ -107,10 +110,15 @@ def run(
     small = [_cut(pieces, first, length, end) for end in ends]
     after: dict[str, Any] = {}
     if sum(min(last, end) - max(first, begin) for begin, end in ends) < length:
-        filled = whole.filled(length)
-        for tensor in pieces.values():
-            tensor[length:filled].zero_()
-        after = _step(rule, settings, {name: tensor[:filled] for name, tensor in pieces.items()}, numbers, begun)
+        body = whole.even(length)
+        if body:
+            after = _step(rule, settings, {name: tensor[:body] for name, tensor in pieces.items()}, numbers, begun)
+        if body < length:
+            rest = _cut(pieces, first, length, (first + body, first + body + whole.filled(length - body)))
+            after = _step(rule, settings, rest, numbers, begun)
+            for name, tensor in pieces.items():
+                if name != "/":
+                    tensor[body:length] = rest[name][: length - body]
     for (begin, end), part in zip(ends, small, strict=True):
         after = _step(rule, settings, part, numbers, begun)
         low, high = max(first, begin), min(last, end)

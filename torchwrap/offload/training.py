@@ -156,8 +156,8 @@ def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int) -> 
 
 
 def room_for(units: Iterable[Unit], chunk: int) -> int:
-    """Bytes of gradients that may wait for the optimizer: two units', so that it never waits for a backward of even speed."""
-    return max(chunk, 2 * _largest(units))
+    """Bytes of gradients that may wait for the optimizer while the next are computed: one unit's, so that it always has work."""
+    return max(chunk, _largest(units))
 
 
 def expected_footprint(units: Sequence[Unit], pieces: Sequence[Piece], resident: frozenset[int] | set[int]) -> Footprint:
@@ -167,7 +167,7 @@ def expected_footprint(units: Sequence[Unit], pieces: Sequence[Piece], resident:
     away = sum(piece.nbytes for piece in trained if piece.index not in resident)
     largest = max((piece.nbytes for piece in trained), default=0)
     return Footprint(
-        ring=IN_FLIGHT * (2 + _STATES) * min(CHUNK, largest),
+        ring=IN_FLIGHT * (1 + _STATES) * min(CHUNK, largest),
         gradients=waiting_bytes(units, trained, room_for(units, CHUNK)) if trained else 0,
         read=_STATES * total + away,
         written=_STATES * total + away,
