@@ -37,8 +37,10 @@ def open_folder(folder: Path, config: Offload, dtype: torch.dtype | None) -> nn.
     keep_work = False
     try:
         model, homes = as_placeholders(integration.skeleton(folder, work, dtype=dtype), folder)
+        for home in homes.values():
+            home.converted = work in home.file.path.parents
         apply(model, config)
-        keep_work = any(work in home.file.path.parents for home in homes.values())
+        keep_work = any(home.converted for home in homes.values())
         if keep_work:
             weakref.finalize(model, shutil.rmtree, work, ignore_errors=True)
         return model

@@ -89,7 +89,8 @@ def place(
                 piece.home = next(homes[name] for name in piece.names if name in homes)
                 piece.home.crc = "always" if config.verify == "always" else "never"
                 # An offset between two elements cannot be an address of theirs; a loader copies such a tensor to an even address.
-                aligned = not arena.separate and piece.home.offset % piece.dtype.itemsize == 0
+                # What a loader converts (fused experts, another dtype) it puts into fresh memory, whose addresses are multiples of 64.
+                aligned = not arena.separate and not piece.home.converted and piece.home.offset % piece.dtype.itemsize == 0
                 piece.residue = piece.home.offset % 64 if aligned else 0
             _load_residents([piece for piece in division.pieces if piece.resident], reader, device, placed, config)
         on_disk = _lock_in_host(away, budget, arena, reader, config, placed) if arena.separate else away

@@ -62,6 +62,7 @@ class Home:
     nbytes: int
     crc32: int | None = None  # compared when set
     crc: Crc = "never"  # whether reads compute the CRC-32 as well as the sum
+    converted: bool = False  # written by us for a loader that would have made it in memory, at an address of its own
 
 
 @dataclass(slots=True)
