@@ -5,7 +5,8 @@ the checkpoint was dropped, between two probes of the disk. The first step of a 
 Figures are medians over all counted steps of all rounds. No time is reported unless the losses of all steps of all runs have equal bits.
 
 Overlap efficiency, the physical limit over what was measured: `max(T_io, T_compute + T_update) / T_step`, where `T_io` is what the raw
-probe would take to move the same bytes, reading and writing at the same time, and `T_compute + T_update` a step with everything in memory.
+probe would take to move the same bytes, reading and writing at the same time, and `T_compute + T_update` the fastest step with
+everything in memory.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class TrainingCampaign:
         read = median([value for record in mine for value in record["bytes_read"][1:]])
         written = median([value for record in mine for value in record["bytes_written"][1:]])
         moving = max(read / best.read, written / best.write) if best.read and best.write else None
-        computing = median(_every_step(self.runs["memory"])) if "memory" in self.runs else None
+        computing = min(_every_step(self.runs["memory"])) if "memory" in self.runs else None
         measured = median(_every_step(mine))
         known = [seconds for seconds in (moving, computing) if seconds is not None]
         return {
