@@ -2,16 +2,18 @@
 
 When reading takes longer than computing, a pass costs the same for one batch and for eight. Each batch runs the model's own forward (or
 `generate`) in a thread of its own; the engine lets them through the units together, see stream/turns.py, and only one computes at a time.
-Results are those of one call after another, bit for bit, as long as the calls do not depend on each other.
+Results are those of one call after another, bit for bit, as long as the calls do not depend on each other. Autograd numbers its nodes
+for each thread by itself, so one backward for the outputs of several calls adds up what they give to a weight in another order.
 
 Random numbers have no common order here, so every batch has its own: those that follow `torch.manual_seed(seeds[i])`.
 """
 
 from __future__ import annotations
 
+import operator
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,11 +56,12 @@ class ManyCalls(Handle):
             seeds: one per call; by default drawn from torch's generator, which is left alone if no call uses it.
 
         Raises:
-            ConfigError: no batch may be in flight, or there are not as many seeds as inputs.
+            ConfigError: `inputs` are not several, no batch may be in flight, or the seeds are not integers, one per input.
             ConflictError: called inside a forward of this model, a dispatch mode, or a transform of torch.func.
             BaseException: what the first call that failed raised; the others are ended.
 
-        Exactness: bit-identical to one call after another, call i after `torch.manual_seed(seeds[i])`.
+        Exactness: bit-identical to one call after another, call i after `torch.manual_seed(seeds[i])`. So are the gradients of a backward
+            for each output; those of one backward for several outputs are equal up to rounding (see docs/offload.md, Many batches).
         Cost: one pass of reading; rows of embedding tables are read for each call. Activations and caches of all calls in flight.
         """
         return _run(self, self._model(), inputs, max_batches_in_flight, seeds, "forward_many")
@@ -173,10 +176,10 @@ def _run(
     call: Callable[..., Any] | None = None,
     common: Mapping[str, Any] | None = None,
 ) -> list[Any]:
-    if limit is not None and limit < 1:
-        raise errors.ConfigError(f"{what}: max_batches_in_flight={limit}", where="max_batches_in_flight", fix="Use at least 1, or None.")
-    if seeds is not None and len(seeds) != len(inputs):
-        raise errors.ConfigError(f"{what}: {len(seeds)} seeds for {len(inputs)} inputs", where="seeds", fix="Give one seed per input.")
+    inputs = _several(inputs, what)
+    if limit is not None and not (isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1):
+        raise errors.ConfigError(f"{what}: max_batches_in_flight={limit!r}", where="max_batches_in_flight", fix="Use at least 1, or None.")
+    seeds = _seeds(seeds, len(inputs), what) if seeds is not None else None
     if not inputs:
         return []
     state = ThreadState(what)
@@ -198,6 +201,29 @@ def _run(
             return results
     finally:
         draws.end(used=seeds is None and any(each.drew for each in made))
+
+
+def _several(inputs: Any, what: str) -> list[Any]:
+    """The inputs of all calls: a sequence, or whatever is iterated over once; not one input by itself."""
+    if isinstance(inputs, Iterable) and not isinstance(inputs, torch.Tensor | Mapping | str | bytes):
+        return list(inputs)
+    raise errors.ConfigError(
+        f"{what}: inputs are one {type(inputs).__name__}, not a list with one entry per call",
+        where="inputs",
+        fix="Give a list: [first, ...].",
+    )
+
+
+def _seeds(seeds: Any, count: int, what: str) -> list[int]:
+    try:
+        numbers: list[int] | None = [operator.index(seed) for seed in seeds]
+    except TypeError:
+        numbers = None
+    if numbers is None or not all(-(2**63) <= number < 2**64 for number in numbers):
+        raise errors.ConfigError(f"{what}: seeds={seeds!r} are not integers of 64 bits", where="seeds", fix="Give one integer per input.")
+    if len(numbers) != count:
+        raise errors.ConfigError(f"{what}: {len(numbers)} seeds for {count} inputs", where="seeds", fix="Give one seed per input.")
+    return numbers
 
 
 def _arguments(given: Any, common: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

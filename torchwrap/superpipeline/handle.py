@@ -203,12 +203,18 @@ class SuperpipelineHandle(OffloadHandle):
             k_prime: None: as it is.
 
         Raises:
-            ConfigError: not 1 <= k' <= k <= n.
+            ConfigError: not 1 <= k' <= k <= n, or another argument is no number of at least 1.
 
         Exactness: bytes of weights are counted, those of activations estimated; seconds are simulated from the measured pass.
         """
-        k = self.knobs.k if k is None else k
-        knobs = Knobs(k, min(k, self.knobs.k_prime) if k_prime is None else k_prime, self.knobs.units)
+        for name, value in (("batch", batch), ("tokens", tokens)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise errors.ConfigError(f"superpipeline: {name}={value!r}", where=name, fix="Use an integer of at least 1.")
+        if k is None:
+            k = self.knobs.k
+        elif k_prime is None:
+            k_prime = min(Knobs(k, 1, self.knobs.units).k, self.knobs.k_prime)
+        knobs = Knobs(k, self.knobs.k_prime if k_prime is None else k_prime, self.knobs.units)
         device_bytes = self._held(knobs)
         known = self.profile
         seconds = known.pass_seconds(knobs.k, knobs.k_prime) if known else None

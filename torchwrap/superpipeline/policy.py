@@ -111,6 +111,10 @@ class Knobs:
     units: int
 
     def __post_init__(self) -> None:
+        for name in ("k", "k_prime"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise errors.ConfigError(f"superpipeline: {name}={value!r}", where=name, fix="Give a number of blocks.")
         if not 1 <= self.k <= self.units:
             raise errors.ConfigError(
                 f"superpipeline: k={self.k}, but the model has {self.units} block(s)", where="k", fix=f"Use k from 1 to {self.units}."
