@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from torchwrap.core import errors
 from torchwrap.core.layer import CallState, Layer, Placement
 from torchwrap.core.tensors import bind
 from torchwrap.offload.saved import saving_for
@@ -119,19 +120,23 @@ class UnitLayer(OffloadLayer):
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        scope = self._leave()
+        scope: _Scope | None = self._calls.peek()
+        written = scope.close(module.training) if scope is not None else None
+        if written is not None and scope is not None:
+            raise errors.UnsupportedModelError(
+                f"{self.name}: the forward of {scope.unit.name} wrote to its weight {written.name}, which is streamed: that is lost",
+                where=written.name,
+                fix=f'Keep it in memory: pin=("{written.name}",).',
+            )
+        self._calls.pop()
         if scope is not None and self.where == "outside" and torch.is_grad_enabled():
             self.handle.backward.watch(scope.unit, output)
         return output
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
-        self._leave()
-
-    def _leave(self) -> _Scope | None:
         scope: _Scope | None = self._calls.pop()
         if scope is not None:
-            scope.close()
-        return scope
+            scope.close(None)
 
 
 class RowLayer(OffloadLayer):
@@ -196,11 +201,12 @@ def _called_with(
 class _Scope:
     """One use of a unit: autocast's cache off, saved weights replaced by notes, and the release at the end."""
 
-    __slots__ = ("_cache", "_engine", "_hooks", "unit")
+    __slots__ = ("_cache", "_engine", "_hooks", "_open", "unit")
 
     def __init__(self, handle: OffloadHandle, unit: Unit) -> None:
         assert handle.engine is not None
         self._engine, self.unit = handle.engine, unit
+        self._open = True
         # With its cache on, autocast keeps a cast copy of every weight until the region ends: all the memory that streaming saves. It
         # is needed only where a weight is used again in the region: one copy then collects the gradients of all uses, in its own type.
         self._cache = torch.is_autocast_cache_enabled() and not (handle.keeps_casts and unit.kind in ("block", "expert"))
@@ -211,12 +217,16 @@ class _Scope:
             self._hooks = saving_for(handle)
             self._hooks.__enter__()
 
-    def close(self) -> None:
+    def close(self, training: bool | None) -> Piece | None:
+        """End the use, once; a weight that the unit's own module wrote to, if there is one."""
+        if not self._open:
+            return None
+        self._open = False
         if self._hooks is not None:
             self._hooks.__exit__()
         if self._cache:
             torch.set_autocast_cache_enabled(True)
-        self._engine.release(self.unit)
+        return self._engine.release(self.unit, training)
 
 
 def _copies_weight(args: tuple[Any, ...]) -> bool:

@@ -35,6 +35,7 @@ from torchwrap.stream.slots import Fetch
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.turns import Turns
 from torchwrap.stream.units import Piece, Unit
+from torchwrap.stream.writes import version_of
 
 __all__ = ["Engine"]
 
@@ -120,8 +121,16 @@ class Engine(RoutedSlots):
             self.lock.release()
             raise
 
-    def release(self, unit: Unit) -> None:
-        """End the use that the matching `acquire` began. Never raises."""
+    def release(self, unit: Unit, training: bool | None = None) -> Piece | None:
+        """End the use that the matching `acquire` began. Never raises.
+
+        Args:
+            training: mode of the module that ran; its first use in each mode is looked at more closely. None: this one is not.
+
+        Returns:
+            A streamed piece that the unit's own module wrote to, which is lost, if there is one.
+        """
+        found = None
         try:
             with self.state:
                 turns = self.turns
@@ -129,19 +138,24 @@ class Engine(RoutedSlots):
                     self._making_room = False
                     self._guess()
                 if turns is None or not turns.leave(unit.index):
-                    self._end_use(unit)
+                    found = self._end_use(unit, training)
                 if self.timeline is not None:
                     self.timeline.end("compute", unit.name)
                 self.state.notify_all()
         finally:
             self.lock.release()
+        return found
 
-    def _end_use(self, unit: Unit) -> None:
+    def _end_use(self, unit: Unit, training: bool | None = None) -> Piece | None:
+        found = None
         fetch = self._fetches.get(unit.index)
         if fetch is not None and fetch.users:
             fetch.users -= 1
+            if not fetch.users:
+                found = self._written(fetch, training)
             if not fetch.bound:
                 self._retire(fetch)
+        return found
 
     def hold(self, unit: Unit) -> bool:
         """Keep the unit's weights present for a backward until `unhold`, or until something else needs the slot. Idempotent.
@@ -243,6 +257,7 @@ class Engine(RoutedSlots):
             self._discard(fetch)
             raise
         fetch.users = 1
+        fetch.versions = [version_of(piece.parameter) for piece, _ in self.layout(unit).places]
         fetch.references = references(fetch.slot.device)
 
     def _hide(self, unit: Unit) -> None:

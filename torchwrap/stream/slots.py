@@ -22,6 +22,7 @@ from torchwrap.stream.pieces import learn, part_of
 from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Piece, Unit
+from torchwrap.stream.writes import changed_bytes, written
 
 __all__ = ["Fetch", "Slots"]
 
@@ -36,10 +37,25 @@ class Fetch:
         references: tensors over the slot's memory when the parameters had just been shown.
         rows: experts present, by group; None: all of the unit's bytes are (see routed.py).
         marked: experts that are not present begin with NaN.
-        spoiled: a read into the slot while the unit was in use did not end well, and may still write.
+        spoiled: the slot must not be used again as it is: a read into it while the unit was in use did not end well, or its module wrote.
+        versions: of the parameters when they had just been shown, in the order of the layout's places.
     """
 
-    __slots__ = ("error", "held", "lent", "marked", "references", "rows", "slot", "spoiled", "ticket", "unit", "uploaded", "users")
+    __slots__ = (
+        "error",
+        "held",
+        "lent",
+        "marked",
+        "references",
+        "rows",
+        "slot",
+        "spoiled",
+        "ticket",
+        "unit",
+        "uploaded",
+        "users",
+        "versions",
+    )
 
     def __init__(self, unit: Unit, slot: Slot, ticket: aio.Ticket | None) -> None:
         self.unit, self.slot, self.ticket = unit, slot, ticket
@@ -48,6 +64,7 @@ class Fetch:
         self.rows: dict[int, set[int]] | None = None
         self.marked = self.spoiled = False
         self.references = 0
+        self.versions: list[int] = []
         self.uploaded: threading.Event | None = None
         self.error: BaseException | None = None
 
@@ -88,6 +105,7 @@ class Slots:
         self._fetches: dict[int, Fetch] = {}
         self._uploads: SimpleQueue[Fetch | None] = SimpleQueue()
         self._uploader: threading.Thread | None = None
+        self._compared: set[tuple[int, bool]] = set()  # units whose bytes were found unchanged after a use, by whether it was training
         self._slots_made = 0  # a slot that a hung read keeps is replaced by one of another number
         self.counters: dict[str, float] = {
             "bytes_read": 0,
@@ -185,6 +203,22 @@ class Slots:
         if self._verify and fetch.ticket is not None:
             for piece, _ in self.layout(fetch.unit).places:
                 learn(piece, fetch.ticket)
+
+    def _written(self, fetch: Fetch, training: bool | None) -> Piece | None:
+        """A piece that the unit's own module wrote to in the use that ends now; the slot is given up then.
+
+        Bytes are compared once for each value of `training`, and where they lie in host memory.
+        """
+        unit = fetch.unit
+        shown = list(zip((piece for piece, _ in self.layout(unit).places), self._views(unit, fetch.slot), fetch.versions, strict=True))
+        if (found := next(written(shown), None)) is None and training is not None and (unit.index, training) not in self._compared:
+            if self._verify and not self.arena.separate:
+                late = self._late(fetch)
+                found = next(changed_bytes(each for each in shown if each[0].index not in late), None)
+            if found is None:
+                self._compared.add((unit.index, training))
+        fetch.spoiled = fetch.spoiled or found is not None
+        return found
 
     def _free_slot(self, spare: set[int]) -> Slot | None:
         """A free slot; else one whose unit is idle and not in `spare`; else None."""

@@ -272,8 +272,14 @@ def _collect_pieces(model: nn.Module) -> dict[int, Piece]:
 
 
 def _unmovable(model: nn.Module, pieces: dict[int, Piece], notes: list[str]) -> set[int]:
-    """Pieces that streaming could change: tensor subclasses, unusual layouts, storages shared by different parameter objects."""
+    """Pieces that streaming could change: tensor subclasses, unusual layouts, shared storages, tables that their own forward writes to."""
     held: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            piece = pieces.get(id(module._parameters.get("weight")))
+            if piece is not None:
+                held.add(piece.index)
+                notes.append(f"{name or 'the model itself'} scales down its own rows (max_norm=): {piece.name} stays in memory")
     storages: dict[object, int] = {}
     for piece in pieces.values():
         data = data_of(piece.parameter)
