@@ -157,7 +157,9 @@ class GenerationStore:
         self._check_open()
         committed, current = record.committed, record.current
         half = 0 if current is None else current.half
-        if committed is not None and half == committed.half:
+        # Before the first commit there is nothing to go back to, so the present version is the one to be kept whole.
+        keep = current if committed is None and self.halves == 2 else committed
+        if keep is not None and half == keep.half:
             half = 1 - half
         in_place = current is not None and current.half == half
         return Draft(record, half, [None] * record.count, in_place, None if record.torn else current)
