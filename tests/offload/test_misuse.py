@@ -122,6 +122,13 @@ def test_an_equal_copy_in_its_place_is_no_write() -> None:
     assert torch.equal(wrapped(x), model(x))
 
 
+def test_a_model_made_in_inference_mode() -> None:
+    x = torch.randn(3, 64)
+    with torch.inference_mode():
+        wrapped = streamed(_stack())
+        assert torch.equal(wrapped(x), _stack()(x))
+
+
 @both
 def test_an_embedding_that_scales_its_rows_stays(wrap: Wrap) -> None:
     torch.manual_seed(0)

@@ -22,7 +22,10 @@ __all__ = ["changed_bytes", "version_of", "written"]
 
 def version_of(parameter: torch.Tensor) -> int:
     """How often the parameter was written to; -1 if that is not counted: it was made in inference mode."""
-    return -1 if parameter.is_inference() else parameter._version
+    try:
+        return parameter._version
+    except RuntimeError:  # `is_inference` cannot tell: such a parameter that was given ordinary data says no
+        return -1
 
 
 def written(shown: Iterable[tuple[Piece, torch.Tensor, int]]) -> Iterator[Piece]:
