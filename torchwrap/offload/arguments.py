@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from torchwrap.core import errors
 from torchwrap.core.config import parse_size
@@ -13,15 +16,23 @@ from torchwrap.offload.gradients import Timing
 from torchwrap.storage.limits import memory_available
 from torchwrap.storage.pool import BLOCK
 
-__all__ = ["Asked", "asked_for", "check_arguments", "timing_of"]
+__all__ = ["Asked", "asked_for", "check_arguments", "check_model", "timing_of"]
 
 
-def check_arguments(path: object, max_grad_norm: float | None, accumulate: int, gradients: str, durability: str, chunk: int | str) -> None:
-    """Raise `ConfigError` for an argument out of range."""
+def check_arguments(
+    path: object, max_grad_norm: float | None, accumulate: int, gradients: str, durability: str, chunk: int | str, overlap: object = True
+) -> None:
+    """Raise `ConfigError` for an argument of another kind or out of range."""
     wrong: tuple[str, str, str] | None = None
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    if path is not None and not isinstance(path, str | os.PathLike):
+        wrong = ("path", f"{path!r} is no folder", "Pass a path, or None.")
+    elif not isinstance(overlap, bool):
+        wrong = ("overlap", f"{overlap!r} is neither True nor False", "Pass overlap=True or overlap=False.")
+    elif max_grad_norm is not None and (isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, numbers.Real)):
+        wrong = ("max_grad_norm", f"clipping to {max_grad_norm!r}", "Use a positive number, or None.")
+    elif max_grad_norm is not None and not max_grad_norm > 0:
         wrong = ("max_grad_norm", f"clipping to {max_grad_norm}", "Use a positive number, or None.")
-    elif not isinstance(accumulate, int) or accumulate < 1:
+    elif isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         wrong = ("accumulate", f"{accumulate!r} backwards per step", "Use 1 or more.")
     elif gradients not in ("auto", "host", "disk"):
         wrong = ("gradients", f"{gradients!r} is no place", 'Use "auto", "host" or "disk".')
@@ -33,6 +44,14 @@ def check_arguments(path: object, max_grad_norm: float | None, accumulate: int, 
         wrong = ("chunk", f"chunks of {chunk} bytes", "Use 4096 bytes or more; 16MiB is a good size.")
     if wrong is not None:
         raise errors.ConfigError(f"OffloadedOptimizer: {wrong[1]}", where=wrong[0], fix=wrong[2])
+
+
+def check_model(model: object) -> None:
+    """Raise `ConfigError` if it is none."""
+    if not isinstance(model, nn.Module):
+        raise errors.ConfigError(
+            f"OffloadedOptimizer: {type(model).__name__} is no model", where="model", fix="Pass the module first, then the optimizer class."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ section 7.1; the trigger is ours.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.units import Unit
 
-__all__ = ["Backward", "BackwardListener"]
+__all__ = ["Backward", "BackwardListener", "is_nested"]
 
 
 class BackwardListener(Protocol):
@@ -59,6 +60,12 @@ class Backward:
         """Whether a backward runs through the model now, so that listeners will hear of its end."""
         run = self._run
         return run is not None and not run.over
+
+    @property
+    def nested(self) -> bool:
+        """Whether the backward that is followed lies in another one (reentrant checkpointing), so that its end is not the end."""
+        run = self._run
+        return run is not None and run.nested
 
     def watch(self, unit: Unit, output: Any) -> None:
         """Follow the backward into this use of the unit through what it returned."""
@@ -137,13 +144,23 @@ class Backward:
             listener.backward_done(error)
 
 
-class _Run:
-    """One backward. `over` is set when autograd forgot it, `thread` is the one its hooks run in."""
+def is_nested() -> bool:
+    """Called from a hook: whether the backward that runs was begun by a node of another. Cost: a walk up the Python stack."""
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code.co_name == "apply" and frame.f_globals.get("__name__") == "torch.autograd.function":
+            return True
+    return False
 
-    __slots__ = ("over", "thread")
+
+class _Run:
+    """One backward. `over` is set when autograd forgot it, `thread` is the one its hooks run in, `nested`: inside one that we missed."""
+
+    __slots__ = ("nested", "over", "thread")
 
     def __init__(self) -> None:
         self.over = False
+        self.nested = is_nested()
         self.thread = threading.get_ident()
 
 

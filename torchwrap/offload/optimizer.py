@@ -12,6 +12,7 @@ with backward without staleness). Where we differ: any elementwise class, bit-id
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -27,13 +28,13 @@ from torch import nn
 from torchwrap.core import errors
 from torchwrap.core.config import parse_size
 from torchwrap.core.transaction import inner_model, records_of
-from torchwrap.offload.arguments import asked_for, check_arguments, timing_of
+from torchwrap.offload.arguments import asked_for, check_arguments, check_model, timing_of
 from torchwrap.offload.chunks import Chunks, Update
 from torchwrap.offload.elementwise import Rule, settings_of, step_of
 from torchwrap.offload.gradients import Gradients
 from torchwrap.offload.handle import OffloadHandle
 from torchwrap.offload.pace import Pace, footprint_of
-from torchwrap.offload.persist import check_same_run, describe_run, from_json
+from torchwrap.offload.persist import check_same_run, describe_run, from_json, warn_of_other_settings
 from torchwrap.offload.targets import Target, can_stream, records_needed
 from torchwrap.offload.training import Footprint, room_for
 from torchwrap.offload.updates import Job, Updater
@@ -44,6 +45,8 @@ from torchwrap.storage.heap import keep_heap_small
 from torchwrap.stream.units import Unit
 
 __all__ = ["OffloadedOptimizer"]
+
+_LIVE: weakref.WeakSet[OffloadedOptimizer] = weakref.WeakSet()
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -56,7 +59,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         path: a folder for the run, which can be continued after a crash: constructing with a folder that holds a committed run of the
             same model goes on from there (weights, state, settings, `steps`). `None`: a temporary folder, nothing is kept.
         overlap: update during backward. Then gradients are gone when `backward()` returns, and what reads or changes them by hand (clipping
-            by hand, a `GradScaler`) raises: pass `overlap=False` for those. In several processes gradients always wait, in memory, until
+            by hand, a `GradScaler`) raises: pass `overlap=False` for those, and for a call between `backward()` and `step()`, which would
+            compute with old small weights and new large ones. In several processes gradients always wait, in memory, until
             they are averaged (`DistributedDataParallel` around the model first, then `offload`).
         max_grad_norm: clip by total norm, exactly as `torch.nn.utils.clip_grad_norm_` does; updates then begin after backward.
         accumulate: backwards per step.
@@ -71,6 +75,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     Raises:
         ConfigError: a class that is not elementwise, or a folder that holds something else.
+        ConflictError: another optimizer of this class, not closed, drives some of the parameters.
         DiskFullError: the disk cannot take the state; raised here, not in the middle of training.
 
     Exactness: parameters and state bit-identical to `cls` on a model in memory, on the same device, dtype and number of threads.
@@ -108,7 +113,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         chunk: int | str = "16MiB",
         **options: Any,
     ) -> None:
-        check_arguments(path, max_grad_norm, accumulate, gradients, durability, chunk)
+        check_model(model)
+        check_arguments(path, max_grad_norm, accumulate, gradients, durability, chunk, overlap)
         self._rule = Rule(cls, options)
         self._model_names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
         # Anywhere inside: peft and others put an offloaded model into one of theirs.
@@ -125,6 +131,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.steps: int = 0
         self.grad_norm: torch.Tensor | None = None
         super().__init__(model.parameters() if params is None else params, self._rule.template.defaults)
+        self._check_alone(target.parameter for target in self._targets)
 
         keep_heap_small()
         folder = None if path is None else Path(path).expanduser()
@@ -151,15 +158,20 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._prepare()
             if self._store.generation:
                 check_same_run(self._store.run, cls, self._targets, str(folder))
+                warn_of_other_settings(self._store.run, self.param_groups)
                 self._restore()
         except BaseException:
             self._store.close()
             raise
+        _LIVE.add(self)
 
     # -- the face of an optimizer -------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as with any optimizer; room for their state is reserved at once."""
+        if hasattr(self, "_values"):
+            new = param_group["params"] = _listed(param_group["params"])
+            self._check_alone(new)
         super().add_param_group(param_group)
         number = len(self.param_groups) - 1
         for parameter in self.param_groups[number]["params"]:
@@ -210,6 +222,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._handle is not None:
             self._handle.backward.settle()
+        self._gradients.check_untouched()
         self._updater.check()
         self._check_settings()
         for target in self._streamed():
@@ -446,7 +459,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         trained = [t for t in self._targets if t.parameter.requires_grad and t.parameter.numel()]
         wanted = [t for t in trained if t.streamed or self._durability != "none"]
         self._store.reserve(record for target in wanted for record in records_needed(target, self._chunk, self._store))
-        self._gradients.watch(self._streamed())
+        self._gradients.watch(self._streamed(), [t for t in self._targets if not t.streamed])
 
     # -- a step --------------------------------------------------------------------------------------------------------------------------
 
@@ -523,7 +536,22 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for target in self._targets:
             if not target.streamed and target.parameter.grad is not None:
                 target.changed = True
-                self._values.changed(target)
+
+    def _check_alone(self, parameters: Iterable[Any]) -> None:
+        """Two optimizers would take each other's stand-ins for gradients."""
+        mine = {id(parameter[1] if isinstance(parameter, tuple) else parameter) for parameter in parameters}
+        for again in (False, True):
+            name = next((n for other in list(_LIVE) if other is not self for n in other._drives(mine)), None)
+            if name is None:
+                return
+            if not again:
+                gc.collect()  # one that is only in a cycle drives nothing
+        raise errors.ConflictError(
+            f"OffloadedOptimizer: another one drives {name} already", where=name or "", fix="Call close() on the old optimizer first."
+        )
+
+    def _drives(self, parameters: set[int]) -> list[str]:
+        return [t.name for t in self._targets if id(t.parameter) in parameters] if self._shut.alive else []
 
     def _check_usable(self) -> None:
         if not self._shut.alive:
@@ -595,6 +623,10 @@ def _groups_of(optimizer: OffloadedOptimizer) -> Callable[[], list[dict[str, Any
         return found.param_groups if found is not None else []
 
     return groups
+
+
+def _listed(parameters: Any) -> list[Any]:
+    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 
 
 def _close(updater: Updater, gradients: Gradients, reader: aio.Reader, store: GenerationStore) -> None:

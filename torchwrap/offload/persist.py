@@ -5,6 +5,7 @@ Numbers come back exactly: Python writes a float with as many digits as it takes
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchwrap.offload.elementwise import settings_of
 from torchwrap.offload.targets import Target
 from torchwrap.storage.manifest import Json
 
-__all__ = ["check_same_run", "describe_run", "from_json", "to_json"]
+__all__ = ["check_same_run", "describe_run", "from_json", "to_json", "warn_of_other_settings"]
 
 
 def describe_run(
@@ -52,6 +53,25 @@ def check_same_run(run: Mapping[str, Json], cls: type[torch.optim.Optimizer], ta
             f"OffloadedOptimizer: the folder holds a run of something else ({key}): {what}",
             where=folder,
             fix="Use another folder, or remove this one to begin anew.",
+        )
+
+
+def warn_of_other_settings(run: Mapping[str, Json], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Say which settings given now are replaced by those of a committed run. A learning rate that a schedule moved is none of them."""
+    stored = run["groups"]
+    assert isinstance(stored, list)
+    found = []
+    for index, (old, group) in enumerate(zip(stored, groups, strict=False)):
+        before = from_json(old)
+        for name, value in settings_of(group).items():
+            kept = before.get("initial_lr", before.get("lr")) if name == "lr" else before.get(name)
+            if to_json(value, name) != to_json(kept, name):
+                found.append(f"{name} of group {index} is {before.get(name)!r} and not {value!r}")
+    if found:
+        warnings.warn(
+            f"OffloadedOptimizer: the run goes on with its own settings: {', '.join(found)}. Change optimizer.param_groups to have others.",
+            errors.TorchwrapWarning,
+            stacklevel=3,
         )
 
 

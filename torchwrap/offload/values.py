@@ -9,6 +9,7 @@ import torch
 
 from torchwrap.core import errors
 from torchwrap.offload.targets import Target, flat_weight
+from torchwrap.storage.checksum import crc32, memory_of
 from torchwrap.storage.generations import GenerationStore
 from torchwrap.stream.pieces import drop_home
 from torchwrap.stream.units import Home
@@ -29,7 +30,7 @@ class Values:
 
     def __init__(self, store: GenerationStore, handle: OffloadHandle | None) -> None:
         self._store, self._handle = store, handle
-        self._saved: dict[str, int] = {}  # what the weights in the store are, by the model's own count of changes
+        self._saved: dict[str, int] = {}  # what the weights in the store are, as `_version` tells
 
     def landed(self, target: Target, home: Home | None) -> None:
         """A weight has new values: in the store, if a home is given, else in memory."""
@@ -59,10 +60,6 @@ class Values:
                 weight = self._handle.value(target.piece)
             self._store.put(name, weight)
             self._saved[name] = version
-
-    def changed(self, target: Target) -> None:
-        """A weight in memory has new values. Fused kernels do not count up the tensor's version (torch 2.13), so it has to be told."""
-        self._saved.pop(target.weight_name, None)
 
     def save_whole(self, target: Target, state: Mapping[str, Any]) -> None:
         """Have in the store what is kept per element of a parameter in memory; the rest goes into `target.numbers`."""
@@ -126,4 +123,7 @@ class Values:
 
     def _version(self, target: Target) -> int:
         piece = target.piece
-        return piece.version if target.away and piece is not None else target.parameter._version
+        if target.away and piece is not None:
+            return piece.version
+        # torch's count leaves out what fused kernels (torch 2.13) and `.data` write. Below zero, to differ from every count.
+        return -1 - crc32(memory_of(target.parameter))
