@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -26,6 +26,7 @@ __all__ = [
     "holder_of",
     "is_placeholder",
     "map_parameters",
+    "over_storage",
     "placeholder",
     "references",
     "set_holder",
@@ -99,6 +100,14 @@ def bind(parameter: torch.Tensor, data: torch.Tensor) -> None:
 def data_of(parameter: torch.Tensor) -> torch.Tensor:
     """What the parameter shows now, as a tensor that shares memory and records no history."""
     return parameter.data
+
+
+def over_storage(
+    storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, size: Sequence[int], stride: Sequence[int]
+) -> torch.Tensor:
+    """A new tensor of that shape over existing memory; `offset` and `stride` in elements. Records no history."""
+    with torch.no_grad():
+        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, tuple(size), tuple(stride))
 
 
 def storage_key(tensor: torch.Tensor) -> tuple[str, int]:

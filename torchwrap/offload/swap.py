@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from torchwrap.core import errors
-from torchwrap.core.tensors import bind
+from torchwrap.core.tensors import bind, over_storage
 from torchwrap.offload.saved import Kept, modified
 from torchwrap.offload.tiers import Loading, Place, Tier
 from torchwrap.storage.checksum import memory_of, sum64
@@ -127,7 +127,7 @@ class _Entry:
         memory = self._swap._bring(self._record, self._use)
         with torch.no_grad():
             offset = (int(memory.storage_offset()) + self._offset) // self._dtype.itemsize
-            tensor = memory.new_empty(0, dtype=self._dtype).set_(memory.untyped_storage(), offset, self._size, self._stride)
+            tensor = over_storage(memory.untyped_storage(), self._dtype, offset, self._size, self._stride)
             tensor = torch._conj(tensor) if self._conjugate else tensor
             return torch._neg_view(tensor) if self._negative else tensor
 
@@ -414,5 +414,4 @@ def _forget(known: dict[int, Any], key: int) -> Callable[[Any], None]:
 
 def _bytes_over(storage: torch.UntypedStorage, offset: int, nbytes: int) -> torch.Tensor:
     """(nbytes,) uint8 that shares the storage's memory."""
-    with torch.no_grad():
-        return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, offset, (nbytes,), (1,))
+    return over_storage(storage, torch.uint8, offset, (nbytes,), (1,))
