@@ -148,7 +148,7 @@ def test_sigkill_at_random_moments_leaves_the_last_commit_bit_for_bit(tmp_path: 
         assert child.stdout is not None
         begun = child.stdout.readline()
         assert begun == f"{steps}\n", child.communicate()[1]
-        for _ in range(chance.randint(1, 3)):
+        for _ in range(chance.randint(2, 4)):  # of two steps one at least is committed before it is printed
             child.stdout.readline()
         with pytest.raises(subprocess.TimeoutExpired):
             child.wait(chance.uniform(0.0, 0.15))
@@ -156,7 +156,7 @@ def test_sigkill_at_random_moments_leaves_the_last_commit_bit_for_bit(tmp_path: 
         said = child.communicate()[0].split()
         _, model = pair(offload=fields)
         optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=folder, **ADAM)
-        assert optimizer.steps > steps or durability == "save"
+        assert optimizer.steps > steps
         # What was printed after a commit was committed; one more step may have been.
         if said and durability == "step":
             assert int(said[-1]) <= optimizer.steps <= int(said[-1]) + 1
