@@ -62,7 +62,7 @@ def footprint_of(targets: Sequence[Target], store: GenerationStore, timing: Timi
         total += target.numel * size
         largest = max(largest, target.numel * size)
     if timing.take and timing.backwards == 1:
-        gradients = waiting_bytes(handle.units, handle.pieces, timing.room)
+        gradients = waiting_bytes(handle.units, handle.pieces, timing.room, {piece.index for piece in handle.pieces if piece.resident})
     else:
         # One being computed while the one before is written, or all of them until the step.
         gradients = 2 * largest if timing.park else total

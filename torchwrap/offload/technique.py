@@ -137,7 +137,14 @@ class OffloadTechnique(Technique[Offload]):
 
         def planned_for(budget: Budget) -> ResidencyPlan:
             limit = whole if config.params == "device" else budget.device
-            return plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k, keep_resident=keep_resident)
+            plan = plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k, keep_resident=keep_resident)
+            if training is None or config.params == "device" or config.device_memory is not None or config.host_memory is not None:
+                return plan
+            # In training each byte that stays has a gradient that stays until the backward is over.
+            while (over := plan.held_bytes + plan.resident_bytes - budget.device) > 0 and plan.resident_bytes:
+                limit -= -(-over // 2)
+                plan = plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k, keep_resident=keep_resident)
+            return plan
 
         plan = planned_for(budget)
         for _ in range(3):

@@ -11,7 +11,7 @@ measured rates in place of data-sheet ones, and without its per-layer terms: wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -147,12 +147,14 @@ def head_bytes(units: Iterable[Unit], pieces: Iterable[Piece]) -> int:
     return max((p.shape[0] * p.dtype.itemsize for p in pieces if p.index not in inside and len(p.shape) == 2), default=0)
 
 
-def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int) -> int:
-    """Gradients present at once while updates run during backward: `room` that may wait, a unit's, and of what belongs to no unit."""
+def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int, resident: Collection[int]) -> int:
+    """Gradients present at once while updates run during backward: `room` that may wait, a unit's, and those of weights that stay.
+
+    A weight in memory is updated in place, so its gradient waits for the end of the backward, which may still read it.
+    """
     units = list(units)
-    inside = {piece.index for unit in units for piece in unit.pieces}
-    outside = sum(piece.nbytes for piece in pieces if piece.index not in inside and piece.parameter.requires_grad)
-    return room + _largest(units) + outside
+    streamed = {piece.index for unit in units for piece in unit.pieces} - set(resident)
+    return room + _largest(units) + sum(piece.nbytes for piece in pieces if piece.index not in streamed and piece.parameter.requires_grad)
 
 
 def room_for(units: Iterable[Unit], chunk: int) -> int:
@@ -168,7 +170,7 @@ def expected_footprint(units: Sequence[Unit], pieces: Sequence[Piece], resident:
     largest = max((piece.nbytes for piece in trained), default=0)
     return Footprint(
         ring=IN_FLIGHT * (1 + _STATES) * min(CHUNK, largest),
-        gradients=waiting_bytes(units, trained, room_for(units, CHUNK)) if trained else 0,
+        gradients=waiting_bytes(units, trained, room_for(units, CHUNK), resident) if trained else 0,
         read=_STATES * total + away,
         written=_STATES * total + away,
         overlaps=True,
