@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from torchwrap.core.transaction import unwrap as unwrap
     from torchwrap.core.transaction import wrappers_of as wrappers_of
     from torchwrap.offload.config import Offload as Offload
-    from torchwrap.offload.optimizer import OffloadedOptimizer as OffloadedOptimizer
     from torchwrap.offload.technique import offload as offload
+    from torchwrap.optimizer.optimizer import OffloadedOptimizer as OffloadedOptimizer
     from torchwrap.superpipeline.config import Superpipeline as Superpipeline
     from torchwrap.superpipeline.technique import superpipeline as superpipeline
     from torchwrap.trace.config import Trace as Trace
@@ -65,7 +65,7 @@ _WHERE = {
         # Not in __all__: these two need transformers.
         "torchwrap.integrations.transformers.callbacks": ("OffloadCallback", "PlanCallback"),
         "torchwrap.offload.config": ("Offload",),
-        "torchwrap.offload.optimizer": ("OffloadedOptimizer",),
+        "torchwrap.optimizer.optimizer": ("OffloadedOptimizer",),
         "torchwrap.superpipeline.config": ("Superpipeline",),
         "torchwrap.trace.config": ("Trace",),
     }.items()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 import torchwrap as tw
 from tests.models import by_name
-from tests.offload.budgets import smallest_budget
+from tests.weights.budgets import smallest_budget
 
 __all__ = ["IDS", "Block", "Tower", "at_rest", "checkpoint", "lean", "llama", "probe", "tower", "twin_of"]
 

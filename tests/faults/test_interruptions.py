@@ -155,7 +155,7 @@ def test_memory_runs_out_while_unwrapping(after: int, monkeypatch: pytest.Monkey
 
 def test_unwrap_is_refused_without_memory(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
     expected, model = twin_of(tower), lean(tower())
-    monkeypatch.setattr("torchwrap.offload.technique.memory_available", lambda: 1000)
+    monkeypatch.setattr("torchwrap.weights.technique.memory_available", lambda: 1000)
     error = faults.detected(lambda: tw.unwrap(model), tw.BudgetError, says=["unwrapping"])
     assert error.available == 1000 and error.needed == tw.handle_of(model, "offload").stats()["disk_bytes"]
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from tests.contract.compare import model_difference
 from tests.faults.children import in_child
 from tests.faults.subjects import IDS, Block, at_rest, lean, probe, tower, twin_of
 from tests.faults.tally import Faults, same
-from tests.offload.budgets import smallest_budget
+from tests.weights.budgets import smallest_budget
 from torchwrap.core.errors import ConfigError, ConflictError, StorageError, UnsafePathError, UnsupportedModelError
 
 

@@ -16,7 +16,7 @@ from tests.contract.compare import model_difference
 from tests.faults.disks import Disk, beneath_all, error, fails
 from tests.faults.subjects import lean, llama, probe, tower, twin_of
 from tests.faults.tally import Faults, same
-from tests.offload.budgets import smallest_budget
+from tests.weights.budgets import smallest_budget
 from torchwrap.core.errors import DiskFullError, StorageError
 from torchwrap.core.tensors import bind as real_bind
 
@@ -136,7 +136,7 @@ def test_wrapping_fails_while_parameters_are_hidden(after: int, tmp_path: Path, 
             raise MemoryError("no memory")
         real_bind(parameter, data)
 
-    monkeypatch.setattr("torchwrap.offload.place.bind", bind)
+    monkeypatch.setattr("torchwrap.weights.place.bind", bind)
     _, found = faults.judged(lambda: probe(wrap(model)), expected, MemoryError)
     monkeypatch.undo()
     if found is not None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import torchwrap as tw
 from tests.models import FIXTURES, ModelFixture, run, select
-from tests.offload.budgets import smallest_budget, streamed
+from tests.weights.budgets import smallest_budget, streamed
 
 every_fixture = pytest.mark.parametrize("fixture", FIXTURES, ids=lambda fixture: fixture.name)
 generating = pytest.mark.parametrize("fixture", select(generates=True), ids=lambda fixture: fixture.name)

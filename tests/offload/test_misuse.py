@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import torchwrap as tw
-from tests.offload.budgets import streamed
+from tests.weights.budgets import streamed
 from torchwrap.offload.handle import OffloadHandle
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 

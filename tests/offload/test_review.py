@@ -12,7 +12,7 @@ from torch import nn
 
 import torchwrap as tw
 from tests.models import by_name, run
-from tests.offload.budgets import streamed
+from tests.weights.budgets import streamed
 
 
 def test_saving_into_the_folder_it_came_from(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import torchwrap as tw
-from tests.offload.budgets import smallest_budget
-from tests.offload.test_experts import EXPERTS, LAYERS, SLICES, generated, handle, logits, make, routings, settle, token
 from tests.stream.fake_arena import FakeArena, Machine, stand_in
 from tests.stream.simulated_cuda import WatchedCuda, simulate
+from tests.weights.budgets import smallest_budget
+from tests.weights.test_experts import EXPERTS, LAYERS, SLICES, generated, handle, logits, make, routings, settle, token
 from torchwrap.stream import routed
 
 every_arena = pytest.mark.parametrize("arena", [FakeArena, WatchedCuda], ids=["fake", "cuda"])

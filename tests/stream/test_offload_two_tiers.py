@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name, run
-from tests.offload.budgets import smallest_budget
-from tests.offload.training import different_gradients
 from tests.stream.fake_arena import FakeArena, HazardError, Machine, stand_in
 from tests.stream.simulated_cuda import WatchedCuda, simulate
+from tests.weights.budgets import smallest_budget
+from tests.weights.training import different_gradients
 from torchwrap.storage import aio
 from torchwrap.stream.arena import Slot
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name
-from tests.offload.training import OutsideAdamW, different_gradients, loss_of
+from tests.weights.training import OutsideAdamW, different_gradients, loss_of
 from torchwrap.core import tensors
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 from torchwrap.superpipeline.policy import Knobs

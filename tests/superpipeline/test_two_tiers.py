@@ -10,12 +10,12 @@ import torch
 
 import torchwrap as tw
 from tests.models import by_name, run
-from tests.offload.training import different_gradients, loss_of
 from tests.stream.fake_arena import FakeArena, Machine
 from tests.stream.simulated_cuda import WatchedCuda
 from tests.stream.test_two_tiers import ORDERS, Bench
 from tests.stream.test_two_tiers import run as use_all
 from tests.superpipeline.device import separate
+from tests.weights.training import different_gradients, loss_of
 from torchwrap.stream.batches import Batches
 
 every_arena = pytest.mark.parametrize("make", [FakeArena, WatchedCuda], ids=["fake", "cuda"])

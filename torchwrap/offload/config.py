@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torchwrap.core import errors
-from torchwrap.core.config import Config, option
+from torchwrap.core.config import option
+from torchwrap.stream.settings import Streaming
 
-__all__ = ["CRC", "Offload"]
-
-CRC: dict[str, Literal["never", "once", "always"]] = {"header": "never", "first": "once", "always": "always"}
-"""When the CRC-32 of what we stored is compared, by `Offload.verify`."""
+__all__ = ["Offload"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offload(Config):
+class Offload(Streaming):
     """Keep weights on host memory or disk and stream them in while the model runs.
-
-    Sizes are bytes, or strings such as "1GiB". They bound the model's *weights*: those that stay and the buffers for those that come
-    and go. Whatever is given, no more is taken than the machine or its memory control group leaves after `reserve`.
 
     Example:
         >>> import torchwrap
@@ -31,28 +25,12 @@ class Offload(Config):
     technique: ClassVar[str] = "offload"
     version: ClassVar[int] = 1
 
-    device: str | None = option(
-        None, doc="Device that computes; None: the device the model is on, or CUDA for a folder when there is one.", machine=True
-    )
-    device_memory: int | str | None = option(
-        None, doc="Weights that may be present where the model computes; None: what is free after `reserve`.", unit="bytes", size=True
-    )
-    host_memory: int | str | None = option(
-        None,
-        doc="Weights that may be kept in host memory for a separate device; on a CPU-only machine the same memory as device_memory.",
-        unit="bytes",
-        size=True,
-    )
-    path: str | None = option(
-        None, doc="Folder for weights that have no safetensors file of their own; None: a private temporary folder.", machine=True
-    )
     params: Literal["auto", "device", "host", "disk"] = option(
         "auto",
         doc="Where weights live: auto keeps what the budget allows on the device and the rest as near as possible; "
         "host and disk stream all of them from there; device streams nothing.",
         choices=("auto", "device", "host", "disk"),
     )
-    units: tuple[str, ...] = option((), doc="Names or class names of the modules streamed as one unit; (): the repeated blocks.")
     max_unit_bytes: int | str = option(
         512 << 20, doc="Blocks larger than this are streamed child by child.", unit="bytes", size=True, low=1
     )
@@ -60,62 +38,15 @@ class Offload(Config):
         True, doc="Experts kept as slices of one parameter: read only those that tokens were routed to (where no gradients are wanted)."
     )
     k: int = option(0, doc="Slots, that is units present at once besides resident ones; 0 chooses.", unit="units", low=0)
-    pin: tuple[str, ...] = option((), doc="Names of modules or parameters that never leave.")
-    reserve: int | str | None = option(
-        None, doc="Memory left to activations and caches; None: estimated from the model.", unit="bytes", size=True
-    )
     goal: Literal["infer", "train"] = option(
         "infer",
         doc="What `reserve` provides for if it is estimated: forwards, or steps of an OffloadedOptimizer on blocks that are recomputed.",
         choices=("infer", "train"),
     )
-    activations: Literal["keep", "recompute", "host", "disk", "auto"] = option(
-        "keep",
-        doc="What a block's backward needs besides weights: keep it; recompute it; move it to host memory (beside a separate device) or "
-        "disk and back; auto measures the first step and chooses for each block.",
-        choices=("keep", "recompute", "host", "disk", "auto"),
-    )
-    activation_memory: int | str | None = option(
-        None,
-        doc='Activations of blocks that may be present at once with activations="auto"; None: `reserve` and what weights leave of '
-        "`device_memory`, or most of what is free if neither is given.",
-        unit="bytes",
-        size=True,
-    )
-    io_backend: Literal["auto", "direct", "buffered"] = option(
-        "auto",
-        doc="Reads past the page cache, or through it; auto: past it where the file system allows.",
-        choices=("auto", "direct", "buffered"),
-    )
-    io_threads: int = option(0, doc="Reading threads; 0 chooses.", low=0, high=64, machine=True)
-    io_chunk: int | str = option(0, doc="Bytes per read request; 0 chooses.", unit="bytes", size=True, machine=True)
-    verify: Literal["first", "always", "header"] = option(
-        "first",
-        doc="first: every read is compared with the sum of the first read, or the stored one; always: also CRC-32; header: file identity.",
-        choices=("first", "always", "header"),
-    )
-    io_timeout_s: float = option(
-        60.0, doc="Time after which a read that does not finish is an error.", unit="seconds", low=0.001, high=86400.0
-    )
-    record: bool = option(False, doc="Record a timeline of reads, computation and stalls for pictures.")
-    keep: bool = option(False, doc="Keep the files in `path` after unwrap.")
 
     def validate(self) -> None:
         """Rules that concern more than one field."""
-        if 0 < int(self.io_chunk) < 4096:
-            raise errors.ConfigError(f"offload: requests of {self.io_chunk} bytes", where="io_chunk", fix="Use 0, or 4096 bytes and more.")
-        if self.activation_memory is not None and self.activations != "auto":
-            raise errors.ConfigError(
-                f'offload: activation_memory bounds what activations="auto" chooses, not "{self.activations}"',
-                where="activation_memory",
-                fix='Leave it out, or use activations="auto".',
-            )
-        if self.path is not None:
-            object.__setattr__(self, "path", os.path.expanduser(self.path))
-        if self.path is not None and ("\0" in self.path or not self.path):
-            raise errors.ConfigError(f"offload: {self.path!r} is no path", where="path", fix="Name a folder.")
-        if self.keep and self.path is None:
-            raise errors.ConfigError("offload: keep=True needs a folder to keep", where="keep", fix='Give path="/some/folder".')
+        super().validate()
         if self.params == "device" and (self.device_memory is not None):
             raise errors.ConfigError(
                 'offload: params="device" keeps everything on the device, so device_memory cannot bound it',

@@ -12,12 +12,13 @@ from torch import nn
 
 from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration, integration_for_folder
-from torchwrap.offload.budget import RESERVE_TOKENS, process_bytes, working_bytes
 from torchwrap.offload.config import Offload
-from torchwrap.offload.folder import as_placeholders, work_folder
-from torchwrap.offload.technique import Blueprint, offload
-from torchwrap.offload.training import TrainingPrediction, expected_footprint, forecast, head_bytes, step_bytes
+from torchwrap.offload.technique import offload
 from torchwrap.storage.aio import probe
+from torchwrap.weights.blueprint import Blueprint
+from torchwrap.weights.budget import RESERVE_TOKENS, process_bytes, working_bytes
+from torchwrap.weights.folder import as_placeholders, work_folder
+from torchwrap.weights.training import TrainingPrediction, expected_footprint, forecast, head_bytes, step_bytes
 
 __all__ = ["FolderPlan", "plan_folder"]
 

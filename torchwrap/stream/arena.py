@@ -139,7 +139,7 @@ class CudaArena:
         if int(code) != 0:
             buffer.free()
             raise errors.BudgetError(
-                f"offload: the driver refused to page-lock {nbytes} bytes of host memory (CUDA error {int(code)})",
+                f"torchwrap: the driver refused to page-lock {nbytes} bytes of host memory (CUDA error {int(code)})",
                 needed=nbytes,
                 available=0,
                 fix="Lower host_memory=, or raise the limit on locked memory (ulimit -l).",
@@ -191,5 +191,5 @@ def arena_for(device: torch.device) -> Arena:
     if device.type == "cuda":
         return CudaArena(device)
     raise errors.UnsupportedModelError(
-        f"offload: computing on {device} is not supported", where="device", fix='Use device="cuda" or device="cpu".'
+        f"torchwrap: computing on {device} is not supported", where="device", fix='Use device="cuda" or device="cpu".'
     )

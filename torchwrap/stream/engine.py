@@ -350,7 +350,7 @@ class Engine(RoutedSlots):
                 self._end_holds(held[-1:])
             else:
                 raise errors.UnsupportedModelError(
-                    f"offload: {unit.name} is used inside {len(self._fetches)} other unit(s), but there are {len(self._slots)} slots",
+                    f"torchwrap: {unit.name} is used inside {len(self._fetches)} other unit(s), but there are {len(self._slots)} slots",
                     where=unit.name,
                     fix=f"Set k={len(self._slots) + 1}.",
                 )
@@ -413,7 +413,7 @@ class Engine(RoutedSlots):
         end = time.monotonic() + self._timeout_s
         while not over():
             if not self.state.wait(end - time.monotonic()) and not over():
-                raise errors.StorageError(f"offload: {what} took over {self._timeout_s} s", where=where)
+                raise errors.StorageError(f"torchwrap: {what} took over {self._timeout_s} s", where=where)
 
     # -- ends --------------------------------------------------------------------------------------------------------------------
 
@@ -427,7 +427,7 @@ class Engine(RoutedSlots):
         """Within the block no other thread runs the model, no backward holds a unit, and nothing is read ahead."""
         with self.lock, self.state:
             if self.turns is not None:  # this is one of its threads: the others are inside the model
-                raise errors.ConflictError("offload: weights were to change while several batches use them", fix="Do it between calls.")
+                raise errors.ConflictError("torchwrap: weights were to change while several batches use them", fix="Do it between calls.")
             self._end_holds(self._fetches.values())
             yield
 
@@ -440,7 +440,7 @@ class Engine(RoutedSlots):
         """
         self.check_process()
         if (self.turns is not None and self.turns.lock is not None) or self._lock._is_owned():  # type: ignore[attr-defined]
-            raise errors.ConflictError("offload: several batches at once, inside a forward of the same model", fix="Call it outside.")
+            raise errors.ConflictError("torchwrap: several batches at once, inside a forward of the same model", fix="Call it outside.")
         with self._lock:
             self.turns = turns = Turns(len(self.units))
             try:
@@ -473,7 +473,7 @@ class Engine(RoutedSlots):
     def _empty(self, what: str) -> None:
         used = [fetch.unit.name for fetch in self._fetches.values() if fetch.users]
         if used:
-            raise errors.StorageError(f"offload: {what} during a forward pass", where=used[0], fix="Do it between calls.")
+            raise errors.StorageError(f"torchwrap: {what} during a forward pass", where=used[0], fix="Do it between calls.")
         self._end_holds(self._fetches.values())
         for fetch in list(self._fetches.values()):
             self._discard(fetch)

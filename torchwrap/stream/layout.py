@@ -87,5 +87,5 @@ def lay_out(unit: Unit, slot_bytes: int, separate: bool) -> Layout:
     else:
         layout.places = layout.landing
     if needed > slot_bytes:
-        raise errors.StorageError(f"offload: {unit.name} needs a slot of {needed} bytes, but slots have {slot_bytes}", where=unit.name)
+        raise errors.StorageError(f"torchwrap: {unit.name} needs a slot of {needed} bytes, but slots have {slot_bytes}", where=unit.name)
     return layout

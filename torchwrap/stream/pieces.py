@@ -32,7 +32,7 @@ def read_piece(piece: Piece, reader: aio.Reader, timeout_s: float, *, verify: bo
         return aligned_copy(piece.host.view(piece.dtype).view(piece.shape), piece.residue)
     home = piece.home
     if home is None:
-        raise errors.StorageError(f"offload: {piece.name} has no stored copy", where=piece.name)
+        raise errors.StorageError(f"torchwrap: {piece.name} has no stored copy", where=piece.name)
     buffer = pool.allocate(piece.nbytes + 2 * PAGE)
     start = home.offset % PAGE if home.offset % 64 == piece.residue else piece.residue  # the reader copies in the second case
     home.file.check_unchanged()
@@ -72,7 +72,7 @@ def check_untouched(piece: Piece) -> None:
         piece.absent = placeholder(piece.shape, piece.dtype, piece.absent.device)
         bind(piece.parameter, piece.absent)
         raise errors.ConflictError(
-            f"offload: {piece.name} was written to while its weights were away, so the write is lost",
+            f"torchwrap: {piece.name} was written to while its weights were away, so the write is lost",
             where=piece.name,
             fix=f"Write inside `with torchwrap.core.tensors(model, {piece.name!r}, write=True) as real:`, or unwrap the model first.",
         )

@@ -111,7 +111,7 @@ def plan_residency(
         if not keep_resident and fixed_bytes <= budget:
             return ResidencyPlan(budget, fixed_bytes, frozenset(), 0, 0, 0, 0, table_bytes)
         raise errors.BudgetError(
-            f"offload: a budget of {format_bytes(budget)} is too small: {format_bytes(fixed_bytes)} always stay, no unit can be streamed",
+            f"torchwrap: a budget of {format_bytes(budget)} is too small: {format_bytes(fixed_bytes)} always stay, no unit can be streamed",
             needed=fixed_bytes,
             available=budget,
             fix=f"Set device_memory={fixed_bytes} or more, or name the modules to stream: units=(...).",
@@ -120,7 +120,7 @@ def plan_residency(
     counts = [min(slots, max(depth, len(scanned)))] if slots else [depth + 1, depth]  # more slots than units would stay empty
     if slots and slots < depth:
         raise errors.ConfigError(
-            f"offload: k={slots} slots, but blocks with experts need {depth} at once", where="k", fix=f"Set k={depth} or more."
+            f"torchwrap: k={slots} slots, but blocks with experts need {depth} at once", where="k", fix=f"Set k={depth} or more."
         )
     best: ResidencyPlan | None = None
     least = fixed_bytes + total - table_bytes if keep_resident else sys.maxsize  # everything but tables resident needs no slot
@@ -135,7 +135,7 @@ def plan_residency(
             return best
     largest = max(scanned, key=lambda unit: sum(size for _, size in unit.pieces))
     raise errors.BudgetError(
-        f"offload: a budget of {format_bytes(budget)} is too small for this model's weights, which need at least {format_bytes(least)}: "
+        f"torchwrap: a budget of {format_bytes(budget)} is too small for this model's weights, which need at least {format_bytes(least)}: "
         f"{format_bytes(fixed_bytes)} that always stay and {counts[-1]} slot(s) for the largest unit",
         needed=least,
         available=budget,

@@ -201,7 +201,7 @@ class RoutedSlots(Slots):
         """Read what is missing of the experts wanted, by group."""
         assert fetch.rows is not None
         if fetch.spoiled:
-            raise errors.StorageError(f"offload: reading experts of {fetch.unit.name} failed before in this call", where=fetch.unit.name)
+            raise errors.StorageError(f"torchwrap: reading experts of {fetch.unit.name} failed before in this call", where=fetch.unit.name)
         missing = {number: rows - fetch.rows[number] for number, rows in wanted.items()}
         layout = self.layout(fetch.unit)
         self.arena.before_compute(fetch.slot)  # the NaN is written where computing is done

@@ -181,7 +181,7 @@ class RowTable:
 
     def _home(self) -> Home:
         if self.piece.home is None:
-            raise errors.StorageError(f"offload: {self.piece.name} has no stored copy", where=self.piece.name)
+            raise errors.StorageError(f"torchwrap: {self.piece.name} has no stored copy", where=self.piece.name)
         return self.piece.home
 
 

@@ -186,7 +186,7 @@ class Slots:
             self._learn_checksums(fetch)
         if fetch.uploaded is not None:
             if not fetch.uploaded.wait(self._timeout_s):
-                raise errors.StorageError(f"offload: copying to {self.arena.device} took over {self._timeout_s} s", where=fetch.unit.name)
+                raise errors.StorageError(f"torchwrap: copying to {self.arena.device} took over {self._timeout_s} s", where=fetch.unit.name)
             if fetch.error is not None:
                 raise fetch.error
         if waits:

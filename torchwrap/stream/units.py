@@ -313,7 +313,7 @@ def _pinned(model: nn.Module, pieces: dict[int, Piece], pin: tuple[str, ...]) ->
         found = [p.index for p in pieces.values() if any(n == wanted or n.startswith(wanted + ".") for n in p.names)]
         if not found:
             raise errors.ConfigError(
-                f"offload: pin names {wanted!r}, which is neither a module nor a parameter of {type(model).__name__}",
+                f"torchwrap: pin names {wanted!r}, which is neither a module nor a parameter of {type(model).__name__}",
                 where="pin",
                 fix="Take a name from [name for name, _ in model.named_modules()].",
             )

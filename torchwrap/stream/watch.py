@@ -48,7 +48,7 @@ class AbsentUseGuard(TorchDispatchMode):
                     if name is not None:
                         # No TypeError: torch turns those raised inside an arithmetic operator into "unsupported operand".
                         self.error = errors.ConflictError(
-                            f"offload: {name} is read by {func} outside the forward of the unit it belongs to, while it is away",
+                            f"torchwrap: {name} is read by {func} outside the forward of the unit it belongs to, while it is away",
                             where=name,
                             fix=f'Keep it in memory: pin=("{name}",).',
                         )

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torchwrap.core import errors
-from torchwrap.core.config import Config, option
+from torchwrap.core.config import option
+from torchwrap.stream.settings import Streaming
 
 __all__ = ["Superpipeline"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Superpipeline(Config):
+class Superpipeline(Streaming):
     """Keep at most `k` blocks where the model computes, and hand their places on in batches of `k_prime`.
 
     Example:
@@ -46,24 +46,6 @@ class Superpipeline(Config):
     max_slowdown: float = option(
         1.10, doc='Time of a pass with k="auto", as a multiple of that with all blocks present.', unit="ratio", low=1.0, high=1000.0
     )
-    device: str | None = option(None, doc="Device that computes; None: the device the model is on.", machine=True)
-    device_memory: int | str | None = option(
-        None, doc="Weights that may be present where the model computes; bounds k.", unit="bytes", size=True
-    )
-    host_memory: int | str | None = option(
-        None, doc="Weights that may be kept in host memory for a separate device.", unit="bytes", size=True
-    )
-    units: tuple[str, ...] = option((), doc="Names or class names of the modules that are one block each; (): the repeated blocks.")
-    pin: tuple[str, ...] = option((), doc="Names of modules or parameters that never leave.")
-    path: str | None = option(
-        None, doc="Folder for weights that have no safetensors file of their own; None: a private temporary folder.", machine=True
-    )
-    verify: Literal["first", "always", "header"] = option(
-        "first",
-        doc="first: every read is compared with the sum of the first read, or the stored one; always: also CRC-32; header: file identity.",
-        choices=("first", "always", "header"),
-    )
-    record: bool = option(False, doc="Record a timeline of reads, computation and stalls for pictures.")
 
     @property
     def chooses(self) -> bool:
@@ -72,6 +54,7 @@ class Superpipeline(Config):
 
     def validate(self) -> None:
         """Rules that concern more than one field."""
+        super().validate()
         for name, value in (("k", self.k), ("k_prime", self.k_prime)):
             if isinstance(value, bool):
                 raise errors.ConfigError(f"superpipeline: {name}={value}", where=name, fix='Give a number of blocks, or "auto".')
@@ -81,7 +64,3 @@ class Superpipeline(Config):
                 where="k_prime",
                 fix=f"Use k_prime from 1 to {self.k}.",
             )
-        if self.path is not None:
-            object.__setattr__(self, "path", os.path.expanduser(self.path))
-        if self.path is not None and ("\0" in self.path or not self.path):
-            raise errors.ConfigError(f"superpipeline: {self.path!r} is no path", where="path", fix="Name a folder.")

@@ -14,12 +14,12 @@ from torch import nn
 from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
 from torchwrap.core.tensors import bind
-from torchwrap.offload.handle import OffloadHandle, copy_of
 from torchwrap.stream.batches import Batches
 from torchwrap.superpipeline.config import Superpipeline
 from torchwrap.superpipeline.measure import Meter
 from torchwrap.superpipeline.picture import draw, grid
 from torchwrap.superpipeline.policy import Choice, Knobs, Profile, choose, obeys_law, stall_free
+from torchwrap.weights.handle import WeightsHandle, copy_of
 
 __all__ = ["Prediction", "SuperpipelineHandle"]
 
@@ -60,7 +60,7 @@ class Prediction:
         return asdict(self)
 
 
-class SuperpipelineHandle(OffloadHandle):
+class SuperpipelineHandle(WeightsHandle):
     """Blocks of one model of which at most k are present.
 
     Attributes:
@@ -69,6 +69,7 @@ class SuperpipelineHandle(OffloadHandle):
         profile: the measured times; None before a pass was measured: the second one with "auto", else the one after `tune()`.
     """
 
+    config: Superpipeline
     knobs: Knobs
     slot_bytes: int = 0
     block_bytes: int = 0
@@ -76,7 +77,7 @@ class SuperpipelineHandle(OffloadHandle):
     meter: Meter | None = None
     chosen: Choice | None = None
 
-    def configure(self, setting: Superpipeline, knobs: Knobs, *, slot_bytes: int, block_bytes: int, allowed: Sequence[int]) -> None:
+    def configure(self, knobs: Knobs, *, slot_bytes: int, block_bytes: int, allowed: Sequence[int]) -> None:
         """Take over what the technique worked out.
 
         Args:
@@ -85,11 +86,10 @@ class SuperpipelineHandle(OffloadHandle):
             block_bytes: of all blocks together.
             allowed: values of k that memory allows, smallest first.
         """
-        self.setting: Superpipeline = setting
         self.knobs, self.slot_bytes, self.block_bytes, self.allowed = knobs, slot_bytes, block_bytes, allowed
         if self.engine is not None:
             self.engine.batches = Batches(knobs.k_prime)
-            self.meter = Meter(self.engine, self.device, armed=setting.chooses)
+            self.meter = Meter(self.engine, self.device, armed=self.config.chooses)
 
     @property
     def profile(self) -> Profile | None:
@@ -107,7 +107,7 @@ class SuperpipelineHandle(OffloadHandle):
         """Called by the root's layer, with the model's lock."""
         if self.meter is None or self._in_turns() or not self.meter.pass_ended(whole=whole):
             return
-        profile, setting = self.profile, self.setting
+        profile, setting = self.profile, self.config
         if profile is None or not self.plan.slots or not setting.chooses:
             return
         chosen = choose(
@@ -191,7 +191,7 @@ class SuperpipelineHandle(OffloadHandle):
         """Bytes of blocks brought in per forward pass in the long run."""
         return self._moved(self.knobs)
 
-    def predict(  # type: ignore[override]
+    def predict(
         self, *, batch: int = 1, tokens: int = 128, k: int | None = None, k_prime: int | None = None
     ) -> Prediction:
         """What a forward pass takes, with the knobs as they are or with others.
@@ -292,13 +292,13 @@ class SuperpipelineHandle(OffloadHandle):
     def inert(self) -> SuperpipelineHandle:
         made = super().inert()
         assert isinstance(made, SuperpipelineHandle)
-        made.configure(self.setting, self.knobs, slot_bytes=0, block_bytes=0, allowed=self.allowed)
+        made.configure(self.knobs, slot_bytes=0, block_bytes=0, allowed=self.allowed)
         return made
 
     def twin(self, parameters: dict[int, nn.Parameter]) -> SuperpipelineHandle:
         made = super().twin(parameters)
         assert isinstance(made, SuperpipelineHandle)
-        made.configure(self.setting, self.knobs, slot_bytes=self.slot_bytes, block_bytes=self.block_bytes, allowed=self.allowed)
+        made.configure(self.knobs, slot_bytes=self.slot_bytes, block_bytes=self.block_bytes, allowed=self.allowed)
         return made
 
     def replan(self) -> None:
@@ -310,7 +310,7 @@ class SuperpipelineHandle(OffloadHandle):
     def rehome(self, device: Any) -> None:
         super().rehome(device)
         if self.engine is not None:
-            self.meter = Meter(self.engine, device, armed=self.setting.chooses)
+            self.meter = Meter(self.engine, device, armed=self.config.chooses)
 
 
 def knobs_keep_all(knobs: Knobs) -> bool:

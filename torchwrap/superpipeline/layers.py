@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchwrap.offload.layers import RootLayer, UnitLayer
+from torchwrap.weights.layers import RootLayer, UnitLayer
 
 if TYPE_CHECKING:
     from torchwrap.superpipeline.handle import SuperpipelineHandle
@@ -17,7 +17,6 @@ __all__ = ["BlockLayer", "WindowLayer"]
 class WindowLayer(RootLayer):
     """On the root: a pass begins and ends, and after the measured one the knobs may change."""
 
-    name = "superpipeline"
     owner: SuperpipelineHandle
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -40,7 +39,6 @@ class WindowLayer(RootLayer):
 class BlockLayer(UnitLayer):
     """On a block."""
 
-    name = "superpipeline"
     owner: SuperpipelineHandle
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """`torchwrap.superpipeline`: at most k blocks present, handed on in batches of k'.
 
 A policy of the streaming engine: the model is divided into its repeated blocks, everything outside them stays, and the engine has k slots
-and hands them on in batches. Files, slots, copies and layers are those of `offload`; what differs is the division (whole blocks, nothing
+and hands them on in batches. Files, slots, copies and layers are those of torchwrap/weights; its own is the division (whole blocks, nothing
 resident but what is outside), the knobs, and their choice by measurement.
 
 Source: "Superpipeline: A Universal Approach for Reducing GPU Memory Usage in Large Models", 2024 (the two knobs). Where we differ: frozen
@@ -11,28 +11,29 @@ to backward and in large batches; the knobs follow from a law instead of trial.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from torchwrap.activations.modes import check_tier
 from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration
 from torchwrap.core.order import PHASES
-from torchwrap.core.technique import Handle, Place, Prepared, Technique, register
-from torchwrap.offload.budget import Budget, weight_budget
-from torchwrap.offload.config import Offload
-from torchwrap.offload.technique import Blueprint, OffloadTechnique, blocks_of, device_of, refuse_uninitialised
+from torchwrap.core.technique import Handle, Place, Prepared, register
 from torchwrap.stream.arena import arena_for
 from torchwrap.stream.planner import ResidencyPlan, region_bytes
-from torchwrap.stream.units import UnitMap, find_units
+from torchwrap.stream.units import Home, UnitMap, find_units
 from torchwrap.superpipeline.config import Superpipeline
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 from torchwrap.superpipeline.layers import BlockLayer, WindowLayer
 from torchwrap.superpipeline.policy import Knobs
+from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_uninitialised
+from torchwrap.weights.budget import Budget, weight_budget
+from torchwrap.weights.folder import SOURCES
+from torchwrap.weights.technique import StreamingTechnique, activation_layers
 
 __all__ = ["SuperpipelineTechnique", "superpipeline"]
 
@@ -40,25 +41,21 @@ _FIRST_K = 2
 """Blocks present until "auto" has measured (chosen: the least that overlaps)."""
 
 
-class _Machinery(OffloadTechnique):
-    handle_class = SuperpipelineHandle
+@dataclass(slots=True, kw_only=True)
+class Window(Blueprint):
+    """A blueprint with knobs.
 
+    Attributes:
+        allowed: values of k that memory allows, smallest first.
+    """
 
-_machinery = _Machinery()  # not registered: nobody applies it by name
-
-
-@dataclass(slots=True)
-class Window:
-    """What `prepare` worked out for `attach`."""
-
-    streamed: Prepared[Offload]
     knobs: Knobs
     slot_bytes: int
     block_bytes: int
     allowed: tuple[int, ...]
 
 
-class SuperpipelineTechnique(Technique[Superpipeline]):
+class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
     """Keeps at most k of a model's blocks where it computes and brings the next ones in meanwhile.
 
     Args:
@@ -88,24 +85,15 @@ class SuperpipelineTechnique(Technique[Superpipeline]):
     name = "superpipeline"
     phase: ClassVar[int] = PHASES["superpipeline"]
     config_class = Superpipeline
-    exactness = "bit-identical"
-    trains: ClassVar[bool] = OffloadTechnique.trains
+    handle_class = SuperpipelineHandle
 
     @torch.inference_mode(False)
     def prepare(self, model: nn.Module, config: Superpipeline, integration: Integration) -> Prepared[Superpipeline]:
         """Divide the model and set the knobs to begin with; touches nothing."""
+        homes: dict[str, Home] | None = model.__dict__.get(SOURCES)
         refuse_uninitialised(model)
-        streaming = Offload(
-            device=config.device,
-            device_memory=config.device_memory,
-            host_memory=config.host_memory,
-            path=config.path,
-            units=config.units,
-            pin=config.pin,
-            verify=config.verify,
-            record=config.record,
-        )
-        device = device_of(model, streaming, from_folder=False)
+        device = device_of(model, config, from_folder=homes is not None)
+        check_tier(config, device)
         separate = arena_for(device).separate
         if config.store == "host" and not separate:
             raise errors.ConfigError(
@@ -113,8 +101,7 @@ class SuperpipelineTechnique(Technique[Superpipeline]):
                 where="store",
                 fix='Use store="disk", or leave it out.',
             )
-        streaming = dataclasses.replace(streaming, params=config.store or ("host" if separate else "disk"))
-        division = _into_blocks(model, find_units(model, blocks_of(model, streaming, integration), split_above=1 << 62, pin=config.pin))
+        division = _into_blocks(model, find_units(model, blocks_of(model, config, integration), split_above=1 << 62, pin=config.pin))
         if not division.units:
             raise errors.UnsupportedModelError(
                 f"superpipeline: {type(model).__name__} has no blocks to stream",
@@ -128,10 +115,10 @@ class SuperpipelineTechnique(Technique[Superpipeline]):
         slot_bytes = max(region_bytes(piece.nbytes for piece in unit.pieces) for unit in division.units)
         block_bytes = sum(unit.nbytes for unit in division.units)
         scratch = max(piece.nbytes for piece in division.pieces)
-        budget = weight_budget(streaming, model, integration, device, scratch)
+        budget = weight_budget(config, model, integration, device, scratch)
         knobs, allowed = _first_knobs(config, len(division.units), fixed, slot_bytes, block_bytes, budget)
         plan = _plan(division, knobs, fixed, slot_bytes, block_bytes, budget)
-        layers: list[Place] = [("", model, WindowLayer(None))]
+        layers: list[Place] = [*activation_layers(config, division.units), ("", model, WindowLayer(None))]
         for unit in division.units if plan.slots else ():
             assert unit.module is not None
             layers += [(unit.name, unit.module, BlockLayer(None, unit.index, where)) for where in ("outside", "inside")]
@@ -141,27 +128,30 @@ class SuperpipelineTechnique(Technique[Superpipeline]):
             + (', until "auto" has measured a pass' if config.chooses and plan.slots else ""),
         ]
         origin = next((p.device for p in model.parameters()), device)
-        blueprint = Blueprint(division, plan, budget, device, origin, scratch, None, integration)
-        streamed = Prepared(config=streaming, layers=layers, notes=notes, data=blueprint)
-        return Prepared(config=config, layers=layers, notes=notes, data=Window(streamed, knobs, slot_bytes, block_bytes, allowed))
+        window = Window(
+            division=division,
+            plan=plan,
+            budget=budget,
+            device=device,
+            origin=origin,
+            scratch=scratch,
+            homes=homes,
+            integration=integration,
+            tier=config.store or ("host" if separate else "disk"),
+            knobs=knobs,
+            slot_bytes=slot_bytes,
+            block_bytes=block_bytes,
+            allowed=allowed,
+        )
+        return Prepared(config=config, layers=layers, notes=notes, data=window)
 
     def attach(self, model: nn.Module, prepared: Prepared[Superpipeline]) -> Handle:
         """Store the blocks, then hide them; an error leaves the model as it was."""
         window: Window = prepared.data
-        handle = _machinery.attach(model, window.streamed)
+        handle = super().attach(model, prepared)
         assert isinstance(handle, SuperpipelineHandle)
-        handle.configure(
-            prepared.config, window.knobs, slot_bytes=window.slot_bytes, block_bytes=window.block_bytes, allowed=window.allowed
-        )
+        handle.configure(window.knobs, slot_bytes=window.slot_bytes, block_bytes=window.block_bytes, allowed=window.allowed)
         return handle
-
-    def detach(self, model: nn.Module, handle: Handle) -> None:
-        """Bring all blocks back and remove what was stored.
-
-        Raises:
-            BudgetError: there is not enough memory for them; nothing is changed then.
-        """
-        _machinery.detach(model, handle)
 
 
 def _into_blocks(model: nn.Module, found: UnitMap) -> UnitMap:

@@ -1,0 +1,151 @@
+"""Clipping by the user's own loop, and giving gradients up through the model, on gradients that are on the disk or used already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchwrap as tw
+from tests.optimizer.optimizing import Net, differences, loss_of, pair
+from torchwrap import OffloadedOptimizer
+
+ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": 65536}
+
+
+def steps(model: Net, optimizer: torch.optim.Optimizer, max_norm: float, accumulate: int = 1) -> list[tuple[float, float]]:
+    """(loss, total norm) of three steps of an ordinary loop, which clears gradients through the model."""
+    found = []
+    for step in range(3):
+        for micro in range(accumulate):
+            loss = loss_of(model, 10 * step + micro) / accumulate
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        model.zero_grad()
+        found.append((loss.item(), norm.item()))
+    return found
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("gradients", ["host", "disk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_clip_grad_norm_of_torch_works_on_gradients_that_wait(dtype: torch.dtype, gradients: Any, accumulate: int) -> None:
+    plain, model = pair(dtype)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=False, gradients=gradients, accumulate=accumulate, **ADAM)
+    expected = steps(plain, reference, 0.1, accumulate)
+    assert all(norm > 0.1 for _, norm in expected)
+    assert steps(model, optimizer, 0.1, accumulate) == expected
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_norms_of_gradients_that_were_used_are_told_if_asked_for() -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    optimizer.configure(norms=True)
+    assert steps(model, optimizer, float("inf")) == steps(plain, reference, float("inf"))
+    assert differences(plain, reference, model, optimizer) == []
+    loss_of(model, 0).backward()
+    with pytest.raises(tw.ConflictError, match="scaling it"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.step()
+
+
+def test_a_gradient_scaler_that_skips_steps() -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=False, gradients="host", **ADAM)
+    found: list[list[tuple[float, float]]] = [[], []]
+    for lines, each, opt in zip(found, (plain, model), (reference, optimizer), strict=True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2)  # gradients overflow now and then
+        for step in range(8):
+            scaler.scale(loss_of(each, step) * 64).backward()
+            scaler.unscale_(opt)
+            norm = nn.utils.clip_grad_norm_(each.parameters(), 0.5)
+            scaler.step(opt)
+            scaler.update()
+            each.zero_grad()
+            lines.append((norm.item(), scaler.get_scale()))
+    assert str(found[0]) == str(found[1])  # NaN is NaN
+    assert 0 < optimizer.steps < 8
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_clipping_twice_is_a_conflict() -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, max_grad_norm=0.1, gradients="disk", **ADAM)
+    loss_of(model, 0).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    with pytest.raises(tw.ConflictError, match="clipped again"):
+        optimizer.step()
+
+
+def test_other_norms_of_a_gradient_on_the_disk_are_refused() -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=False, gradients="disk", **ADAM)
+    loss_of(model, 0).backward()
+    with pytest.raises(tw.ConflictError, match="is on the disk until the step; its inf-norm"):
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=float("inf"))
+    with pytest.raises(tw.ConflictError, match="is on the disk until the step; clamp_"):
+        nn.utils.clip_grad_value_(model.parameters(), 0.1, foreach=False)
+    optimizer.close()
+
+
+@pytest.mark.parametrize("to_none", [True, False], ids=["none", "zero"])
+def test_a_gradient_on_the_disk_is_given_up_through_the_model(to_none: bool) -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=False, gradients="disk", accumulate=2, **ADAM)
+    for each, opt in ((plain, reference), (model, optimizer)):
+        loss_of(each, 0).backward()
+        each.zero_grad(set_to_none=to_none)
+        loss_of(each, 1).backward()
+        opt.step()
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_a_step_without_gradients_after_they_were_given_up_does_nothing() -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=False, gradients="disk", **ADAM)
+    for each, opt in ((plain, reference), (model, optimizer)):
+        loss_of(each, 0).backward()
+        each.zero_grad()
+        opt.step()
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_gradients_that_were_used_cannot_be_given_up_through_the_model() -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    loss_of(model, 0).backward()
+    model.zero_grad()
+    with pytest.raises(tw.ConflictError, match="was cleared after an update had used it"):
+        loss_of(model, 1).backward()
+    with pytest.raises(tw.ConflictError, match="cleared or changed between backward and step"):
+        optimizer.step()
+    assert optimizer.steps == 0
+    optimizer.close()
+
+
+def test_timing_is_changed_between_steps_only() -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    loss_of(model, 0).backward()
+    with pytest.raises(tw.ConflictError, match="configure"):
+        optimizer.configure(overlap=False)
+    optimizer.step()
+    optimizer.configure(overlap=False, gradients="disk", accumulate=2)
+    model.zero_grad()
+    loss_of(plain, 0).backward()
+    reference.step()
+    plain.zero_grad()
+    assert steps(model, optimizer, 0.1, 2) == steps(plain, reference, 0.1, 2)
+    assert differences(plain, reference, model, optimizer) == []
+    with pytest.raises(tw.ConfigError, match="0 backwards"):
+        optimizer.configure(accumulate=0)

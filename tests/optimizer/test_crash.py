@@ -1,0 +1,186 @@
+"""A run in a folder can be continued: after an ordinary end, and after SIGKILL at any moment."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import torchwrap as tw
+from tests.optimizer.optimizing import differences, loss_of, pair, trained
+from torchwrap import OffloadedOptimizer
+
+ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": 16384}
+ROOT = Path(__file__).parents[2]
+TRIALS = int(os.environ.get("TORCHWRAP_CRASH_TRIALS", "8"))
+
+CHILD = """
+import sys
+from tests.optimizer.optimizing import pair, trained
+from torchwrap import OffloadedOptimizer
+import torch
+offload = {"params": "disk"} if sys.argv[3] == "disk" else {"device_memory": 2_000_000}
+_, model = pair(offload=offload)
+optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=sys.argv[1], durability=sys.argv[2], lr=1e-2, chunk=16384)
+print(optimizer.steps, flush=True)
+while optimizer.steps < 400:
+    trained(model, optimizer, range(optimizer.steps, optimizer.steps + 1))
+    if sys.argv[2] == "save" and optimizer.steps % 2 == 0:
+        optimizer.commit()
+    print(optimizer.steps, flush=True)
+"""
+
+
+def test_a_run_goes_on_where_it_was_committed(tmp_path: Path) -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(reference, 0.9)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    mine = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for step in range(4):
+        for net, opt, way in ((plain, reference, schedule), (model, optimizer, mine)):
+            trained(net, opt, range(step, step + 1))
+            way.step()
+        if step == 2:
+            optimizer.commit()
+            committed = mine.state_dict()
+    optimizer.close()
+    del model, optimizer, mine
+    _, again = pair()
+    resumed = OffloadedOptimizer(again, torch.optim.AdamW, path=tmp_path / "run", lr=123.0, chunk=4096)
+    assert resumed.steps == 3
+    way = torch.optim.lr_scheduler.ExponentialLR(resumed, 0.9)
+    way.load_state_dict(committed)
+    for step in range(3, 5):
+        trained(again, resumed, range(step, step + 1))
+        way.step()
+    trained(plain, reference, range(4, 5))
+    schedule.step()
+    assert differences(plain, reference, again, resumed) == []
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=["fused", "foreach", "single"])
+@pytest.mark.parametrize("offload", [{"params": "disk"}, {"device_memory": 2_000_000}], ids=["disk", "half"])
+def test_every_commit_has_the_weights_that_stay_in_memory(tmp_path: Path, offload: dict[str, Any], options: dict[str, Any]) -> None:
+    plain, model = pair(offload=offload)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, **options)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", durability="step", **ADAM, **options)
+    trained(model, optimizer, range(3))
+    trained(plain, reference, range(3))
+    trained(model, optimizer, range(3, 4))
+    optimizer.close()
+    again = pair(offload=offload)[1]
+    resumed = OffloadedOptimizer(again, torch.optim.AdamW, path=tmp_path / "run", **ADAM, **options)
+    trained(plain, reference, range(3, 4))
+    assert differences(plain, reference, again, resumed) == []
+
+
+@pytest.mark.parametrize("change", ["class", "model"])
+def test_a_folder_with_another_run_is_refused(tmp_path: Path, change: str) -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    trained(model, optimizer, range(1))
+    optimizer.commit()
+    optimizer.close()
+    _, other = pair(width=31) if change == "model" else pair()
+    before = tw.core.tensors
+    with pytest.raises(tw.ConfigError, match="holds a run of something else"):
+        OffloadedOptimizer(other, torch.optim.AdamW if change == "model" else torch.optim.Adam, path=tmp_path / "run", **ADAM)
+    assert tw.core.tensors is before and loss_of(other, 0).isfinite()
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    _, other = pair()
+    with pytest.raises(tw.StorageError, match="in use by process"):
+        OffloadedOptimizer(other, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    assert trained(model, optimizer, range(1))
+
+
+def test_commit_needs_a_folder_and_a_finished_step(tmp_path: Path) -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    with pytest.raises(tw.ConfigError, match="path="):
+        optimizer.commit()
+    optimizer.close()
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    with pytest.raises(tw.StorageError, match="nothing was committed"):
+        optimizer.rollback()
+    loss_of(model, 0).backward()
+    with pytest.raises(tw.ConflictError, match="in the middle of a step"):
+        optimizer.commit()
+    optimizer.step()
+    optimizer.commit()
+
+
+def test_commit_before_the_first_step_can_be_gone_back_to(tmp_path: Path) -> None:
+    plain, model = pair(offload={"device_memory": 2_000_000})
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    optimizer.commit()
+    first = trained(model, optimizer, range(3))
+    optimizer.rollback()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    assert optimizer.steps == 0
+    assert differences(plain, reference, model, optimizer) == []
+    assert trained(model, optimizer, range(3)) == first == trained(plain, reference, range(3))
+
+
+@pytest.mark.parametrize("durability", ["step", "save"])
+@pytest.mark.parametrize("offload", ["disk", "half"])
+def test_sigkill_at_random_moments_leaves_the_last_commit_bit_for_bit(tmp_path: Path, durability: str, offload: str) -> None:
+    folder, chance, steps = tmp_path / "run", random.Random(), 0
+    plain, _ = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    fields: dict[str, Any] = {"params": "disk"} if offload == "disk" else {"device_memory": 2_000_000}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    for _ in range(max(1, TRIALS // 4)):
+        command = [sys.executable, "-c", CHILD, str(folder), durability, offload]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
+        assert child.stdout is not None
+        begun = child.stdout.readline()
+        assert begun == f"{steps}\n", child.communicate()[1]
+        for _ in range(chance.randint(2, 4)):  # of two steps one at least is committed before it is printed
+            child.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            child.wait(chance.uniform(0.0, 0.15))
+        child.send_signal(signal.SIGKILL)
+        said = child.communicate()[0].split()
+        _, model = pair(offload=fields)
+        optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=folder, **ADAM)
+        assert optimizer.steps > steps
+        # What was printed after a commit was committed; one more step may have been.
+        if said and durability == "step":
+            assert int(said[-1]) <= optimizer.steps <= int(said[-1]) + 1
+        trained(plain, reference, range(steps, optimizer.steps))
+        steps = optimizer.steps
+        assert differences(plain, reference, model, optimizer) == []
+        assert set(os.listdir(folder)) == {"LOCK", optimizer._store.file.path.name} | ({"manifest.json"} if steps else set())
+        optimizer.close()
+        del model, optimizer
+    assert steps
+
+
+def test_a_fork_cannot_train(tmp_path: Path) -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    trained(model, optimizer, range(1))
+    optimizer.commit()
+    optimizer.zero_grad()
+    child = os.fork()
+    if child == 0:
+        try:
+            optimizer.commit()
+        except tw.StorageError:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert trained(model, optimizer, range(1, 2))

@@ -1,0 +1,306 @@
+"""What a user may do to an offloaded optimizer by mistake: it is refused, or has the numbers of training in memory."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import torchwrap as tw
+from tests.optimizer.optimizing import differences, loss_of, pair, trained
+from tests.optimizer.test_rules import Broken
+from torchwrap import OffloadedOptimizer
+
+ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": 65536}
+
+
+def stepped(**options: Any) -> tuple[nn.Module, OffloadedOptimizer]:
+    """After a backward, before the step."""
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM, **options)
+    loss_of(model, 0).backward()
+    return model, optimizer
+
+
+# -- two optimizers ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_optimizer_on_the_same_parameters_is_refused_until_the_first_is_closed_or_gone() -> None:
+    plain, model = pair()
+    first = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    with pytest.raises(tw.ConflictError, match=r"close\(\) on the old optimizer"):
+        OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    first.close()
+    second = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    second.cycle = second  # type: ignore[attr-defined]
+    del second
+    third = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    assert trained(model, third, range(2)) == trained(plain, reference, range(2))
+    assert differences(plain, reference, model, third) == []
+
+
+def test_parameters_of_another_optimizer_cannot_be_added() -> None:
+    _, model = pair()
+    blocks, head = list(model.get_submodule("blocks").parameters()), model.get_submodule("head").weight
+    first = OffloadedOptimizer(model, torch.optim.AdamW, params=blocks, **ADAM)
+    second = OffloadedOptimizer(model, torch.optim.AdamW, params=[head], **ADAM)
+    with pytest.raises(tw.ConflictError, match="another one drives blocks"):
+        second.add_param_group({"params": blocks[0]})
+    assert len(second.param_groups) == 1
+    first.close()
+
+
+# -- gradients changed by hand -----------------------------------------------------------------------------------------------------------
+
+
+def _replace(parameter: nn.Parameter, value: torch.Tensor | None) -> None:
+    parameter.grad = value
+
+
+CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
+    "ones": lambda p: _replace(p, torch.ones_like(p)),
+    "half": lambda p: _replace(p, p.grad * 0.5),  # type: ignore[operator]
+    "zero_": lambda p: p.grad.zero_(),  # type: ignore[union-attr]
+    "fill_": lambda p: p.grad.fill_(1.0),  # type: ignore[union-attr]
+    "data": lambda p: setattr(p.grad, "data", torch.ones_like(p)),
+}
+
+
+@pytest.mark.parametrize("how", [*CHANGES, "none", "model"])
+def test_what_is_done_to_used_gradients_is_refused(how: str) -> None:
+    model, optimizer = stepped()
+    if how == "model":
+        model.zero_grad()
+    for parameter in model.parameters() if how != "model" else ():
+        (CHANGES[how] if how != "none" else lambda p: _replace(p, None))(parameter)
+    with pytest.raises(tw.ConflictError, match=r"cleared or changed between backward and step.*used it already.*overlap=False"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_what_is_done_to_gradients_on_the_disk_is_refused(how: str) -> None:
+    model, optimizer = stepped(overlap=False, gradients="disk")
+    for parameter in model.parameters():
+        CHANGES[how](parameter)
+    with pytest.raises(tw.ConflictError, match=r"cleared or changed between backward and step.*on the disk.*gradients='host'"):
+        optimizer.step()
+
+
+def test_clearing_between_two_backwards_of_a_step_is_refused() -> None:
+    model, optimizer = stepped()
+    model.zero_grad(set_to_none=False)
+    with pytest.raises(tw.ConflictError, match=r"an update has used already.*overlap=False"):
+        loss_of(model, 1).backward()
+    optimizer.close()
+
+
+# -- weights in memory -------------------------------------------------------------------------------------------------------------------
+
+
+class _Late(nn.Module):
+    """Its weight's gradient is complete long before backward has read the weight for the last time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(16, 512), nn.Linear(512, 512, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight(nn.functional.linear(self.first(x), self.weight.weight.detach()))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_weights_in_memory_are_old_until_the_backward_is_over(wrap: bool) -> None:
+    torch.manual_seed(0)
+    plain, model = _Late(), _Late()
+    model.load_state_dict(plain.state_dict())
+    if wrap:
+        tw.offload(model, params="disk", units=("first",), pin=("weight",))
+    seen: list[bool] = []
+    weight = model.weight.weight
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, chunk=4096)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1)
+    old = weight.detach().clone()
+
+    def look(parameter: torch.Tensor) -> None:
+        optimizer._updater.wait()
+        seen.append(torch.equal(weight, old))
+
+    model.first.weight.register_post_accumulate_grad_hook(look)
+    x = torch.randn(64, 16)
+    for net, opt in ((model, optimizer), (plain, reference)):
+        net(x).square().mean().backward()
+        opt.step()  # type: ignore[attr-defined]
+    assert seen == [True]
+    assert differences(plain, reference, model, optimizer) == []
+
+
+class _Interrupt(torch.autograd.Function):
+    on = False
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        if _Interrupt.on:
+            raise KeyboardInterrupt
+        return gradient
+
+
+def test_after_an_interrupted_backward_of_a_plain_model_later_ones_are_followed_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(256, 256) for _ in range(2)]
+    optimizer = OffloadedOptimizer(nn.ModuleList(layers), torch.optim.SGD, lr=0.1, chunk=65536)
+    x = torch.randn(4, 256)
+    for interrupted in (True, False):
+        monkeypatch.setattr(_Interrupt, "on", interrupted)
+        before = [layer.weight.detach().clone() for layer in layers]
+        loss = layers[1](_Interrupt.apply(layers[0](x))).square().mean()
+        if interrupted:
+            with pytest.raises(KeyboardInterrupt):
+                loss.backward()
+        else:
+            loss.backward()  # the updates are over when it returns
+            assert not any(torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True))
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_weights_written_through_data_are_committed(tmp_path: Path) -> None:
+    def begin() -> tuple[nn.Module, OffloadedOptimizer]:
+        model = pair(offload={})[1]
+        return model, OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+
+    model, optimizer = begin()
+    trained(model, optimizer, range(1))
+    optimizer.commit()
+    weight = model.get_parameter("norm.weight")
+    weight.data.mul_(0.5)
+    head = model.get_parameter("head.weight")
+    head.data.copy_(head.data.flip(0))
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.commit()
+    optimizer.close()
+    model, optimizer = begin()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    optimizer.close()
+
+
+# -- backwards that are refused or are none ----------------------------------------------------------------------------------------------
+
+
+class _Shared(nn.Module):
+    """One block twice, recomputed in backwards of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.block = nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = checkpoint(self.block, x, use_reentrant=True)
+        return x
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_backwards_inside_one_that_is_not_followed_use_nothing(wrap: bool) -> None:
+    plain, model = _Shared(), _Shared()
+    if wrap:
+        tw.offload(model, params="disk", units=("block",))
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    for _ in range(2):
+        for net, opt in ((plain, reference), (model, optimizer)):
+            opt.zero_grad()
+            _Shared.forward(net, torch.ones(3, 128, requires_grad=True)).square().mean().backward()  # type: ignore[arg-type]
+            opt.step()
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_a_step_does_not_finish_what_a_refused_backward_left_half_done() -> None:
+    model = tw.offload(_Shared(), params="disk", units=("block",))
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    with pytest.raises(tw.ConflictError, match="overlap=False"):
+        model(torch.ones(3, 128, requires_grad=True)).square().mean().backward()
+    with pytest.raises(tw.ConflictError, match=r"came in several parts.*rollback"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("gradients", ["host", "disk"])
+def test_gradients_asked_for_by_hand_are_no_backward_of_the_step(gradients: str) -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, accumulate=2, gradients=gradients, **ADAM)
+    for net, opt in ((plain, reference), (model, optimizer)):
+        for micro in range(2):
+            loss_of(net, micro).backward()
+            if not micro:
+                torch.autograd.grad(loss_of(net, 7), net.get_parameter("blocks.0.up.weight"))
+        opt.step()
+    assert differences(plain, reference, model, optimizer) == []
+
+
+# -- arguments and runs that go on -------------------------------------------------------------------------------------------------------
+
+
+class Sometimes(torch.optim.SGD):
+    """Elementwise for small gradients only."""
+
+    def step(self, closure: Any = None) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad * (1e3 / p.grad.norm()).clamp(max=1.0), alpha=group["lr"])
+
+
+def test_a_class_that_is_elementwise_for_small_gradients_only_is_found_out() -> None:
+    with pytest.raises(tw.ConfigError, match="in parts it gives other numbers"):
+        OffloadedOptimizer(pair()[1], Sometimes, lr=0.1)
+
+
+@pytest.mark.parametrize("argument", [{"max_grad_norm": "1"}, {"path": 3}, {"overlap": "no"}, {"accumulate": True}])
+def test_arguments_of_another_kind_are_named(argument: dict[str, Any]) -> None:
+    with pytest.raises(tw.ConfigError) as caught:
+        OffloadedOptimizer(nn.Linear(2, 2), torch.optim.SGD, lr=0.1, **argument)
+    assert caught.value.where in argument
+    with pytest.raises(tw.ConfigError, match="NoneType is no model"):
+        OffloadedOptimizer(None, torch.optim.SGD, lr=0.1)  # type: ignore[arg-type]
+
+
+def test_a_run_that_goes_on_with_settings_of_its_own_says_so(tmp_path: Path) -> None:
+    optimizer = OffloadedOptimizer(nn.Linear(2, 2), torch.optim.SGD, lr=0.1, momentum=0.9, path=tmp_path / "run")
+    optimizer.commit()
+    optimizer.close()
+    with pytest.warns(tw.TorchwrapWarning, match=r"lr of group 0 is 0.1 and not 0.2"):
+        OffloadedOptimizer(nn.Linear(2, 2), torch.optim.SGD, lr=0.2, momentum=0.9, path=tmp_path / "run").close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        OffloadedOptimizer(nn.Linear(2, 2), torch.optim.SGD, lr=0.1, momentum=0.9, path=tmp_path / "run").close()
+
+
+def test_an_error_of_the_disk_before_the_first_commit_loses_no_streamed_weight(tmp_path: Path) -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", overlap=False, **ADAM)
+    trained(plain, reference, range(3))
+    trained(model, optimizer, range(2))
+    disk = optimizer._store._backend = Broken(errno.EIO)
+    disk.left = 9
+    optimizer.zero_grad()
+    loss_of(model, 200).backward()
+    with pytest.raises(tw.StorageError):
+        optimizer.step()
+    disk.left = None
+    optimizer.step()
+    assert differences(plain, reference, model, optimizer) == []

@@ -1,0 +1,1 @@
+"""What a block's backward needs besides weights: kept, computed again, or moved out and back."""

@@ -1,0 +1,86 @@
+"""One call of a block whose activations move, or that is made again in the backward."""
+
+from __future__ import annotations
+
+import enum
+import numbers
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from torchwrap.activations.kept import Kept
+from torchwrap.activations.measured import storage_address
+from torchwrap.activations.swap import Swap, Use
+from torchwrap.stream.units import Unit
+
+if TYPE_CHECKING:
+    from torchwrap.activations.modes import Activations
+
+__all__ = ["Recomputing", "Swapping"]
+
+
+class Swapping(torch.autograd.graph.saved_tensors_hooks):
+    """One call of a block whose activations move."""
+
+    def __init__(self, swap: Swap, unit: Unit) -> None:
+        weights = {storage_address(piece.parameter) for piece in unit.pieces if piece.resident}
+        super().__init__(_Pack(swap, swap.begin(unit.name), weights), _unpack)
+        self.__enter__()
+
+
+class _Pack:
+    """Called by autograd with every tensor it saves, weights in slots excepted."""
+
+    __slots__ = ("_swap", "_use", "_weights")
+
+    def __init__(self, swap: Swap, use: Use, weights: set[int]) -> None:
+        self._swap, self._use, self._weights = swap, use, weights
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        if (tensor.is_leaf and tensor.requires_grad) or tensor.untyped_storage().data_ptr() in self._weights:
+            return Kept(tensor)
+        return self._swap.pack(self._use, tensor)
+
+
+class Recomputing:
+    """One call of a block that will be called again in the backward."""
+
+    def __init__(self, activations: Activations, unit: int) -> None:
+        self._activations, self._unit = activations, unit
+
+    def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make the call so that its activations are not kept, unless it may change its arguments."""
+        foreign = next(_changeable((args, kwargs)), None)
+        if foreign is not None:
+            self._activations.warn_of(foreign, self._unit)
+            return call(*args, **kwargs)
+        measured = self._activations.measured(self._unit)
+        if measured is not None:
+            inputs = {storage_address(x): x.untyped_storage().nbytes() for x in args if isinstance(x, torch.Tensor)}
+            measured.input_bytes = sum(inputs.values())
+            call = partial(measured.run, call)
+        return checkpoint(partial(call, **kwargs), *args, use_reentrant=False)
+
+
+def _unpack(packed: Any) -> torch.Tensor:
+    tensor: torch.Tensor = packed.restore()
+    return tensor
+
+
+_PLAIN = (torch.Tensor, numbers.Number, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, numpy.ndarray, type, range, slice)
+
+
+def _changeable(value: object) -> Iterator[object]:
+    """Objects among a call's arguments that it may change in a way that a second call would see."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _changeable(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _changeable(item)
+    elif not isinstance(value, _PLAIN) and not callable(value):
+        yield value

@@ -1,0 +1,386 @@
+"""Watching gradients become complete, and taking them out of the way.
+
+A gradient is complete when autograd has accumulated it, and may be used once nothing of this backward needs the old weight any more: when
+its unit is done. It is then handed to the worker at once (*taken*), or put on the disk until the step (*parked*: clipping and several
+backwards per step need all of them first), or left where it is. What is taken or parked leaves a stand-in behind (see standin.py), so that
+code which expects gradients to wait for `step()` fails loudly; clipping by total norm works on what is parked.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchwrap.core import errors
+from torchwrap.core.tensors import is_placeholder
+from torchwrap.optimizer.chunks import Parked, Update
+from torchwrap.optimizer.elementwise import settings_of
+from torchwrap.optimizer.targets import Target
+from torchwrap.optimizer.updates import Job, Updater
+from torchwrap.storage.spill import SpillStore
+from torchwrap.stream.backward import is_nested
+from torchwrap.stream.units import Unit
+
+if TYPE_CHECKING:
+    from torchwrap.weights.handle import WeightsHandle
+
+__all__ = ["Gradients", "Timing"]
+
+_IN_MEMORY = -1  # in place of a unit's index
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When gradients are used.
+
+    Attributes:
+        take: hand them to the worker during the last backward of a step.
+        park: put those that have to wait on the disk.
+        backwards: per step.
+        room: bytes of taken gradients that may wait before the backward does.
+        beside: folder for parked ones; `None` means the system's.
+        norms: find out the norm of what is taken, for a training loop that wants to log it.
+    """
+
+    take: bool
+    park: bool
+    backwards: int
+    room: int
+    beside: Path | None
+    norms: bool = False
+
+
+class Gradients:
+    """Hooks on the parameters of one optimizer, and the gradients it has in its care between two steps.
+
+    Args:
+        groups: the optimizer's parameter groups, as they are when asked.
+        handle: of the offloaded model, if it is one.
+
+    Attributes:
+        timing: may be replaced between two steps.
+        norms: of parked gradients.
+        settings: of all groups when the first gradient was taken, `None` before.
+    """
+
+    def __init__(
+        self, groups: Callable[[], Sequence[Mapping[str, Any]]], handle: WeightsHandle | None, updater: Updater, timing: Timing
+    ) -> None:
+        self._groups, self._handle, self._updater = groups, handle, updater
+        self.timing: Timing = timing
+        self._hooks: dict[Target, list[Any]] = {}
+        self._waiting: dict[int, list[Update]] = {}  # taken, by the unit that is not done yet
+        self._units: dict[int, Unit] = {}
+        self._parked: dict[Target, Parked] = {}
+        self._used: set[Target] = set()  # taken since the last step
+        self._store: SpillStore | None = None
+        self._backwards = 0  # since the last step
+        self._run: _Run | None = None
+        self._arrived = False  # a gradient, in the running backward: `torch.autograd.grad` brings none
+        self._taking = False  # the running backward has updated weights
+        self._lifted: set[Target] = set()  # parked, and out of the way of another gradient
+        self._mixed: str | None = None  # parameter whose gradient came in two parts, of which one was used
+        self._deferred = False
+        self.norms: dict[Target, torch.Tensor] = {}
+        self.settings: list[dict[str, Any]] | None = None
+        if handle is not None:
+            handle.backward.listeners.append(self)
+
+    def watch(self, targets: Sequence[Target], others: Sequence[Target]) -> None:
+        """Put hooks on the parameters that are trained and have none yet; `others` are updated as a whole, and only guarded."""
+        for target in (*targets, *others):
+            parameter = target.parameter
+            if target not in self._hooks and parameter.requires_grad and parameter.numel() > 1 and target.streamed:
+                before = parameter.register_hook(functools.partial(self._before, target))
+                after = parameter.register_post_accumulate_grad_hook(functools.partial(self._after, target))
+                self._hooks[target] = [before, after]
+            elif target not in self._hooks and parameter.requires_grad:
+                self._hooks[target] = [parameter.register_hook(functools.partial(self._guard, target))]
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Take nothing in this block: a closure may run several backwards."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    # -- called by autograd and by the model ------------------------------------------------------------------------------------------
+
+    def unit_done(self, unit: Unit) -> None:
+        """Hand over what was taken of this unit; wait if too much waits already."""
+        updates = self._waiting.pop(unit.index, None)
+        if updates:
+            self._updater.submit(Job(unit, updates))
+            self._updater.wait_for_room(self.timing.room)
+
+    def backward_done(self, error: BaseException | None) -> None:
+        """Hand over the rest, and wait, so that no forward sees some weights of before and some of after."""
+        self._taking = False
+        for target in self._lifted:
+            if target in self._parked and target.parameter.grad is None:
+                target.parameter.grad = target.standin
+        self._lifted.clear()
+        arrived, self._arrived = self._arrived, False
+        if error is not None:
+            return  # what was taken waits for step() or rollback()
+        self._backwards += arrived
+        for index in list(self._waiting):
+            self._updater.submit(Job(self._units.get(index), self._waiting.pop(index)))
+        self._updater.wait()
+
+    def _before(self, target: Target, gradient: torch.Tensor) -> None:
+        """Another gradient is about to be added to a parameter's."""
+        self._follow()
+        if not target.is_taken():
+            self.drop_cleared(target)
+            if target in self._used:
+                self._mix(target)
+                raise _cleared(target)
+            return
+        standin = target.parameter.grad
+        zeroed = standin is not None and bool(standin.flatten()[0] == 0)  # zero_grad(set_to_none=False)
+        if (zeroed or target in self._parked) and target not in self._used:
+            if not zeroed:
+                self._check_shown(target)
+            target.parameter.grad = None
+            if zeroed:
+                self.drop_cleared(target)
+            else:
+                self._lifted.add(target)
+            return
+        self._mix(target)
+        raise _added(target)
+
+    def _after(self, target: Target, parameter: torch.Tensor) -> None:
+        """A parameter's gradient of this backward is complete."""
+        if parameter.grad is None:
+            return
+        self._lifted.discard(target)
+        inner = self._inner()
+        self._arrived = self._arrived or not inner
+        if self._deferred:
+            self._add_parked(target)
+            return
+        if parameter.grad.layout != torch.strided:
+            raise errors.UnsupportedModelError(
+                f"OffloadedOptimizer: the gradient of {target.name} is sparse",
+                where=target.name,
+                fix="Build the embedding with sparse=False.",
+            )
+        following = self._handle is not None and self._handle.backward.running
+        last = self._backwards == self.timing.backwards - 1 and (following or self.timing.backwards == 1)
+        if self.timing.take and last and inner:
+            return  # stays where it is: the backward around this one may bring more of it
+        if self.timing.take and last:
+            self._take(target)
+        elif self.timing.park and (not self.timing.take or not last):
+            self._park(target)
+
+    def _guard(self, target: Target, gradient: torch.Tensor) -> None:
+        """Nothing is added to a gradient that is in memory while others of the same step are used up."""
+        self._follow()
+        if self._used and not self._taking:
+            self._mix(target)
+            cleared = next((used for used in self._used if used.parameter.grad is None), None)
+            raise _added(target) if cleared is None else _cleared(cleared)
+
+    def _mix(self, target: Target) -> None:
+        if (
+            self._taking or self._arrived or is_nested()
+        ):  # otherwise this backward has changed nothing yet, and the step before can be finished
+            self._mixed = target.name
+
+    def _inner(self) -> bool:
+        if self._handle is not None and self._handle.backward.running:
+            return self._handle.backward.nested
+        return self._run is not None and self._run.nested
+
+    def _follow(self) -> None:
+        """Hear of the end of a backward that goes through no wrapped model."""
+        following = self._handle is not None and self._handle.backward.running
+        if not following and (self._run is None or self._run.over):
+            self._taking = self._arrived = False
+            self._run = _Run()
+            torch.autograd.Variable._execution_engine.queue_callback(_End(self, self._run))
+
+    # -- taking and parking --------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _take(self, target: Target) -> None:
+        if self.settings is None:
+            self.settings = [settings_of(group) for group in self._groups()]
+        self._add_parked(target)
+        self._used.add(target)
+        known = torch.nn.utils.get_total_norm([target.parameter.grad]) if self.timing.norms else None  # type: ignore[list-item]
+        gradient = target.take_gradient(known, parked=False).detach()
+        update = Update(target, gradient, self.settings[target.group], torch.get_num_threads())
+        self._taking = True
+        if target.unit is None or not target.away:
+            # Until the end: autograd has compared its version, and may still read it.
+            self._waiting.setdefault(_IN_MEMORY, []).append(update)
+        else:
+            self._units[target.unit.index] = target.unit
+            self._waiting.setdefault(target.unit.index, []).append(update)
+
+    @torch.no_grad()
+    def _park(self, target: Target) -> None:
+        self._add_parked(target)
+        gradient = target.parameter.grad
+        assert gradient is not None
+        # On the whole tensor and by the same call, because a sum of parts has other last bits.
+        self.norms[target] = torch.nn.utils.get_total_norm([gradient.detach()])
+        if self._store is None:
+            self._store = SpillStore.create(self.timing.beside, needed=0)
+        self._store.put(target.name, gradient.detach())
+        self._parked[target] = Parked(self._store.file, target.name)
+        target.take_gradient(self.norms[target], parked=True)
+
+    @torch.no_grad()
+    def _add_parked(self, target: Target) -> None:
+        """Add what was parked in earlier backwards; a sum of two has the same bits either way round."""
+        if self._parked.pop(target, None) is not None:
+            self.norms.pop(target, None)
+            assert self._store is not None and target.parameter.grad is not None
+            target.parameter.grad.add_(self._store.get(target.name).to(target.parameter.grad.device))
+            self._store.remove(target.name)
+
+    # -- for the step ----------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def began(self) -> bool:
+        """Whether gradients were taken since the last step: parameters are new already."""
+        return self.settings is not None
+
+    def check_untouched(self) -> None:
+        """Refuse a step for which gradients were changed that are not there.
+
+        Raises:
+            ConflictError: a stand-in was cleared, replaced or written to, or weights were updated with a part of a gradient.
+        """
+        if self._mixed is not None:
+            raise errors.ConflictError(
+                f"OffloadedOptimizer: the gradient of {self._mixed} came in several parts, and weights were updated with the first",
+                where=self._mixed,
+                fix="Call rollback(); without a commit, load model and optimizer from a checkpoint. Then pass overlap=False.",
+            )
+        for target in (*self._used, *self._parked):
+            if target in self._used or target.parameter.grad is not None:
+                self._check_shown(target)
+
+    def _check_shown(self, target: Target) -> None:
+        shown = target.parameter.grad
+        if shown is None or not target.is_taken() or not is_placeholder(shown) or not bool(shown.flatten()[0].isnan()):
+            raise errors.ConflictError(
+                f"OffloadedOptimizer: the gradient of {target.name} was cleared or changed between backward and step, but "
+                + ("an update has used it already" if target in self._used else "it is on the disk"),
+                where=target.name,
+                fix="Pass overlap=False, gradients='host' to change gradients or to give them up after backward.",
+            )
+
+    def drop_cleared(self, target: Target) -> None:
+        """Forget a parked gradient that was cleared through the parameter (`model.zero_grad()`)."""
+        if target in self._parked and not target.is_taken() and target.parameter.grad is None:
+            del self._parked[target]
+            self.norms.pop(target, None)
+            if self._store is not None:
+                self._store.remove(target.name)
+
+    def scaled(self) -> Target | None:
+        """A target whose parked gradient was scaled by others than this optimizer."""
+        return next((t for t in self._parked if t.standin is not None and t.standin.factor is not None), None)
+
+    def is_parked(self, target: Target) -> bool:
+        """Whether the gradient is on the disk."""
+        return target in self._parked
+
+    def collect(self, targets: Sequence[Target], scale: torch.Tensor | None) -> list[Update]:
+        """What is left to do of a step: taken and not handed over, parked, and everything still in `param.grad`."""
+        found = [update for updates in self._waiting.values() for update in updates]
+        self._waiting.clear()
+        settings, threads = [settings_of(group) for group in self._groups()], torch.get_num_threads()
+        for target in targets:
+            parked = self._parked.get(target)
+            if parked is not None:
+                factor = scale if scale is not None or target.standin is None else target.standin.factor
+                found.append(Update(target, parked, settings[target.group], threads, factor))
+            elif (gradient := target.gradient()) is not None:
+                found.append(Update(target, gradient.detach(), settings[target.group], threads))
+        return found
+
+    def forget(self) -> None:
+        """The step is over, or its gradients are given up."""
+        for target in self._parked:
+            if self._store is not None:
+                self._store.remove(target.name)
+        self._parked.clear()
+        self._used.clear()
+        self._waiting.clear()
+        self.norms.clear()
+        self.settings = None
+        self._backwards = 0
+        self._taking = self._arrived = False
+        self._lifted.clear()
+        self._mixed = None
+
+    def close(self) -> None:
+        """Take the hooks off, and the stand-ins: whoever trains the model next begins with no gradients."""
+        for target, hooks in self._hooks.items():
+            for hook in hooks:
+                hook.remove()
+            if target.is_taken():
+                target.parameter.grad = None
+        self._hooks.clear()
+        if self._handle is not None and self in self._handle.backward.listeners:
+            self._handle.backward.listeners.remove(self)
+        if self._store is not None:
+            self._store.close()
+
+
+def _cleared(target: Target) -> errors.ConflictError:
+    return errors.ConflictError(
+        f"OffloadedOptimizer: the gradient of {target.name} was cleared after an update had used it",
+        where=target.name,
+        fix="Call step() after backward, or pass overlap=False to be able to give gradients up.",
+    )
+
+
+def _added(target: Target) -> errors.ConflictError:
+    return errors.ConflictError(
+        f"OffloadedOptimizer: a backward would add to the gradient of {target.name}, which an update has used already",
+        where=target.name,
+        fix="Call optimizer.zero_grad() after each step; with several backwards per step, pass accumulate=N or overlap=False.",
+    )
+
+
+class _Run:
+    """One backward that goes through no wrapped model; `over` when autograd forgot it, `nested` in another one that we missed."""
+
+    __slots__ = ("nested", "over")
+
+    def __init__(self) -> None:
+        self.over = False
+        self.nested = is_nested()
+
+
+class _End:
+    """What autograd calls at the end of a backward, and destroys uncalled when the backward raises."""
+
+    __slots__ = ("_gradients", "_run")
+
+    def __init__(self, gradients: Gradients, run: _Run) -> None:
+        self._gradients, self._run = gradients, run
+
+    def __call__(self) -> None:
+        self._run.over = True
+        self._gradients.backward_done(None)
+
+    def __del__(self) -> None:
+        self._run.over = True

@@ -1,0 +1,76 @@
+"""How fast an offloaded optimizer's steps are and what they take, for predictions (training.py)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torchwrap.optimizer.chunks import Chunks
+from torchwrap.optimizer.gradients import Timing
+from torchwrap.optimizer.targets import Target
+from torchwrap.optimizer.updates import Updater
+from torchwrap.storage.generations import GenerationStore
+from torchwrap.weights.training import IN_FLIGHT, Footprint, waiting_bytes
+
+if TYPE_CHECKING:
+    from torchwrap.weights.handle import WeightsHandle
+
+__all__ = ["Pace", "footprint_of"]
+
+
+class Pace:
+    """Measures the last whole step.
+
+    Attributes:
+        computing_s: seconds of forward, backward and update without what was spent waiting for a disk; None before the first step.
+    """
+
+    def __init__(self, handle: WeightsHandle | None, updater: Updater, chunks: Chunks) -> None:
+        self._handle, self._updater, self._chunks = handle, updater, chunks
+        self._before: tuple[float, float, float, float] | None = None
+        self.computing_s: float | None = None
+
+    def begin(self) -> None:
+        """Gradients were cleared: forward and backward follow."""
+        self._before = self._now()
+
+    def end(self) -> None:
+        """A step is done."""
+        if self._before is None:
+            return
+        wall, stalled, waited, updated = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        self._before = None
+        # As long as a wait is no longer than the updates took, it may have been them that were waited for, not the disk.
+        self.computing_s = max(0.0, wall - stalled - max(0.0, waited - updated))
+
+    def _now(self) -> tuple[float, float, float, float]:
+        stalled = float(self._handle.engine.counters["stall_s"]) if self._handle is not None and self._handle.engine is not None else 0.0
+        return time.monotonic(), stalled, self._updater.waited_s, self._chunks.seconds
+
+
+def footprint_of(targets: Sequence[Target], store: GenerationStore, timing: Timing, handle: WeightsHandle) -> Footprint:
+    """What the streamed `targets` of an optimizer add to a step of the model of `handle`."""
+    trained = [target for target in targets if target.parameter.requires_grad and target.weight_name in store.records]
+    ring = state = away = total = largest = 0
+    for target in trained:
+        size = target.parameter.element_size()
+        kept = sum(dtype.itemsize for dtype in target.layout.values())
+        ring = max(ring, store.records[target.weight_name].chunk * ((2 if timing.park else 1) * size + kept))
+        state += target.numel * kept
+        away += target.numel * size if target.away and target.piece is not None and target.piece.host is None else 0
+        total += target.numel * size
+        largest = max(largest, target.numel * size)
+    if timing.take and timing.backwards == 1:
+        gradients = waiting_bytes(handle.units, handle.pieces, timing.room, {piece.index for piece in handle.pieces if piece.resident})
+    else:
+        # One being computed while the one before is written, or all of them until the step.
+        gradients = 2 * largest if timing.park else total
+    parked = total if timing.park else 0
+    return Footprint(
+        ring=IN_FLIGHT * ring,
+        gradients=gradients,
+        read=state + away + parked,
+        written=state + away + parked,
+        overlaps=timing.take,
+    )

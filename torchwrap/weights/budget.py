@@ -1,0 +1,125 @@
+"""How much memory the weights may take: what the user allows, and never more than the machine has left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.core.config import format_bytes
+from torchwrap.core.integration import Integration
+from torchwrap.core.tensors import data_of, is_placeholder
+from torchwrap.storage.limits import memory_available, memory_limit
+from torchwrap.stream.settings import Streaming
+from torchwrap.weights.training import Training, step_bytes
+
+__all__ = ["RESERVE_TOKENS", "Budget", "check_room", "process_bytes", "weight_budget", "working_bytes"]
+
+RESERVE_TOKENS = 256
+"""Tokens per call that the default reserve provides for (chosen: a chat prompt and its answer; longer inputs set `reserve`)."""
+
+_MARGIN = 24 << 20
+"""Bytes left to the allocator, threads and compiled kernels that appear during the first passes (chosen; a
+first forward of a process was measured at 14 MiB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes of weights that may be present on the execution device, and on the host if that is separate."""
+
+    device: int
+    host: int
+    reserve: int
+
+
+def weight_budget(
+    config: Streaming, model: nn.Module, integration: Integration, device: torch.device, scratch: int, training: Training | None = None
+) -> Budget:
+    """The budget for one model.
+
+    Args:
+        training: what steps of an optimizer take besides; None for inference.
+        scratch: bytes of the largest parameter that a matrix product may keep a reordered copy of while everything else is present.
+    """
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def working(batch: int, tokens: int) -> int:
+        return working_bytes(model, integration, batch=batch, tokens=tokens, scratch=scratch)
+
+    on_host = 0
+    if config.reserve is not None:
+        reserve = int(config.reserve)
+    elif training is not None:
+        reserve, on_host = step_bytes(working, training.head, 1, RESERVE_TOKENS), training.optimizer
+    else:
+        reserve = working(1, RESERVE_TOKENS)
+    available = memory_available()
+    # Weights that are in private memory now will be streamed from disk instead, so their memory counts as free.
+    left = total if available is None else available + min(_private_bytes(model), total) - on_host - reserve - _MARGIN
+    if device.type == "cpu":
+        asked = [int(size) for size in (config.device_memory, config.host_memory) if size is not None]
+        return Budget(max(0, min([*asked, left])), 0, reserve)
+    free, _ = torch.cuda.mem_get_info(device)
+    held = sum(data_of(p).untyped_storage().nbytes() for p in model.parameters() if p.device.type == device.type)
+    device_left = int(0.95 * free) + held - reserve
+    on_device = min(int(config.device_memory), device_left) if config.device_memory is not None else device_left
+    host = min(int(config.host_memory), left) if config.host_memory is not None else left
+    return Budget(max(0, on_device), max(0, host), reserve)
+
+
+def working_bytes(model: nn.Module, integration: Integration, *, batch: int, tokens: int, scratch: int) -> int:
+    """Memory a forward pass takes besides the weights: activations, caches, and the reordered copy of one weight."""
+    estimate = integration.activation_bytes(model, batch=batch, tokens=tokens)
+    if estimate is None:
+        estimate = (16 << 20) + batch * tokens * 4096 * 16  # an unknown model: sixteen activations of width 1024 in float32 at a time
+    # Matrix products with more than one row, or with a row cut out of a larger tensor (the last token of a prompt), keep a reordered
+    # copy of their weight while they run (measured: torch 2.13, bfloat16, 125 MiB for a head of 125 MiB; none for one fresh row).
+    return estimate + (scratch if batch * tokens > 1 else 0)
+
+
+def process_bytes() -> int:
+    """Memory in use by this process as limits count it: that of its control group without file cache, else its resident set."""
+    limit, total = memory_limit(), _meminfo_total()
+    if limit is not None and limit < total:
+        from torchwrap.storage.limits import memory_usage
+
+        return memory_usage()
+    return _status("VmRSS")
+
+
+def _private_bytes(model: nn.Module) -> int:
+    """Bytes of weights in memory of this process's own; weights mapped from a file cost none."""
+    storages = {}
+    for parameter in model.parameters():
+        data = data_of(parameter)
+        if data.device.type == "cpu" and not is_placeholder(data):
+            storages[data.untyped_storage().data_ptr()] = data.untyped_storage().nbytes()
+    return min(sum(storages.values()), _status("RssAnon"))
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _meminfo_total() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62
+
+
+def check_room(needed: int, available: int | None, what: str) -> None:
+    """Raise `BudgetError` when `needed` bytes of host memory are not there."""
+    if available is not None and needed > available:
+        raise errors.BudgetError(
+            f"torchwrap: {what} needs {format_bytes(needed)} of memory, and {format_bytes(available)} are left",
+            needed=needed,
+            available=available,
+            fix="Free memory, or save the model with save_pretrained() or torch.save(model.state_dict(), file), which needs no more.",
+        )

@@ -1,0 +1,107 @@
+"""From a checkpoint folder to an offloaded model, without the weights ever being in memory together.
+
+An integration builds the model with its parameters on `meta` and says in which safetensors file each of them lies. Parameters become
+placeholders with a known home; `attach` then reads the resident ones and streams the rest from where they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.core.integration import Skeleton, integration_for_folder
+from torchwrap.core.tensors import map_parameters, placeholder
+from torchwrap.core.transaction import apply
+from torchwrap.storage.atomic import private_folder
+from torchwrap.storage.safefile import TensorFile
+from torchwrap.stream.settings import Streaming
+from torchwrap.stream.units import Home
+
+SOURCES = "_torchwrap_sources"
+"""Key in the `__dict__` of a model built from a folder: {parameter name: Home}. `attach` takes it away."""
+
+__all__ = ["SOURCES", "as_placeholders", "open_folder", "work_folder"]
+
+
+@torch.inference_mode(False)  # parameters made in inference mode could never be used outside it
+def open_folder(folder: Path, config: Streaming, dtype: torch.dtype | None) -> nn.Module:
+    """See `OffloadTechnique.from_pretrained`."""
+    integration = integration_for_folder(folder)
+    work = work_folder(config)
+    keep_work = False
+    try:
+        model, homes = as_placeholders(integration.skeleton(folder, work, dtype=dtype), folder)
+        for home in homes.values():
+            home.converted = work in home.file.path.parents
+        apply(model, config)
+        keep_work = any(home.converted for home in homes.values())
+        if keep_work:
+            weakref.finalize(model, shutil.rmtree, work, ignore_errors=True)
+        return model
+    finally:
+        if not keep_work:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def work_folder(config: Streaming) -> Path:
+    """A new private folder for converted weights; the caller removes it."""
+    parent = private_folder(Path(config.path)) if config.path is not None else None
+    return Path(tempfile.mkdtemp(prefix="torchwrap-convert-", dir=parent))
+
+
+def as_placeholders(skeleton: Skeleton, folder: Path) -> tuple[nn.Module, dict[str, Home]]:
+    """The skeleton's model with placeholders for parameters, in eval mode, and where each of them is stored."""
+    homes = _homes(skeleton)
+    model = skeleton.model.eval()
+    _show_placeholders(model, homes, folder)
+    model.__dict__[SOURCES] = homes
+    return model, homes
+
+
+def _homes(skeleton: Skeleton) -> dict[str, Home]:
+    files: dict[Path, TensorFile] = {}
+    homes: dict[str, Home] = {}
+    for name, (path, key) in skeleton.weights.items():
+        file = files.get(path)
+        if file is None:
+            file = files[path] = TensorFile.open(path)
+        segment = file.segments.get(key)
+        if segment is None:
+            raise errors.CorruptDataError(
+                f"{key!r} is not in this file, although the index says so", where=str(path), fix="Restore the checkpoint."
+            )
+        homes[name] = Home(file, key, segment.offset, segment.nbytes)
+    return homes
+
+
+def _show_placeholders(model: nn.Module, homes: dict[str, Home], folder: Path) -> None:
+    """Replace meta parameters by placeholders and fill persistent buffers."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+
+    def replace(name: str, parameter: nn.Parameter) -> nn.Parameter:
+        home = next((homes[other] for other in names[id(parameter)] if other in homes), None)
+        if home is None:
+            raise errors.UnsupportedModelError(f"the folder has no weights for {name}", where=str(folder), fix="Complete the checkpoint.")
+        segment = home.file.segments[home.name]
+        if segment.shape != tuple(parameter.shape) or segment.dtype != parameter.dtype:
+            raise errors.CorruptDataError(
+                f"{name} is {tuple(parameter.shape)} {parameter.dtype} in the model and {segment.shape} {segment.dtype} in the file",
+                where=str(home.file.path),
+                fix="Restore the checkpoint, or pass dtype=.",
+            )
+        made = nn.Parameter(placeholder(parameter.shape, parameter.dtype, "cpu"), requires_grad=parameter.requires_grad)
+        return made
+
+    map_parameters(model, replace)
+    for name, _ in model.named_buffers():
+        if name in homes:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = homes[name].file.view(homes[name].name).clone()

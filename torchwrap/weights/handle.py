@@ -1,0 +1,461 @@
+"""The live object of a technique that streams weights: figures, and the model's weights while they are away.
+
+`tw.handle_of(model, name)` returns it. It owns the engine, the files and the tables, lends values to `core.tensors`, serves
+`state_dict` and `load_state_dict`, and answers when the model is moved, copied or pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchwrap.activations.modes import Activations
+from torchwrap.core import errors
+from torchwrap.core.swap import original_class
+from torchwrap.core.tensors import bind, data_of, is_placeholder, placeholder, tensor_bytes
+from torchwrap.storage import aio
+from torchwrap.storage.checksum import memory_of, sum64
+from torchwrap.storage.generations import GenerationFile
+from torchwrap.storage.spill import SpillStore
+from torchwrap.storage.workers import mismatch
+from torchwrap.stream.arena import arena_for
+from torchwrap.stream.backward import Backward
+from torchwrap.stream.engine import Engine
+from torchwrap.stream.pieces import aligned_copy, drop_home, part_of, put_away, read_piece
+from torchwrap.stream.planner import ResidencyPlan, region_bytes
+from torchwrap.stream.rows import RowTable
+from torchwrap.stream.settings import CRC, Streaming
+from torchwrap.stream.timeline import Event, Timeline
+from torchwrap.stream.units import Crc, Home, Piece, Unit
+from torchwrap.weights import copying
+from torchwrap.weights.budget import RESERVE_TOKENS
+from torchwrap.weights.many import ManyCalls
+from torchwrap.weights.stepping import watch_steps
+from torchwrap.weights.training import TrainingPrediction, predict_step
+
+if TYPE_CHECKING:
+    from torchwrap.optimizer.optimizer import OffloadedOptimizer
+
+__all__ = ["WeightsHandle", "copy_of"]
+
+
+class WeightsHandle(ManyCalls):
+    """Weights of one model that are not all in memory.
+
+    Attributes:
+        config: the settings of the technique this is the handle of.
+        pieces: all distinct parameters of the model.
+        plan: how the budget was divided.
+        engine: streams the units; None when everything is resident.
+        backward: the backward running through the model; tells listeners which units it is done with.
+        activations: what becomes of what blocks save for the backward.
+        tables: row tables by unit index.
+        passes: completed forward passes through the root.
+        keeps_casts: all streamed blocks together are no larger than the slots (one block used again and again), so that autocast may
+            keep its copies of them.
+    """
+
+    def __init__(
+        self,
+        config: Streaming,
+        units: list[Unit],
+        pieces: list[Piece],
+        plan: ResidencyPlan,
+        engine: Engine | None,
+        reader: aio.Reader,
+        *,
+        store: SpillStore | None,
+        device: torch.device,
+        origin: torch.device,
+        baseline_bytes: int,
+        activation: Callable[[int, int], int],
+        mapped: bool,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.config: Streaming = config
+        self.units: list[Unit] = units
+        self.pieces: list[Piece] = pieces
+        self.plan: ResidencyPlan = plan
+        self.engine: Engine | None = engine
+        self.backward: Backward = Backward(engine)
+        self.reader: aio.Reader = reader
+        self.store: SpillStore | None = store
+        self.device: torch.device = device
+        self.baseline_bytes: int = baseline_bytes
+        self.activation: Callable[[int, int], int] = activation
+        self.origin: torch.device = origin  # where the weights go when the model is unwrapped
+        self.mapped: bool = mapped  # built from a folder: after unwrap, weights show the folder's files, as a framework's own loading would
+        self.notes: list[str] = list(notes)
+        self.hooked: list[nn.Module] = []  # modules with our state hooks, also those the user took out of the model since
+        self.is_inert: bool = False
+        self.on_close: Callable[[], object] = _nothing
+        self.activations: Activations = self._activations()
+        self.optimizer: Callable[[], OffloadedOptimizer | None] = _nothing  # a weak reference, once there is one
+        self.passes: int = 0
+        self.watching: bool = any(not piece.resident for piece in pieces)
+        self._end_watch: Callable[[], object] = watch_steps(self) if self.watching else _nothing
+        blocks = {p.index: p.nbytes for unit in units if unit.kind in ("block", "expert") for p in unit.pieces if not p.resident}
+        self.keeps_casts: bool = sum(blocks.values()) <= plan.slots * plan.slot_bytes
+        self._own_lock = threading.RLock()
+        self._by_id = {id(piece.parameter): piece for piece in pieces}
+        self.handed: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # what state dicts got last and its version, by piece
+        self.lent: dict[int, Piece] = {}  # shown in full while load_state_dict copies into them
+        self.tables: dict[int, RowTable] = {
+            unit.index: RowTable(unit.pieces[0], reader, verify=config.verify != "header", timeout_s=config.io_timeout_s)
+            for unit in units
+            if unit.kind == "rows" and unit.pieces and not unit.pieces[0].resident
+        }
+
+    # -- figures -----------------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since wrapping. Bytes, seconds and counts, by name."""
+        counters = dict(self.engine.counters) if self.engine is not None else {}
+        read = int(counters.get("bytes_read", 0)) + sum(table.bytes_read for table in self.tables.values())
+        reading_s = self.reader.stats.busy_s
+        return {
+            "passes": self.passes,
+            "bytes_read": read,
+            "stall_s": float(counters.get("stall_s", 0.0)),
+            "stalls": int(counters.get("stalls", 0)),
+            "unit_uses": int(counters.get("unit_uses", 0)),
+            "unit_hits": int(counters.get("unit_hits", 0)),
+            "schedule_miss": self.engine.schedule.misses if self.engine is not None else 0,
+            "bandwidth": self.reader.stats.bytes / reading_s if reading_s else 0.0,
+            "resident_bytes": self.plan.fixed_bytes + self.plan.resident_bytes,
+            "slot_bytes": self.plan.slots * self.plan.slot_bytes,
+            "held_bytes": self.plan.held_bytes,
+            "streamed_bytes": self.plan.streamed_bytes,
+            "table_bytes": self.plan.table_bytes,
+            "disk_bytes": sum(p.nbytes for p in self.pieces if not p.resident and p.home is not None),
+            "host_bytes": sum(p.nbytes for p in self.pieces if not p.resident and p.host is not None),
+            "total_bytes": sum(p.nbytes for p in self.pieces),
+            **{name: int(value) for name, value in counters.items() if name.startswith("expert_")},
+            **self.activations.stats(),
+        }
+
+    def tiers(self) -> dict[str, int]:
+        """Bytes of weights by the tier that is their home; slots count where they compute."""
+        figures = self.stats()
+        return {"device": self.plan.held_bytes, "host": int(figures["host_bytes"]), "disk": int(figures["disk_bytes"])}
+
+    def bytes_moved(self) -> int:
+        """Bytes of weights fetched in a pass that uses every unit once, rows of tables not counted."""
+        return self.plan.streamed_bytes
+
+    def predict_training(self, *, batch: int = 1, tokens: int = 128) -> TrainingPrediction:
+        """What a training step will take, with the model's `OffloadedOptimizer`, or with an Adam as long as there is none.
+
+        Args:
+            batch: sequences (or images) per step.
+            tokens: tokens per sequence.
+
+        Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md, if blocks are computed again in backward; seconds from the
+            bandwidth seen so far, and after the first step from its computing time.
+        """
+        return predict_step(self, batch=batch, tokens=tokens)
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Recorded events and samples, if the config has `record=True`."""
+        return self.engine.timeline if self.engine is not None else self.activations.timeline
+
+    @property
+    def events(self) -> list[Event]:
+        """The timeline's events; empty without `record=True`."""
+        return self.timeline.events if self.timeline is not None else []
+
+    def trim(self) -> None:
+        """Free slots and scratch memory until the next forward."""
+        with self.lock:
+            if self.engine is not None:
+                self.engine.trim()
+            for table in self.tables.values():
+                table.free()
+
+    # -- values ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held by the thread that runs the model."""
+        return self.engine.lock if self.engine is not None else self._own_lock
+
+    def piece_of(self, parameter: torch.Tensor | None) -> Piece | None:
+        """The piece behind a parameter object, if it is one of this model's."""
+        return self._by_id.get(id(parameter)) if parameter is not None else None
+
+    def value(self, piece: Piece) -> torch.Tensor:
+        """The piece's real values on the execution device: what the parameter shows, or a private copy read from its home."""
+        shown = data_of(piece.parameter)
+        if not is_placeholder(shown) and (piece.resident or self.engine is None):
+            return shown
+        if self.engine is not None:  # not under `lock`: a device's backward asks from a thread of its own, perhaps within a forward
+            return self.engine.read(piece).to(self.device)
+        return read_piece(piece, self.reader, self.config.io_timeout_s, verify=self.config.verify != "header").to(self.device)
+
+    def unchanging(self, piece: Piece) -> AbstractContextManager[None]:
+        """Within the block nothing replaces the piece's values."""
+        return self.engine.unchanging(piece) if self.engine is not None else nullcontext()
+
+    @torch.inference_mode(False)
+    def stored_view(self, piece: Piece) -> torch.Tensor:
+        """The piece's values as a tensor over its home, compared with its sum if that is known. Cost: one read, no memory of its own."""
+        if piece.host is not None:
+            return piece.host.view(piece.dtype).view(piece.shape)
+        home = piece.home
+        assert home is not None
+        view = home.file.view(home.name).view(piece.shape)
+        if self.config.verify != "header" and piece.checksum is not None and (got := sum64(memory_of(view))) != piece.checksum:
+            raise mismatch(home.file, part_of(piece), "sum64", piece.checksum, got)
+        return view
+
+    def set_value(self, piece: Piece, value: torch.Tensor) -> None:
+        """Make `value` what the piece is from now on; a file that is not ours is never written, the piece moves to our own."""
+        with self.engine.exclusive() if self.engine is not None else self.lock:
+            if self.engine is not None:
+                self.engine.forget_layouts()  # nothing reads or shows the old version any more
+            piece.version += 1
+            if piece.host is not None:
+                piece.host.view(piece.dtype).view(piece.shape).copy_(value)
+            else:
+                self._replace_home(piece, value)
+            for table in self.tables.values():
+                table.forget(piece)
+
+    def _replace_home(self, piece: Piece, value: torch.Tensor) -> None:
+        if self.store is None:
+            self.store = SpillStore.create(self.config.path, needed=piece.nbytes)
+        before, piece.home = piece.home, put_away(self.store, piece, value, crc=self.crc)
+        if before is not None and before.file is self.store.file:
+            drop_home(self.store, before)
+
+    def _activations(self) -> Activations:
+        timeline = self.engine.timeline if self.engine is not None else None
+        return Activations(self.config, self.units, self.device, timeline, self.plan, partial(self.activation, 1, RESERVE_TOKENS))
+
+    @property
+    def crc(self) -> Crc:
+        """When the CRC-32 of stored weights is compared."""
+        return CRC[self.config.verify]
+
+    @contextmanager
+    def lend(self, module: nn.Module, names: tuple[str, ...], write: bool) -> Iterator[dict[str, torch.Tensor]]:
+        """Real values of a module's own parameters; see `core.tensors`."""
+        lent: dict[str, torch.Tensor] = {}
+        for name in names:
+            parameter = module._parameters.get(name)
+            piece = self.piece_of(parameter)
+            lent[name] = data_of(getattr(module, name)) if piece is None else self.value(piece)
+        yield lent
+        if write:
+            for name in names:
+                piece = self.piece_of(module._parameters.get(name))
+                if piece is not None and not piece.resident:
+                    self.set_value(piece, lent[name])
+
+    def plain_table(self, module: nn.Embedding) -> bool:
+        """True if the module's forward is a lookup and nothing else."""
+        return original_class(module).forward is nn.Embedding.forward
+
+    def absent(self, module: nn.Module) -> dict[str, Piece]:
+        """The module's own parameters whose values are away."""
+        found: dict[str, Piece] = {}
+        for name, parameter in module._parameters.items():
+            piece = self.piece_of(parameter)
+            if piece is not None and not piece.resident:
+                found[name] = piece
+        return found
+
+    # -- copies and moves (see copying.py) -----------------------------------------------------------------------------------------
+
+    def convert(
+        self, module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool, original: Callable[..., nn.Module]
+    ) -> nn.Module:
+        """Stand in for `nn.Module._apply`."""
+        return copying.convert(self, module, fn, recurse, original)
+
+    def refuse(self, module: nn.Module, verb: str) -> None:
+        """`to_empty` and `share_memory` would lose or duplicate weights that are away."""
+        if any(not piece.resident for piece in self.pieces):
+            raise errors.UnsupportedModelError(
+                f"{self.config.technique}: {verb}() on a model whose weights are streamed",
+                where=type(module).__name__,
+                fix=f'Call torchwrap.unwrap(model, "{self.config.technique}") first.',
+            )
+
+    def before_deepcopy(self, module: nn.Module, memo: dict[int, Any]) -> None:
+        """Called before a module of this model is deep-copied."""
+        copying.before_deepcopy(self, module, memo)
+
+    def after_deepcopy(self, module: nn.Module) -> None:
+        """Called when a module of this model has come out of a deep copy."""
+        if copying.is_root(self, module):
+            self.root = weakref.ref(module)
+
+    def reduce(self, module: nn.Module) -> tuple[Any, ...] | None:
+        """Called when a module of this model is pickled."""
+        return None if self.is_inert else copying.reduce(self, module)
+
+    def inert(self) -> WeightsHandle:
+        """A handle that owns nothing, for copies whose weights are all present."""
+        made = type(self)(
+            self.config,
+            [],
+            [],
+            _nothing_planned(),
+            None,
+            _reader(self.config, self.reader),
+            store=None,
+            device=self.device,
+            origin=self.origin,
+            baseline_bytes=0,
+            activation=self.activation,
+            mapped=False,
+        )
+        made.is_inert = True
+        return made
+
+    def resident_copy(self, piece: Piece) -> torch.Tensor:
+        """A copy of a resident piece that computes the same bits."""
+        return copy_of(data_of(piece.parameter), piece.residue)
+
+    def twin(self, parameters: dict[int, nn.Parameter]) -> WeightsHandle:
+        """An independent handle for a copy of the model, whose parameters are given by piece index."""
+        store = None
+        pieces = {}
+        for piece in self.pieces:
+            replica = dataclasses.replace(
+                piece, parameter=parameters[piece.index], absent=data_of(parameters[piece.index]), names=list(piece.names)
+            )
+            if piece.home is not None and self._changes(piece.home):
+                if store is None:
+                    store = SpillStore.create(None, needed=sum(p.nbytes for p in self.pieces if p.home is not None))
+                replica.home = put_away(store, replica, self.value(piece), crc=self.crc)
+            pieces[piece.index] = replica
+        units = [dataclasses.replace(unit, pieces=[pieces[p.index] for p in unit.pieces]) for unit in self.units]
+        reader = _reader(self.config, self.reader)
+        engine = None
+        if self.engine is not None:
+            engine = Engine(
+                units,
+                self.plan,
+                arena_for(self.device),
+                reader,
+                verify=self.config.verify != "header",
+                timeout_s=self.config.io_timeout_s,
+                timeline=Timeline() if self.config.record else None,
+            )
+            engine.route(self.engine.groups)
+        return type(self)(
+            self.config,
+            units,
+            list(pieces.values()),
+            self.plan,
+            engine,
+            reader,
+            store=store,
+            device=self.device,
+            origin=self.origin,
+            baseline_bytes=self.baseline_bytes,
+            activation=self.activation,
+            mapped=self.mapped,
+            notes=self.notes,
+        )
+
+    def _changes(self, home: Home) -> bool:
+        """Whether what lies there is written to: our own file, or that of an optimizer."""
+        return isinstance(home.file, GenerationFile) or (self.store is not None and home.file is self.store.file)
+
+    def rehome(self, device: torch.device) -> None:
+        """Compute on another device from now on."""
+        self.device = self.origin = device
+        for piece in self.pieces:
+            if not piece.resident:
+                piece.absent = placeholder(piece.shape, piece.dtype, device)
+                bind(piece.parameter, piece.absent)
+        if self.engine is not None:
+            self.engine.rehome(arena_for(device))
+        self.activations.close()
+        self.activations = self._activations()
+
+    def replan(self) -> None:
+        """Dtypes changed: size the slots for what the pieces are now."""
+        for piece in self.pieces:
+            piece.dtype, piece.nbytes = piece.parameter.dtype, tensor_bytes(piece.parameter)
+        slot_bytes = max(
+            (region_bytes(p.nbytes for p in unit.pieces if not p.resident) for unit in self.units if unit.kind != "rows"), default=0
+        )
+        streamed = {p.index: p.nbytes for unit in self.units if unit.kind != "rows" for p in unit.pieces if not p.resident}
+        self.plan = dataclasses.replace(
+            self.plan,
+            slot_bytes=slot_bytes,
+            resident_bytes=sum(p.nbytes for p in self.pieces if p.resident) - self.plan.fixed_bytes,
+            streamed_bytes=sum(streamed.values()),
+        )
+        if self.engine is not None:
+            self.engine.resize(self.plan)
+
+    # -- ends --------------------------------------------------------------------------------------------------------------------
+
+    def check_handed(self) -> None:
+        """Raise `ConflictError` if somebody wrote to a tensor of a state dict: it shows stored bytes, so the model would not follow."""
+        for index, (handed, version) in list(self.handed.items()):
+            view = handed()
+            if view is None or view._version != version:
+                del self.handed[index]
+            if view is not None and view._version != version:
+                name = next(piece.name for piece in self.pieces if piece.index == index)
+                raise errors.ConflictError(
+                    f"torchwrap: the tensor that state_dict() gave for {name} was written to; the weights of the model did not change",
+                    where=name,
+                    fix=f"Write inside `with torchwrap.core.tensors(model, {name!r}, write=True) as real:`, or use load_state_dict().",
+                )
+
+    def hide_lent(self) -> None:
+        """Take away again what an interrupted load_state_dict or backward left in memory."""
+        self.backward.settle()
+        for piece in self.lent.values():
+            bind(piece.parameter, piece.absent)
+        self.lent.clear()
+
+    def call_lock(self) -> threading.RLock:
+        """Held while layers change, so that a running forward ends first."""
+        return self.lock
+
+    def close(self) -> None:
+        """End reading and remove our files (unless `keep`). The model must have been given its weights back before."""
+        if self.engine is not None:
+            self.engine.close()
+        self.reader.close()
+        for table in self.tables.values():
+            table.free()
+        if self.store is not None:
+            self.store.close(keep=self.config.keep)
+        self._end_watch()
+        self.activations.close()
+        self.on_close()
+
+
+def copy_of(value: torch.Tensor, residue: int) -> torch.Tensor:
+    """A copy that computes the same bits: on the CPU at the same alignment, elsewhere an ordinary one."""
+    return aligned_copy(value, residue) if value.device.type == "cpu" and value.is_contiguous() else value.clone()
+
+
+def _reader(config: Streaming, like: aio.Reader) -> aio.Reader:
+    return aio.Reader(like.threads, like.chunk, config.io_timeout_s, mode=like.mode)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _nothing_planned() -> ResidencyPlan:
+    return ResidencyPlan(0, 0, frozenset(), 0, 0, 0, 0, 0)

@@ -1,0 +1,236 @@
+"""What a technique that streams weights attaches to modules: one layer for each unit, one for each row table, one for the root.
+
+They sit in the forward slot ("inside"), which runs again when activation checkpointing recomputes, those of units also around the whole
+call. They are essential: disabling them would leave the placeholders, and changes no result anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.core.layer import CallState, Layer, Placement
+from torchwrap.core.tensors import bind
+from torchwrap.stream.pieces import check_untouched
+from torchwrap.stream.rows import RowTable
+from torchwrap.stream.units import Piece, Unit
+from torchwrap.stream.watch import AbsentUseGuard, can_watch
+from torchwrap.weights.saved import saving_for
+
+if TYPE_CHECKING:
+    from torchwrap.weights.handle import WeightsHandle
+
+__all__ = ["RootLayer", "RowLayer", "UnitLayer", "WeightsLayer"]
+
+
+class WeightsLayer(Layer):
+    """What all of them have in common: the handle, and a value for each running call."""
+
+    traceable = False
+    essential = True
+
+    def __init__(self, handle: WeightsHandle | None) -> None:
+        self.owner: Placement | None = handle
+        self._calls = CallState()
+
+    @property
+    def handle(self) -> WeightsHandle:
+        """The live object it works for."""
+        handle: WeightsHandle = self.owner  # type: ignore[assignment]
+        return handle
+
+
+class RootLayer(WeightsLayer):
+    """Holds the model's lock for a whole forward, counts passes, and watches the first one."""
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        handle = self.handle
+        if handle.engine is not None:
+            handle.engine.check_process()
+        handle.backward.settle()
+        handle.lock.acquire()
+        try:
+            handle.hide_lent()
+            if handle.handed:
+                handle.check_handed()
+            guard = None
+            if handle.watching and can_watch():
+                guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)
+                guard.__enter__()  # type: ignore[no-untyped-call]
+            if torch.is_grad_enabled():
+                handle.activations.pass_begins()
+            self._calls.push(guard)
+        except BaseException:
+            handle.lock.release()
+            raise
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        handle = self.handle
+        guard: AbsentUseGuard | None = self._calls.peek()
+        if guard is not None and guard.error is not None:
+            raise guard.error  # the model swallowed it and went on computing with NaN
+        handle.watching = not self._leave() and handle.watching
+        handle.passes += 1
+        handle.lock.release()
+        if torch.is_grad_enabled():
+            handle.backward.watch_root(output)
+        return output
+
+    def failed(self, module: nn.Module, error: BaseException) -> None:
+        self._leave()
+        self.handle.lock.release()
+
+    def _leave(self) -> bool:
+        """End the call; whether it was watched."""
+        guard: AbsentUseGuard | None = self._calls.pop()
+        if guard is not None:
+            guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return guard is not None
+
+
+class UnitLayer(WeightsLayer):
+    """Makes a unit's weights present while its module runs."""
+
+    def __init__(self, handle: WeightsHandle | None, unit: int, where: Literal["inside", "outside"]) -> None:
+        super().__init__(handle)
+        self.unit: int = unit
+        self.where: Literal["inside", "outside"] = where
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        engine = self.handle.engine
+        if engine is None:
+            self._calls.push(None)
+            return args, kwargs
+        unit = engine.units[self.unit]
+        if self.handle.lent:
+            self.handle.hide_lent()
+        engine.acquire(unit, roomy=unit.kind == "leaf" and _copies_weight(args), whole=torch.is_grad_enabled())
+        try:
+            scope = _Scope(self.handle, unit)
+        except BaseException:
+            engine.release(unit)
+            raise
+        self._calls.push(scope)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        scope: _Scope | None = self._calls.peek()
+        written = scope.close(module.training) if scope is not None else None
+        if written is not None and scope is not None:
+            raise errors.UnsupportedModelError(
+                f"{self.name}: the forward of {scope.unit.name} wrote to its weight {written.name}, which is streamed: that is lost",
+                where=written.name,
+                fix=f'Keep it in memory: pin=("{written.name}",).',
+            )
+        self._calls.pop()
+        if scope is not None and self.where == "outside" and torch.is_grad_enabled():
+            self.handle.backward.watch(scope.unit, output)
+        return output
+
+    def failed(self, module: nn.Module, error: BaseException) -> None:
+        scope: _Scope | None = self._calls.pop()
+        if scope is not None:
+            scope.close(None)
+
+
+class RowLayer(WeightsLayer):
+    """Stands in for an embedding's forward: reads the rows that the ids name."""
+
+    def __init__(self, handle: WeightsHandle | None, unit: int) -> None:
+        super().__init__(handle)
+        self.unit = unit
+
+    def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        table = self.handle.tables.get(self.unit)
+        if table is None:
+            return call(*args, **kwargs)
+        assert isinstance(module, nn.Embedding)
+        with self.handle.lock:
+            check_untouched(table.piece)
+            if not args and "input" not in kwargs:
+                return call(*args, **kwargs)  # torch's own message about the missing argument
+            ids = args[0] if args else kwargs["input"]
+            with self.handle.unchanging(table.piece):
+                if self.handle.plain_table(module):
+                    return table.forward(module, ids)
+                return self._through_own_forward(module, table, call, ids, args, kwargs)
+
+    def _through_own_forward(
+        self,
+        module: nn.Embedding,
+        table: RowTable,
+        call: Callable[..., Any],
+        ids: torch.Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """For embeddings that work on the rows they looked up (a scale): let their own forward look up in the rows that were read."""
+        piece = table.piece
+        if torch.is_grad_enabled() and module.weight.requires_grad:
+            # The gradient needs the whole table's shape, so the whole table is present for this call.
+            with self.handle.lend(module, ("weight",), False) as real:
+                return _called_with(module, real["weight"], piece, call, args, kwargs)
+        wanted, inverse = torch.unique(ids.detach().reshape(-1).cpu(), return_inverse=True)
+        if wanted.numel() and not (int(wanted[0]) >= 0 and int(wanted[-1]) < piece.shape[0]):
+            raise IndexError("index out of range in self")
+        rows = table.rows(wanted)
+        if module.padding_idx is not None and module.padding_idx >= len(rows):
+            # torch checks padding_idx against the table it sees; the rows added here are never looked up.
+            rows = torch.cat([rows, rows.new_zeros(module.padding_idx + 1 - len(rows), *rows.shape[1:])])
+        local = inverse.reshape(ids.shape).to(ids.device, ids.dtype)
+        new_args, new_kwargs = ((local, *args[1:]), kwargs) if args else (args, {**kwargs, "input": local})
+        return _called_with(module, rows.to(ids.device), piece, call, new_args, new_kwargs)
+
+
+def _called_with(
+    module: nn.Embedding, weight: torch.Tensor, piece: Piece, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    bind(module.weight, weight)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        bind(module.weight, piece.absent)
+
+
+class _Scope:
+    """One use of a unit: autocast's cache off, saved weights replaced by notes, and the release at the end."""
+
+    __slots__ = ("_cache", "_engine", "_hooks", "_open", "unit")
+
+    def __init__(self, handle: WeightsHandle, unit: Unit) -> None:
+        assert handle.engine is not None
+        self._engine, self.unit = handle.engine, unit
+        self._open = True
+        # With its cache on, autocast keeps a cast copy of every weight until the region ends: all the memory that streaming saves. It
+        # is needed only where a weight is used again in the region: one copy then collects the gradients of all uses, in its own type.
+        self._cache = torch.is_autocast_cache_enabled() and not (handle.keeps_casts and unit.kind in ("block", "expert"))
+        if self._cache:
+            torch.set_autocast_cache_enabled(False)
+        self._hooks = None
+        if torch.is_grad_enabled():
+            self._hooks = saving_for(handle)
+            self._hooks.__enter__()
+
+    def close(self, training: bool | None) -> Piece | None:
+        """End the use, once; a weight that the unit's own module wrote to, if there is one."""
+        if not self._open:
+            return None
+        self._open = False
+        if self._hooks is not None:
+            self._hooks.__exit__()
+        if self._cache:
+            torch.set_autocast_cache_enabled(True)
+        return self._engine.release(self.unit, training)
+
+
+def _copies_weight(args: tuple[Any, ...]) -> bool:
+    """Whether a matrix product with this input keeps a reordered copy of its weight: several rows, or one cut out of a larger tensor."""
+    x = args[0] if args else None
+    if not isinstance(x, torch.Tensor) or not x.numel() or not x.dim():
+        return False
+    return x.numel() > x.shape[-1] or x.untyped_storage().nbytes() > x.numel() * x.element_size()

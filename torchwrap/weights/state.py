@@ -1,0 +1,109 @@
+"""`state_dict` and `load_state_dict` of a model whose weights are away.
+
+Modules that own absent parameters get three hooks. When saving, placeholders are replaced by tensors over the stored bytes: nothing is
+read before it is used, so saving a model that does not fit needs no more memory than running it. When loading, a module's own values
+are made present just before torch copies into them and stored just after; a user's file is never written, changed pieces move to ours.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from torchwrap.core.tensors import bind, data_of, set_holder
+from torchwrap.stream.pieces import check_untouched
+from torchwrap.stream.units import Piece
+
+if TYPE_CHECKING:
+    from torchwrap.weights.handle import WeightsHandle
+
+__all__ = ["hook_states", "unhook_states"]
+
+
+class _StateHook:
+    """Base of the three; found again by `unhook_states`, copied with the model by deepcopy."""
+
+    def __init__(self, handle: WeightsHandle) -> None:
+        self.handle = handle
+
+
+class _Save(_StateHook):
+    def __call__(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: Any) -> None:
+        self.handle.hide_lent()
+        for name, piece in self.handle.absent(module).items():
+            saved = state.get(prefix + name)
+            if saved is not None:
+                check_untouched(piece)
+                view = self._already_in(state, piece)
+                if view is None:
+                    view = self.handle.stored_view(piece)
+                    self.handle.handed[piece.index] = (weakref.ref(view), view._version)
+                # state_dict(keep_vars=True) hands out parameters; the model's own shows the placeholder.
+                state[prefix + name] = nn.Parameter(view, piece.parameter.requires_grad) if isinstance(saved, nn.Parameter) else view
+
+    def _already_in(self, state: MutableMapping[str, Any], piece: Piece) -> torch.Tensor | None:
+        """The tensor that another name of a tied parameter got in this very dictionary: names that share memory must go on sharing it."""
+        if len(piece.names) < 2:
+            return None
+        handed = self.handle.handed.get(piece.index)
+        view: torch.Tensor | None = handed[0]() if handed is not None else None
+        if view is None or not any(torch.is_tensor(value) and value.data_ptr() == view.data_ptr() for value in state.values()):
+            return None
+        return view
+
+
+class _BeforeLoad(_StateHook):
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any) -> None:
+        # assign=True would put other parameter objects in; copying keeps the objects that optimizers and ties refer to.
+        local_metadata["assign_to_params_buffers"] = False
+        for name, piece in self.handle.absent(module).items():
+            if prefix + name in state:
+                # The old values, because a value of another shape is reported by torch and not copied.
+                value = self.handle.value(piece)
+                self.handle.lent[piece.index] = piece
+                bind(piece.parameter, value)
+
+
+class _AfterLoad(_StateHook):
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        # Only this module's own: torch calls this when the children are done, so an outer module's values are still on their way.
+        lent = [piece for piece in self.handle.absent(module).values() if piece.index in self.handle.lent]
+        try:
+            for piece in lent:
+                self.handle.set_value(piece, data_of(piece.parameter))
+        finally:
+            for piece in lent:
+                self.handle.lent.pop(piece.index, None)
+                bind(piece.parameter, piece.absent)
+
+
+def hook_states(model: nn.Module, handle: WeightsHandle) -> list[nn.Module]:
+    """Put the hooks and the holder on every module that owns an absent parameter; the modules that got them."""
+    hooked = [module for module in model.modules() if handle.absent(module)]
+    for module in hooked:
+        set_holder(module, handle)
+        module.register_state_dict_post_hook(_Save(handle))
+        module.register_load_state_dict_pre_hook(_BeforeLoad(handle))
+        module.register_load_state_dict_post_hook(_AfterLoad(handle))
+    return hooked
+
+
+def unhook_states(modules: Iterable[nn.Module]) -> None:
+    """Take them all off again; modules without any are left alone."""
+    for module in modules:
+        if "_torchwrap_holder" in module.__dict__:
+            set_holder(module, None)
+        for hooks in _hook_tables(module):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "hook", hook), _StateHook):
+                    del hooks[key]
+
+
+def _hook_tables(module: nn.Module) -> Iterator[MutableMapping[int, Any]]:
+    yield module._state_dict_hooks
+    yield module._load_state_dict_pre_hooks
+    yield module._load_state_dict_post_hooks

@@ -1,0 +1,69 @@
+"""Keeping ordinary optimizers away from weights that are not there.
+
+`torch.optim` writes into the parameters themselves. A parameter whose weights are away shows one element expanded to its shape: most
+kernels refuse to write to it, but fused ones take its address and its length and write past the element (torch 2.13 on the CPU, measured:
+the heap is damaged). So every step is looked at before it begins, with torch's own hook for that, as long as the model is wrapped.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from torchwrap.core import errors
+
+if TYPE_CHECKING:
+    from torchwrap.weights.handle import WeightsHandle
+
+__all__ = ["STEPS_ABSENT_WEIGHTS", "watch_steps"]
+
+STEPS_ABSENT_WEIGHTS = "steps_absent_weights"
+"""An optimizer with this attribute set knows where the weights are."""
+
+
+_watched: list[tuple[weakref.ref[WeightsHandle], RemovableHandle]] = []
+_lock = threading.Lock()
+
+
+def watch_steps(handle: WeightsHandle) -> Callable[[], None]:
+    """Refuse steps of ordinary optimizers that would write to the handle's absent weights; calling what is returned ends that."""
+    with _lock:
+        # Those of models that were collected go here and not in a finalizer: that could run inside a step, which walks the same table.
+        for entry in [entry for entry in _watched if entry[0]() is None]:
+            _watched.remove(entry)
+            entry[1].remove()
+        _watched.append((weakref.ref(handle), hook := register_optimizer_step_pre_hook(_Watch(handle))))
+
+    def end() -> None:
+        with _lock:
+            _watched[:] = [entry for entry in _watched if entry[1] is not hook]
+            hook.remove()
+
+    return end
+
+
+class _Watch:
+    """Holds no reference to the handle: hooks of this kind live in a table of the process."""
+
+    def __init__(self, handle: WeightsHandle) -> None:
+        self._handle = weakref.ref(handle)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        handle = self._handle()
+        if handle is None or getattr(optimizer, STEPS_ABSENT_WEIGHTS, False):
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                piece = handle.piece_of(parameter)
+                if piece is not None and not piece.resident and parameter.grad is not None:
+                    raise errors.ConflictError(
+                        f"torchwrap: {type(optimizer).__name__} would write to {piece.name}, whose weights are away",
+                        where=piece.name,
+                        fix=f"Use torchwrap.OffloadedOptimizer(model, torch.optim.{type(optimizer).__name__}, ...).",
+                    )

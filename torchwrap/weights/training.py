@@ -1,0 +1,257 @@
+"""What a training step will take in memory and time, in closed formulas over the plan and measured rates.
+
+Memory is what the process had when the model was wrapped, the slots, the working memory of one block's backward (blocks are taken to be
+computed again, as checkpointing does), the ring of chunks that the optimizer streams its state through, and gradients that wait. Time is
+that of whatever takes longest while all of it runs at once: reading, writing, or computing,
+`T = max(bytes_read / rate_read, bytes_written / rate_written, T_forward + T_backward + T_update)`; without overlap it is their sum.
+
+Source: the iteration model of Liao et al., "Adding NVMe SSDs to Enable and Accelerate 100B Model Fine-tuning on a Single GPU", 2024, with
+measured rates in place of data-sheet ones, and without its per-layer terms: with a ring of chunks the disk does not wait for layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torchwrap.core.config import format_bytes
+
+if TYPE_CHECKING:
+    from torchwrap.stream.units import Piece, Unit
+    from torchwrap.weights.handle import WeightsHandle
+
+__all__ = [
+    "CHUNK",
+    "IN_FLIGHT",
+    "Footprint",
+    "Training",
+    "TrainingPrediction",
+    "expected_footprint",
+    "forecast",
+    "head_bytes",
+    "predict_step",
+    "room_for",
+    "step_bytes",
+    "training_of",
+    "waiting_bytes",
+]
+
+CHUNK = 16 << 20
+"""Bytes of a parameter that an optimizer updates at a time unless it is told otherwise."""
+
+IN_FLIGHT = 3
+"""Chunks under way: one read, one updated, one written."""
+
+_STATES = 2  # per element, of the dtype of the weight: what Adam keeps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What an optimizer adds to a training step. Bytes.
+
+    Attributes:
+        ring: of the chunks under way.
+        gradients: of gradients present at once, those of the block whose backward runs included.
+        read, written: by the optimizer in a step, gradients that wait on the disk included.
+        overlaps: whether updates run during backward.
+    """
+
+    ring: int
+    gradients: int
+    read: int
+    written: int
+    overlaps: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What a plan has to leave room for, besides what a forward takes.
+
+    Attributes:
+        optimizer: bytes of host memory.
+        head: see `head_bytes`.
+    """
+
+    optimizer: int
+    head: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPrediction:
+    """Bytes and seconds of one training step.
+
+    Attributes:
+        peak_process: memory of the process at its highest, as limits count it.
+        slot_bytes: weights on their way or in use.
+        ring_bytes: chunks of weights and state on their way through the optimizer.
+        gradient_bytes: gradients present at once.
+        working_bytes: activations and what kernels need besides.
+        read_bytes, written_bytes: in a step.
+        moving_s: reading and writing; None before a rate was measured.
+        computing_s: forward, backward and update; None before the first step.
+        seconds_per_step: None before a rate was measured.
+        bottleneck: what the time is spent on.
+    """
+
+    peak_process: int
+    slot_bytes: int
+    ring_bytes: int
+    gradient_bytes: int
+    working_bytes: int
+    read_bytes: int
+    written_bytes: int
+    moving_s: float | None
+    computing_s: float | None
+    seconds_per_step: float | None
+    bottleneck: Literal["compute", "read", "write"]
+
+    def to_dict(self) -> dict[str, int | float | str | None]:
+        """The same, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = {
+            "process at its highest": self.peak_process,
+            "slots": self.slot_bytes,
+            "optimizer's chunks": self.ring_bytes,
+            "gradients at once": self.gradient_bytes,
+            "activations": self.working_bytes,
+            "read per step": self.read_bytes,
+            "written per step": self.written_bytes,
+        }
+        lines = ["training"] + [f"  {label:<22} {format_bytes(value):>12}" for label, value in rows.items()]
+        if self.seconds_per_step is not None:
+            what = "" if self.computing_s else " for moving bytes alone"
+            lines.append(f"  {self.seconds_per_step:.2f} s per step{what} ({self.bottleneck})")
+        return "\n".join(lines)
+
+
+def step_bytes(activation: Callable[[int, int], int], head: int, batch: int, tokens: int) -> int:
+    """Working memory of a step whose blocks are computed again in backward.
+
+    While a block's backward runs there are the inputs of all blocks (less than the keys and values that a forward counts), what the block
+    saved, and gradients of the same size; while the loss's runs, logits, their logarithms and their gradient. What does not grow with
+    tokens counts once.
+
+    Args:
+        activation: bytes of a forward for inference, by batch and tokens.
+        head: see `head_bytes`.
+    """
+    return 2 * activation(batch, tokens) - activation(1, 2) + 2 * batch * tokens * head
+
+
+def head_bytes(units: Iterable[Unit], pieces: Iterable[Piece]) -> int:
+    """Bytes per token of the widest output outside of blocks, usually the logits."""
+    inside = {piece.index for unit in units if unit.kind in ("block", "expert") for piece in unit.pieces}
+    return max((p.shape[0] * p.dtype.itemsize for p in pieces if p.index not in inside and len(p.shape) == 2), default=0)
+
+
+def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int, resident: Collection[int]) -> int:
+    """Gradients present at once while updates run during backward: `room` that may wait, a unit's, and those of weights that stay.
+
+    A weight in memory is updated in place, so its gradient waits for the end of the backward, which may still read it.
+    """
+    units = list(units)
+    streamed = {piece.index for unit in units for piece in unit.pieces} - set(resident)
+    return room + _largest(units) + sum(piece.nbytes for piece in pieces if piece.index not in streamed and piece.parameter.requires_grad)
+
+
+def room_for(units: Iterable[Unit], chunk: int) -> int:
+    """Bytes of gradients that may wait for the optimizer while the next are computed: one unit's, so that it always has work."""
+    return max(chunk, _largest(units))
+
+
+def expected_footprint(units: Sequence[Unit], pieces: Sequence[Piece], resident: frozenset[int] | set[int]) -> Footprint:
+    """Of an Adam with usual settings, before there is an optimizer."""
+    trained = [piece for piece in pieces if piece.parameter.requires_grad]
+    total = sum(piece.nbytes for piece in trained)
+    away = sum(piece.nbytes for piece in trained if piece.index not in resident)
+    largest = max((piece.nbytes for piece in trained), default=0)
+    return Footprint(
+        ring=IN_FLIGHT * (1 + _STATES) * min(CHUNK, largest),
+        gradients=waiting_bytes(units, trained, room_for(units, CHUNK), resident) if trained else 0,
+        read=_STATES * total + away,
+        written=_STATES * total + away,
+        overlaps=True,
+    )
+
+
+def training_of(units: Sequence[Unit], pieces: Sequence[Piece]) -> Training:
+    """What a plan has to leave room for if all trained weights may be streamed."""
+    expected = expected_footprint(units, pieces, frozenset())
+    return Training(expected.ring + expected.gradients, head_bytes(units, pieces))
+
+
+def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingPrediction:
+    """See `WeightsHandle.predict_training`."""
+    plan, optimizer = handle.plan, handle.optimizer()
+    if optimizer is not None:
+        footprint, write_rate, computing = optimizer.footprint(), optimizer.write_rate, optimizer.computing_s
+    else:
+        resident = {piece.index for piece in handle.pieces if piece.resident}
+        footprint, write_rate, computing = expected_footprint(handle.units, handle.pieces, resident), 0.0, None
+    slots = plan.slots * plan.slot_bytes
+    separate = handle.device.type != "cpu"
+    working = step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
+    read_rate = float(handle.stats()["bandwidth"])
+    read = 2 * plan.streamed_bytes + footprint.read
+    return forecast(
+        footprint,
+        present=handle.baseline_bytes + slots,
+        slots=slots,
+        working=0 if separate else working,
+        read=read,
+        read_rate=read_rate,
+        write_rate=write_rate or read_rate,
+        computing=computing,
+    )
+
+
+def forecast(
+    footprint: Footprint,
+    *,
+    present: int,
+    slots: int,
+    working: int,
+    read: int,
+    read_rate: float,
+    write_rate: float,
+    computing: float | None,
+) -> TrainingPrediction:
+    """The formulas of this module.
+
+    Args:
+        present: bytes of the process with its slots, before training.
+        slots, working, read: bytes.
+        read_rate, write_rate: bytes per second; 0 for not known.
+        computing: seconds of forward, backward and update; None for not known.
+    """
+    moving: float | None = None
+    seconds = computing
+    reading = read / read_rate if read_rate else 0.0
+    writing = footprint.written / write_rate if write_rate else 0.0
+    if read_rate and write_rate:
+        moving = max(reading, writing) if footprint.overlaps else reading + writing
+        parts = (moving, computing or 0.0)
+        seconds = max(parts) if footprint.overlaps else sum(parts)
+    bottleneck: Literal["compute", "read", "write"] = "read" if reading >= writing else "write"
+    if computing is not None and computing >= (moving or 0.0):
+        bottleneck = "compute"
+    return TrainingPrediction(
+        peak_process=present + footprint.ring + footprint.gradients + working,
+        slot_bytes=slots,
+        ring_bytes=footprint.ring,
+        gradient_bytes=footprint.gradients,
+        working_bytes=working,
+        read_bytes=read,
+        written_bytes=footprint.written,
+        moving_s=moving,
+        computing_s=computing,
+        seconds_per_step=seconds,
+        bottleneck=bottleneck,
+    )
+
+
+def _largest(units: Iterable[Unit]) -> int:
+    return max((sum(p.nbytes for p in unit.pieces if p.parameter.requires_grad) for unit in units), default=0)
