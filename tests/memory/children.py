@@ -70,7 +70,7 @@ def forwards(folder: str) -> dict[str, Any]:
 
 def cycles(folder: str) -> dict[str, Any]:
     """Growth over 200 times wrap, one forward, unwrap."""
-    model = small_model()
+    model = small_model(5)
     ids = torch.arange(8).unsqueeze(0)
     limit = budget(model)
     with torch.inference_mode():
