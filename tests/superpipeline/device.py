@@ -12,10 +12,11 @@ from torch import nn
 import torchwrap as tw
 from tests.stream.fake_arena import FakeArena, Machine, stand_in
 from tests.stream.simulated_cuda import WatchedCuda, simulate
+from torchwrap.core.tensors import data_of, is_placeholder
 from torchwrap.superpipeline import technique
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 
-__all__ = ["BLOCK_BYTES", "WIDTH", "Blocks", "on_device", "pass_seconds", "separate"]
+__all__ = ["BLOCK_BYTES", "WIDTH", "Blocks", "on_device", "pass_seconds", "separate", "weights_present"]
 
 WIDTH = 64
 BLOCK_BYTES = WIDTH * WIDTH * 4
@@ -87,3 +88,12 @@ def pass_seconds(model: Blocks, machine: Machine, passes: int) -> float:
                 model(x)
             ends.append(machine.compute.time)
     return (ends[1] - ends[0]) / passes
+
+
+def weights_present(model: nn.Module) -> int:
+    """Bytes of memory under what parameters and buffers show between passes, and of the slots, each counted once."""
+    handle = tw.handle_of(model, "superpipeline")
+    shown = [data_of(p) for p in model.parameters() if not is_placeholder(data_of(p))] + list(model.buffers())
+    slots = handle.engine._slots if handle.engine is not None else []
+    shown += [slot.device for slot in slots]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in shown}.values())

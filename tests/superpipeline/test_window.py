@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name, run
+from tests.superpipeline.device import weights_present
 from torchwrap.core.tensors import data_of, is_placeholder
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 
@@ -65,16 +66,6 @@ def watched(model: nn.Module) -> Iterator[list[int]]:
     yield seen
     for hook in hooks:
         hook.remove()
-
-
-def weights_present(model: nn.Module) -> int:
-    """Bytes of all storages that parameters and buffers show between passes, and of the slots, counted one by one."""
-    handle = handle_of(model)
-    shown = [data_of(p) for p in model.parameters() if not is_placeholder(data_of(p))] + list(model.buffers())
-    slots = handle.engine._slots if handle.engine is not None else []
-    return sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in shown}.values()) + sum(
-        slot.device.numel() for slot in slots
-    )
 
 
 @every_window
