@@ -80,6 +80,9 @@ class Activations:
         self.timeline = timeline or (Timeline() if config.record and config.activations not in ("keep", "recompute") else None)
         self._swap: Swap | None = None
         self._costs: list[Measured] | None = [] if config.activations == "auto" else None
+        self._uses: list[Cost] = []  # what was measured
+        self._rates: tuple[float, float] | None = None  # bytes per second written and read
+        self._outdated = False
         self._warned = False
         self._pid = os.getpid()
         if config.activations != "keep" and device.type == "cpu":
@@ -102,10 +105,16 @@ class Activations:
             self._swap.pass_begins()
         if self._costs is not None:
             if any(cost.again for cost in self._costs):
-                self._choose(self._costs)
-                self._costs = None
+                self._uses = [Cost(each.unit, each.found.nbytes, each.input_bytes, each.seconds) for each in self._costs]
+                self._costs, self._outdated = None, True
             else:
                 self._costs = []
+        if self._outdated:
+            self._choose()
+
+    def replan(self, plan: ResidencyPlan) -> None:
+        """Weights take another share of the budget from now on; "auto" chooses again when the next pass begins."""
+        self.plan, self._outdated = plan, bool(self._uses)
 
     def mode(self, unit: int) -> Choice:
         """What becomes of a block's activations."""
@@ -149,13 +158,13 @@ class Activations:
         self._costs.append(Measured(unit, self.device, {storage_address(piece.parameter) for piece in self.units[unit].pieces}))
         return self._costs[-1]
 
-    def _choose(self, measured: list[Measured]) -> None:
-        uses = [Cost(each.unit, each.found.nbytes, each.input_bytes, each.seconds) for each in measured]
-        write, read = self.swap.bandwidth(_PROBE)
-        streamed = self.plan.streamed_bytes
-        swappable = idle_bytes(sum(use.seconds for use in uses), streamed, read=read, write=write)
+    def _choose(self) -> None:
+        self._rates = self._rates or self.swap.bandwidth(_PROBE)
+        write, read = self._rates
+        swappable = idle_bytes(sum(use.seconds for use in self._uses), self.plan.streamed_bytes, read=read, write=write)
         self.allowed = self._allowed()
-        self.choices = choose(uses, allowed=self.allowed, swappable=swappable)
+        self.choices = choose(self._uses, allowed=self.allowed, swappable=swappable)
+        self._outdated = False
 
     def _allowed(self) -> int:
         """Bytes of activations that may be present at once, asked for while none are."""

@@ -162,6 +162,7 @@ class SuperpipelineHandle(WeightsHandle):
                 self.engine.resize(self.plan)
             if self.engine is not None:
                 self.engine.batches = Batches(knobs.k_prime)
+            self.activations.replan(self.plan)
             self.knobs = knobs
 
     @torch.inference_mode(False)
@@ -249,7 +250,7 @@ class SuperpipelineHandle(WeightsHandle):
             ("brought in per pass", f"{knobs.moved_per_pass:g} blocks, {format_bytes(now.streamed_bytes)}"),
         ]
         lines = [f"{label:<28} {value}" for label, value in rows]
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [*self.activations.explain(), *(f"note: {note}" for note in self.notes)]
         return "\n".join([*lines, self._advice(now)])
 
     def _advice(self, now: Prediction) -> str:
