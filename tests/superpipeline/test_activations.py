@@ -132,7 +132,7 @@ def test_little_memory_for_activations_is_kept_to() -> None:
 
 def test_the_host_is_no_other_place_on_a_cpu() -> None:
     model = by_name("vit").build()
-    with pytest.raises(tw.ConfigError, match='^superpipeline: activations="host"') as caught:
+    with pytest.raises(tw.ConfigError, match=r'^superpipeline: activations="host"') as caught:
         tw.superpipeline(model, k=2, activations="host")
     assert caught.value.where == "activations" and tw.wrappers_of(model) == {}
 

@@ -118,18 +118,18 @@ def test_the_folder_is_only_read(tmp_path: Path) -> None:
 
 def test_too_little_memory_is_refused_with_what_is_needed(tmp_path: Path) -> None:
     folder = saved(tmp_path, "T5ForConditionalGeneration-tied")
-    with pytest.raises(tw.BudgetError, match="^superpipeline: 2 block") as caught:
+    with pytest.raises(tw.BudgetError, match=r"^superpipeline: 2 block") as caught:
         tw.superpipeline.from_pretrained(folder, k=2, device_memory=10_000)
     assert caught.value.where == "k" and caught.value.available == 10_000 < caught.value.needed
     model = tw.superpipeline.from_pretrained(folder, k=2, device_memory=caught.value.needed)
     assert handle_of(model).predict().device_bytes == caught.value.needed
-    with pytest.raises(tw.BudgetError, match="^superpipeline: k=3"):
+    with pytest.raises(tw.BudgetError, match=r"^superpipeline: k=3"):
         handle_of(model).turn(3, 1)
 
 
 def test_memory_that_is_reserved_is_not_taken(tmp_path: Path) -> None:
     """What is reserved for activations comes off the machine's memory, whatever `device_memory` says."""
-    with pytest.raises(tw.BudgetError, match="^superpipeline: 1 block") as caught:
+    with pytest.raises(tw.BudgetError, match=r"^superpipeline: 1 block") as caught:
         tw.superpipeline.from_pretrained(saved(tmp_path), k=1, reserve=1 << 50, device_memory="1GiB")
     assert caught.value.available == 0
 

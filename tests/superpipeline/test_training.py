@@ -19,7 +19,9 @@ from torchwrap.superpipeline.handle import SuperpipelineHandle
 from torchwrap.superpipeline.policy import Knobs
 
 FAMILIES = ["llama", "gpt2", "t5", "vit", "bert", "llava", "convnet"]
+OPTIMIZED = ["llama", "llava", "vit", "convnet"]
 every_family = pytest.mark.parametrize("fixture", [by_name(name) for name in FAMILIES], ids=FAMILIES)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 every_window = pytest.mark.parametrize(("k", "k_prime"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)], ids=lambda value: str(value))
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -48,6 +50,10 @@ def watched(model: nn.Module) -> Iterator[list[int]]:
         hook.remove()
 
 
+def inputs_of(fixture: ModelFixture, dtype: torch.dtype) -> dict[str, Any]:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in fixture.inputs().items()}
+
+
 def step(model: nn.Module, inputs: dict[str, Any], seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
     loss = loss_of(model, inputs)
@@ -56,15 +62,16 @@ def step(model: nn.Module, inputs: dict[str, Any], seed: int) -> torch.Tensor:
 
 
 @every_window
+@every_dtype
 @every_family
-def test_gradients_and_weights_are_those_of_training_in_memory(fixture: ModelFixture, k: int, k_prime: int) -> None:
-    plain, model = fixture.build().train(), tw.superpipeline(fixture.build().train(), k=k, k_prime=k_prime)
+def test_gradients_and_weights_are_those_of_training_in_memory(fixture: ModelFixture, dtype: torch.dtype, k: int, k_prime: int) -> None:
+    plain, model = fixture.build().to(dtype).train(), tw.superpipeline(fixture.build().to(dtype).train(), k=k, k_prime=k_prime)
     outside, inside = OutsideAdamW(model, lr=1e-2, weight_decay=0.1), torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
     with watched(model) as seen:
         for seed in range(3):
             plain.zero_grad()
             model.zero_grad()
-            assert torch.equal(step(model, fixture.inputs(), seed), step(plain, fixture.inputs(), seed))
+            assert torch.equal(step(model, inputs_of(fixture, dtype), seed), step(plain, inputs_of(fixture, dtype), seed))
             assert different_gradients(model, plain) == []
             inside.step()
             outside.step()
@@ -142,6 +149,51 @@ def test_knobs_turned_between_a_forward_and_its_backward(k: int, k_prime: int) -
             handle_of(model).turn(k, k_prime)
         loss.backward()
     assert different_gradients(model, plain) == []
+
+
+@pytest.mark.parametrize(("k", "k_prime"), [(1, 1), (2, 1), (2, 2), (3, 2)], ids=lambda value: str(value))
+@every_dtype
+@pytest.mark.parametrize("fixture", [by_name(name) for name in OPTIMIZED], ids=OPTIMIZED)
+def test_five_steps_of_adamw(fixture: ModelFixture, dtype: torch.dtype, k: int, k_prime: int) -> None:
+    plain, model = fixture.build().to(dtype).train(), tw.superpipeline(fixture.build().to(dtype).train(), k=k, k_prime=k_prime)
+    ours = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
+    with watched(model) as seen:
+        for seed in range(5):
+            assert torch.equal(step(model, inputs_of(fixture, dtype), seed), step(plain, inputs_of(fixture, dtype), seed))
+            for optimizer in (ours, theirs):
+                optimizer.step()
+                optimizer.zero_grad()
+    assert 1 <= max(seen) <= k
+    state = ours.state_dict()["state"]
+    assert state and all(torch.equal(values[key], state[at][key]) for at, values in theirs.state_dict()["state"].items() for key in values)
+    tw.unwrap(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("k", "k_prime"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)], ids=lambda value: str(value))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "convnet"])
+def test_a_step_of_a_model_brings_in_what_the_turns_do_not_keep(name: str, k: int, k_prime: int) -> None:
+    fixture = by_name(name)
+    model = tw.superpipeline(fixture.build().train(), k=k, k_prime=k_prime)
+    handle, at = handle_of(model), Knobs(k, k_prime, 4)
+
+    def brought(steps: int) -> int:
+        before = handle.stats()["transfers"]
+        for seed in range(steps):
+            step(model, fixture.inputs(), seed)
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+        return int(handle.stats()["transfers"] - before)
+
+    optimizer = None
+    brought(3 * k_prime)
+    assert brought(k_prime) == at.moved_per_step * k_prime
+    model.zero_grad()
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.SGD, lr=1e-3)
+    brought(3 * k_prime)
+    assert brought(k_prime) == at.moved_per_update * k_prime
 
 
 def test_an_ordinary_optimizer_is_refused_and_the_offloaded_one_trains() -> None:

@@ -192,9 +192,7 @@ class SuperpipelineHandle(WeightsHandle):
         """Bytes of blocks brought in per forward pass in the long run."""
         return self._moved(self.knobs)
 
-    def predict(
-        self, *, batch: int = 1, tokens: int = 128, k: int | None = None, k_prime: int | None = None
-    ) -> Prediction:
+    def predict(self, *, batch: int = 1, tokens: int = 128, k: int | None = None, k_prime: int | None = None) -> Prediction:
         """What a forward pass takes, with the knobs as they are or with others.
 
         Args:

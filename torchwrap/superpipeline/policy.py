@@ -142,6 +142,11 @@ class Knobs:
         return 2 * (self.units - self.k)
 
     @property
+    def moved_per_update(self) -> int:
+        """The same for a step after which an optimizer rewrote every block: those present at its end are then out of date."""
+        return 2 * self.units - self.k
+
+    @property
     def saved(self) -> float:
         """Fraction of the blocks' memory that is saved, for blocks of one size."""
         return 1 - self.k / self.units
