@@ -16,7 +16,7 @@ from torchwrap.core.tensors import data_of, is_placeholder
 from torchwrap.superpipeline import technique
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 
-__all__ = ["BLOCK_BYTES", "WIDTH", "Blocks", "on_device", "pass_seconds", "separate", "weights_present"]
+__all__ = ["BLOCK_BYTES", "WIDTH", "Blocks", "SlotCount", "counted_slots", "on_device", "pass_seconds", "separate", "weights_present"]
 
 WIDTH = 64
 BLOCK_BYTES = WIDTH * WIDTH * 4
@@ -76,6 +76,33 @@ def separate(patch: pytest.MonkeyPatch, machine: Machine, make: Any = FakeArena)
     patch.setattr(technique, "arena_for", arena_for)
     plain = technique.weight_budget
     patch.setattr(technique, "weight_budget", lambda *args: dataclasses.replace(plain(*args), host=1 << 40))
+
+
+@dataclasses.dataclass(slots=True)
+class SlotCount:
+    """Bytes of slots that exist, now and at most, where the model computes."""
+
+    live: int = 0
+    peak: int = 0
+
+
+def counted_slots(patch: pytest.MonkeyPatch, arena: Any) -> SlotCount:
+    """Count what arenas of this class make and give back."""
+    count, make_slot, free_slot = SlotCount(), arena.make_slot, arena.free_slot
+
+    def make(self: Any, index: int, nbytes: int) -> Any:
+        slot = make_slot(self, index, nbytes)
+        count.live += slot.device.numel()
+        count.peak = max(count.peak, count.live)
+        return slot
+
+    def free(self: Any, slot: Any) -> None:
+        count.live -= slot.device.numel()
+        free_slot(self, slot)
+
+    patch.setattr(arena, "make_slot", make)
+    patch.setattr(arena, "free_slot", free)
+    return count
 
 
 def pass_seconds(model: Blocks, machine: Machine, passes: int) -> float:
