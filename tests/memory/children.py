@@ -163,6 +163,18 @@ def generate(folder: str, tokens: str, *options: str) -> dict[str, Any]:
     }
 
 
+def windowed(folder: str, tokens: str, *options: str) -> dict[str, Any]:
+    """The same under `superpipeline`; what was promised before the first pass, and what the knobs then were."""
+    fields: dict[str, Any] = {name: int(value) for name, value in (option.split("=", 1) for option in options)}
+    model = tw.superpipeline.from_pretrained(Path(folder), **fields)
+    handle = tw.handle_of(model, "superpipeline")
+    prompt = torch.arange(3, 35).unsqueeze(0)
+    promised = handle.baseline_bytes + handle.predict(batch=1, tokens=prompt.shape[1] + int(tokens)).peak_bytes
+    with torch.inference_mode():
+        chosen = model.generate(prompt, max_new_tokens=int(tokens), min_new_tokens=int(tokens), do_sample=False)
+    return {"ids": chosen[0].tolist(), "peak_process": promised, "k": handle.knobs.k, "explain": handle.explain()}
+
+
 def plain(folder: str, tokens: str) -> dict[str, Any]:
     """The same without torchwrap."""
     from transformers import AutoModelForCausalLM

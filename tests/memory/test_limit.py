@@ -16,6 +16,7 @@ MIB = 1 << 20
 TOKENS = 3
 # Interpreter, torch and transformers take about 260 MiB of the group; the embedding and two slots of 35 MB come on top.
 LIMIT = 400 * MIB
+WINDOW_LIMIT = 500 * MIB  # three slots, and what one pass may take besides
 
 
 OPTIONS = {"automatic": (), "explicit": (f"host_memory={110 * MIB}",), "buffered": ("io_backend=buffered",)}
@@ -36,6 +37,24 @@ def test_peak_is_within_a_tenth_of_the_promise(child: Any, large_checkpoint: Pat
     result = child("generate", large_checkpoint, TOKENS, limit=LIMIT).check()
     promised = result.data["peak_process"]
     assert abs(promised - result.peak_bytes) <= 0.10 * result.peak_bytes, (promised, result.peak_bytes, result.data["explain"])
+
+
+@pytest.mark.parametrize("knobs", [("k=2", "k_prime=1"), ("k=3", "k_prime=3")], ids=["2-1", "3-3"])
+def test_a_window_over_the_model_above_the_limit(
+    child: Any, large_checkpoint: Path, reference_tokens: list[int], knobs: tuple[str, ...]
+) -> None:
+    result = child("windowed", large_checkpoint, TOKENS, *knobs, limit=WINDOW_LIMIT).check()
+    assert result.data["ids"] == reference_tokens
+    promised = result.data["peak_process"]
+    assert result.peak_bytes <= WINDOW_LIMIT
+    assert abs(promised - result.peak_bytes) <= 0.10 * result.peak_bytes, (promised, result.peak_bytes, result.data["explain"])
+
+
+def test_a_window_that_is_chosen_stays_below_the_limit(child: Any, large_checkpoint: Path, reference_tokens: list[int]) -> None:
+    result = child("windowed", large_checkpoint, TOKENS, limit=WINDOW_LIMIT).check()
+    assert result.data["ids"] == reference_tokens
+    assert result.data["k"] < SHAPES["llama-0.9GB"].blocks / 2
+    assert result.peak_bytes <= WINDOW_LIMIT
 
 
 def test_budget_below_the_minimum_is_refused_before_anything_is_taken(child: Any, large_checkpoint: Path) -> None:
