@@ -90,7 +90,7 @@ def test_interrupt_while_waiting_for_weights(slots: int, after: int, monkeypatch
 PLACES = {
     "submit": "torchwrap.storage.aio.Reader.submit",
     "before-compute": "torchwrap.stream.arena.HostArena.before_compute",
-    "bind": "torchwrap.stream.engine.bind",
+    "bind": "torchwrap.stream.window.bind",
     "unchanged": "torchwrap.storage.spillfile.SpillFile.check_unchanged",
     "hooks": "torch.autograd.graph.saved_tensors_hooks.__enter__",
 }

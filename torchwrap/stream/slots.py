@@ -1,6 +1,6 @@
 """Getting the bytes of one unit into one slot, and out of the way again.
 
-This is the mechanical half of the engine: which unit goes where and when is decided in engine.py. A `Fetch` is one unit on its way into
+This is the mechanical half of the engine: which unit goes where and when is decided in window.py. A `Fetch` is one unit on its way into
 a slot, or present in it. Reads are asynchronous; with a separate device one thread starts the copy of each unit when its reads are done.
 """
 
