@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 import torchwrap as tw
 from torchwrap.activations import swap
-from torchwrap.activations.swap import Swap, Use
+from torchwrap.activations.records import Use
+from torchwrap.activations.swap import Swap
 from torchwrap.activations.tiers import DiskTier, HostTier, Loading, Place
 from torchwrap.core import errors
 from torchwrap.offload.config import Offload

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from torchwrap.activations.kept import Kept
 from torchwrap.activations.measured import storage_address
-from torchwrap.activations.swap import Swap, Use
+from torchwrap.activations.records import Use
+from torchwrap.activations.swap import Swap
 from torchwrap.stream.units import Unit
 
 if TYPE_CHECKING:

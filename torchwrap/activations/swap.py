@@ -1,16 +1,9 @@
 """Activations on their way out during the forward and back during the backward.
 
-What autograd saves while a block runs is packed as an *entry*: where in which *record* the tensor lies. A record is one piece of memory,
-so a tensor saved by several nodes, or through several views, moves once. When the next block begins, the records of the one before are
-handed to a writing thread, and a record that is written lets its memory go; the block after that waits until they all are. So two
-blocks' activations are present at any time of a forward, and the last block's never leave. In the backward, the first thing asked of a
-block starts reading all of its records and those of the block that ran before it.
-
-A record can be asked for at any time. As long as its memory is there, because the write has not ended, somebody else uses it, or it was
-read for another node, that is what everybody gets.
-
-Hooks switch off autograd's check that saved tensors are not modified in place, and the tensor may be gone when it is due. Each entry
-therefore keeps a *witness*: a tensor without memory that shares the version counter.
+What autograd saves while a block runs is packed as entries of records (records.py). When the next block begins, the records of the one
+before are handed to a writing thread, and a record that is written lets its memory go; the block after that waits until they all are. So
+two blocks' activations are present at any time of a forward, and the last block's never leave. In the backward, the first thing asked of
+a block starts reading all of its records and those of the block that ran before it.
 
 Source: the swapping of activations in a pipeline of device, host and disk is from Fuyou (Liao et al., "Adding NVMe SSDs to Enable and
 Accelerate 100B Model Fine-tuning on a Single GPU", 2024). Where we differ: any tensor of any module, by torch's saved-tensor hooks.
@@ -29,107 +22,17 @@ from typing import Any
 
 import torch
 
-from torchwrap.activations.kept import Kept, modified
-from torchwrap.activations.tiers import Loading, Place, Tier
+from torchwrap.activations.kept import Kept
+from torchwrap.activations.records import Entry, Record, Use, bytes_over
+from torchwrap.activations.tiers import Place, Tier
 from torchwrap.core import errors
-from torchwrap.core.tensors import bind, over_storage
 from torchwrap.storage.checksum import memory_of, sum64
 from torchwrap.stream.timeline import Timeline
 
-__all__ = ["SMALLEST", "Swap", "Use"]
+__all__ = ["SMALLEST", "Swap"]
 
 SMALLEST = 64 << 10
 """Bytes from which a tensor is worth a request of its own (memory.md 5.9: smaller ones are norms' statistics and the like)."""
-
-
-class Use:
-    """One call of one block in a forward; lives as long as something that it saved, or until the next one."""
-
-    __slots__ = ("__weakref__", "name", "previous", "records")
-
-    def __init__(self, name: str, previous: weakref.ref[Use] | None) -> None:
-        self.name, self.previous = name, previous
-        self.records: list[weakref.ref[_Record]] = []
-
-    def living(self) -> list[_Record]:
-        """Records that a graph still needs, in the order of saving."""
-        return [record for each in self.records if (record := each()) is not None]
-
-    def before(self) -> Use | None:
-        """The block that ran before this one, if its graph is alive."""
-        return self.previous() if self.previous is not None else None
-
-
-class _Record:
-    """One piece of memory that entries show.
-
-    Attributes:
-        memory: (nbytes,) uint8 over it while it has to stay.
-        alive: the storage it lies in, as long as somebody keeps that, and its offset there.
-        begun: its bytes are being, or were, stored; what is written to the memory from now on is not part of it.
-        wanted: a backward has come to it, so that its memory stays until that has passed.
-        version: of the tensor it was made for.
-        owner: the block that saved it first, so that a backward comes to it last.
-    """
-
-    __slots__ = ("__weakref__", "_trash", "alive", "begun", "loading", "mark", "memory", "owner", "place", "version", "wanted")
-
-    def __init__(self, memory: torch.Tensor, version: int, owner: Use, trash: deque[Place]) -> None:
-        self.memory: torch.Tensor | None = memory
-        self.version, self.owner, self._trash = version, weakref.ref(owner), trash
-        self.alive: tuple[weakref.ref[torch.UntypedStorage], int] | None = None
-        self.begun = self.wanted = False
-        self.place: Place | None = None
-        self.loading: Loading | None = None
-        self.mark: Any = None
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-        assert self.memory is not None or self.place is not None
-        return self.memory.numel() if self.memory is not None else self.place.nbytes  # type: ignore[union-attr]
-
-    def present(self) -> torch.Tensor | None:
-        """The bytes, if they are in memory."""
-        if self.memory is not None:
-            return self.memory
-        if self.alive is not None and (storage := self.alive[0]()) is not None:
-            assert self.place is not None
-            return _bytes_over(storage, self.alive[1], self.place.nbytes)
-        return None
-
-    def let_go(self) -> None:
-        """Keep the stored bytes only."""
-        if self.memory is not None:
-            self.alive = (weakref.ref(self.memory.untyped_storage()), int(self.memory.storage_offset()))
-            self.memory = None
-
-    def __del__(self) -> None:
-        if self.place is not None:
-            self._trash.append(self.place)  # any thread, perhaps one that holds locks: freed by the writer
-
-
-class _Entry:
-    """What autograd keeps in place of a tensor."""
-
-    __slots__ = ("_conjugate", "_dtype", "_negative", "_offset", "_record", "_size", "_stride", "_swap", "_use", "_version", "_witness")
-
-    def __init__(self, swap: Swap, use: Use, record: _Record, tensor: torch.Tensor, offset: int) -> None:
-        self._swap, self._use, self._record, self._dtype = swap, use, record, tensor.dtype
-        self._offset, self._size, self._stride = offset, tensor.size(), tensor.stride()
-        self._conjugate, self._negative = tensor.is_conj(), tensor.is_neg()
-        self._witness, self._version = tensor.detach(), tensor._version
-        bind(self._witness, tensor.new_empty(0))
-
-    def restore(self) -> torch.Tensor:
-        if self._witness._version != self._version:
-            raise modified(f"a tensor of type {self._dtype} and shape {list(self._size)}")
-        memory = self._swap._bring(self._record, self._use)
-        with torch.no_grad():
-            offset = (int(memory.storage_offset()) + self._offset) // self._dtype.itemsize
-            tensor = over_storage(memory.untyped_storage(), self._dtype, offset, self._size, self._stride)
-            tensor = torch._conj(tensor) if self._conjugate else tensor
-            return torch._neg_view(tensor) if self._negative else tensor
 
 
 class Swap:
@@ -149,13 +52,13 @@ class Swap:
         self._make, self._device, self._timeout_s, self._timeline = tier, device, timeout_s, timeline
         self._tier: Tier | None = None
         self._state = threading.Condition(threading.RLock())
-        self._jobs: SimpleQueue[tuple[weakref.ref[_Record], str] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[weakref.ref[Record], str] | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
         self._unwritten = 0
         self._failed: BaseException | None = None
         self._trash: deque[Place] = deque()
-        self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], list[weakref.ref[_Record]]]] = {}
-        self._stored: weakref.WeakSet[_Record] = weakref.WeakSet()
+        self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], list[weakref.ref[Record]]]] = {}
+        self._stored: weakref.WeakSet[Record] = weakref.WeakSet()
         self._latest: Use | None = None
         self._current: Callable[[], Use | None] = lambda: None
         self._loaded: weakref.WeakSet[Use] = weakref.WeakSet()
@@ -189,7 +92,7 @@ class Swap:
             self._latest = use = Use(name, before)
             return use
 
-    def pack(self, use: Use, tensor: torch.Tensor) -> Kept | _Entry:
+    def pack(self, use: Use, tensor: torch.Tensor) -> Kept | Entry:
         """Take a tensor that autograd saves."""
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device != self._device or not tensor.numel():
             return Kept(tensor)
@@ -202,9 +105,9 @@ class Swap:
             return Kept(tensor)
         with self._state:
             record = self._record_of(use, tensor, storage, low, nbytes)
-        return _Entry(self, use, record, tensor, first - low)
+        return Entry(self._bring, use, record, tensor, first - low)
 
-    def _record_of(self, use: Use, tensor: torch.Tensor, storage: torch.UntypedStorage, low: int, nbytes: int) -> _Record:
+    def _record_of(self, use: Use, tensor: torch.Tensor, storage: torch.UntypedStorage, low: int, nbytes: int) -> Record:
         key = storage._cdata
         known = self._known.get(key)
         if known is None or known[0]() is not storage:
@@ -214,14 +117,14 @@ class Swap:
             if record is not None and self._shows(record, tensor, storage, low, nbytes):
                 break
         else:
-            record = _Record(_bytes_over(storage, low, nbytes), tensor._version, use, self._trash)
+            record = Record(bytes_over(storage, low, nbytes), tensor._version, use, self._trash)
             known[1].append(weakref.ref(record))
             self.counters["saved"] += nbytes
         if not any(each() is record for each in use.records):
             use.records.append(weakref.ref(record))
         return record
 
-    def _shows(self, record: _Record, tensor: torch.Tensor, storage: torch.UntypedStorage, low: int, nbytes: int) -> bool:
+    def _shows(self, record: Record, tensor: torch.Tensor, storage: torch.UntypedStorage, low: int, nbytes: int) -> bool:
         """Whether the record has, or will have, the present bytes of this part of the storage."""
         if record.memory is not None and not record.begun:
             return record.memory.untyped_storage() is storage and (record.memory.storage_offset(), record.nbytes) == (low, nbytes)
@@ -231,7 +134,7 @@ class Swap:
             return False
         if record.version != tensor._version or place.sum64 is None or self._device.type != "cpu":
             return False
-        return sum64(memory_of(_bytes_over(storage, low, nbytes))) == place.sum64
+        return sum64(memory_of(bytes_over(storage, low, nbytes))) == place.sum64
 
     def bandwidth(self, nbytes: int) -> tuple[float, float]:
         """Bytes per second (written, read back) of a sample; not while anything is being written."""
@@ -275,10 +178,10 @@ class Swap:
         if error is not None:
             raise error
 
-    def _store(self, job: weakref.ref[_Record], name: str) -> None:
+    def _store(self, job: weakref.ref[Record], name: str) -> None:
         """Write one record, in the writing thread."""
         assert self._tier is not None
-        record: _Record | None = None
+        record: Record | None = None
         memory: torch.Tensor | None = None
         try:
             while self._trash:
@@ -314,7 +217,7 @@ class Swap:
 
     # -- backward ------------------------------------------------------------------------------------------------------------------
 
-    def _bring(self, record: _Record, use: Use) -> torch.Tensor:
+    def _bring(self, record: Record, use: Use) -> torch.Tensor:
         """A record's bytes in memory, (nbytes,) uint8."""
         with self._state:
             self._arrive(use)
@@ -359,7 +262,7 @@ class Swap:
                         with suppress(errors.TorchwrapError):  # nobody asked for it yet; who does meets the same error
                             self._load(record)
 
-    def _load(self, record: _Record) -> None:
+    def _load(self, record: Record) -> None:
         assert self._tier is not None and record.place is not None
         record.loading = self._tier.read(record.place)
 
@@ -389,7 +292,7 @@ class Swap:
                 _close(self._tier, self._jobs)
 
 
-def _write(swap: weakref.ref[Swap], jobs: SimpleQueue[tuple[weakref.ref[_Record], str] | None]) -> None:
+def _write(swap: weakref.ref[Swap], jobs: SimpleQueue[tuple[weakref.ref[Record], str] | None]) -> None:
     while (job := jobs.get()) is not None:
         alive = swap()
         if alive is None:
@@ -410,8 +313,3 @@ def _forget(known: dict[int, Any], key: int) -> Callable[[Any], None]:
             del known[key]
 
     return gone
-
-
-def _bytes_over(storage: torch.UntypedStorage, offset: int, nbytes: int) -> torch.Tensor:
-    """(nbytes,) uint8 that shares the storage's memory."""
-    return over_storage(storage, torch.uint8, offset, (nbytes,), (1,))
