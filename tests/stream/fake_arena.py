@@ -114,7 +114,7 @@ def watch_reads(patch: pytest.MonkeyPatch, machine: Machine) -> None:
 def stand_in(patch: pytest.MonkeyPatch, machine: Machine, make: Any = FakeArena, *, host_bytes: int = 1 << 40) -> list[Any]:
     """Let `offload` compute on a fake device with `host_bytes` of page-locked memory; returns the list its arenas are added to."""
     from torchwrap.offload import technique
-    from torchwrap.weights import handle, place
+    from torchwrap.weights import copying, place
     from torchwrap.weights import technique as shared
 
     arenas: list[Any] = []
@@ -128,7 +128,7 @@ def stand_in(patch: pytest.MonkeyPatch, machine: Machine, make: Any = FakeArena,
 
     plain = technique.weight_budget
     patch.setattr(technique, "weight_budget", weight_budget)
-    for module in (shared, place, handle):
+    for module in (shared, place, copying):
         patch.setattr(module, "arena_for", arena_for)
     watch_reads(patch, machine)
     return arenas

@@ -18,7 +18,7 @@ from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.planner import PAGE
 from torchwrap.stream.units import Crc, Home, Piece
 
-__all__ = ["aligned_copy", "check_untouched", "drop_home", "learn", "part_of", "put_away", "read_piece"]
+__all__ = ["aligned_copy", "check_untouched", "copy_of", "drop_home", "learn", "part_of", "put_away", "read_piece"]
 
 
 @torch.inference_mode(False)
@@ -86,6 +86,11 @@ def aligned_copy(tensor: torch.Tensor, residue: int) -> torch.Tensor:
     copy = room[start : start + nbytes].view(tensor.dtype).view(tensor.shape)
     copy.copy_(tensor)
     return copy
+
+
+def copy_of(value: torch.Tensor, residue: int) -> torch.Tensor:
+    """A copy that computes the same bits: on the CPU at the same alignment, elsewhere an ordinary one."""
+    return aligned_copy(value, residue) if value.device.type == "cpu" and value.is_contiguous() else value.clone()
 
 
 def put_away(store: SpillStore, piece: Piece, value: torch.Tensor, *, crc: Crc = "once") -> Home:

@@ -15,11 +15,12 @@ from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
 from torchwrap.core.tensors import bind
 from torchwrap.stream.batches import Batches
+from torchwrap.stream.pieces import copy_of
 from torchwrap.superpipeline.config import Superpipeline
 from torchwrap.superpipeline.measure import Meter
 from torchwrap.superpipeline.picture import draw, grid
 from torchwrap.superpipeline.policy import Choice, Knobs, Profile, choose, obeys_law, stall_free
-from torchwrap.weights.handle import WeightsHandle, copy_of
+from torchwrap.weights.handle import WeightsHandle
 
 __all__ = ["Prediction", "SuperpipelineHandle"]
 

@@ -22,13 +22,22 @@ from torchwrap.core.errors import TorchwrapWarning
 from torchwrap.core.swap import detach, layers_of
 from torchwrap.core.tensors import bind, data_of, placeholder, tensor_bytes
 from torchwrap.core.transaction import apply
+from torchwrap.storage import aio
+from torchwrap.storage.generations import GenerationFile
+from torchwrap.storage.spill import SpillStore
+from torchwrap.stream.arena import arena_for
+from torchwrap.stream.engine import Engine
+from torchwrap.stream.pieces import copy_of, put_away
+from torchwrap.stream.planner import ResidencyPlan, region_bytes
+from torchwrap.stream.timeline import Timeline
+from torchwrap.stream.units import Home
 from torchwrap.weights.layers import RootLayer
 from torchwrap.weights.state import unhook_states
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
 
-__all__ = ["before_deepcopy", "convert", "is_root", "reduce"]
+__all__ = ["before_deepcopy", "convert", "inert", "is_root", "reduce", "rehome", "replan", "twin"]
 
 
 def before_deepcopy(handle: WeightsHandle, module: nn.Module, memo: dict[int, Any]) -> None:
@@ -39,7 +48,8 @@ def before_deepcopy(handle: WeightsHandle, module: nn.Module, memo: dict[int, An
         if is_root(handle, module):
             parameters = {}
             for piece in handle.pieces:
-                value = handle.resident_copy(piece) if piece.resident else placeholder(piece.shape, piece.dtype, handle.device)
+                shown = data_of(piece.parameter)
+                value = copy_of(shown, piece.residue) if piece.resident else placeholder(piece.shape, piece.dtype, handle.device)
                 parameters[piece.index] = memo[id(piece.parameter)] = nn.Parameter(value, piece.parameter.requires_grad)
             memo[id(handle)] = handle.twin(parameters)
         else:
@@ -53,8 +63,8 @@ def before_deepcopy(handle: WeightsHandle, module: nn.Module, memo: dict[int, An
 def reduce(handle: WeightsHandle, module: nn.Module) -> tuple[Any, ...]:
     """For pickle: a plain module over the stored bytes, and what makes it offloaded again."""
     with handle.lock:
-        inert = handle.inert()
-        memo: dict[int, Any] = {id(handle): inert}
+        owner = handle.inert()
+        memo: dict[int, Any] = {id(handle): owner}
         for parameter in module.parameters():
             piece = handle.piece_of(parameter)
             if piece is not None:
@@ -63,7 +73,7 @@ def reduce(handle: WeightsHandle, module: nn.Module) -> tuple[Any, ...]:
         plain = copy.deepcopy(module, memo)
     for part in plain.modules():
         for layer in layers_of(part):
-            if layer.owner is inert:
+            if layer.owner is owner:
                 detach(part, layer)
     unhook_states(plain.modules())
     if not is_root(handle, module):
@@ -127,6 +137,107 @@ def _check_growth(handle: WeightsHandle, dtypes: dict[torch.dtype, torch.dtype])
             available=handle.plan.budget,
             fix="Unwrap, convert and wrap again with a larger budget, or from_pretrained(folder, dtype=...).",
         )
+
+
+def inert(handle: WeightsHandle) -> WeightsHandle:
+    """A handle that owns nothing, for copies whose weights are all present."""
+    made = type(handle)(
+        handle.config,
+        [],
+        [],
+        ResidencyPlan(0, 0, frozenset(), 0, 0, 0, 0, 0),
+        None,
+        _reader(handle),
+        store=None,
+        device=handle.device,
+        origin=handle.origin,
+        baseline_bytes=0,
+        activation=handle.activation,
+        mapped=False,
+    )
+    made.is_inert = True
+    return made
+
+
+def twin(handle: WeightsHandle, parameters: dict[int, nn.Parameter]) -> WeightsHandle:
+    """An independent handle for a copy of the model, whose parameters are given by piece index."""
+    store = None
+    pieces = {}
+    for piece in handle.pieces:
+        parameter = parameters[piece.index]
+        replica = dataclasses.replace(piece, parameter=parameter, absent=data_of(parameter), names=list(piece.names))
+        if piece.home is not None and _changes(handle, piece.home):
+            if store is None:
+                store = SpillStore.create(None, needed=sum(p.nbytes for p in handle.pieces if p.home is not None))
+            replica.home = put_away(store, replica, handle.value(piece), crc=handle.crc)
+        pieces[piece.index] = replica
+    units = [dataclasses.replace(unit, pieces=[pieces[p.index] for p in unit.pieces]) for unit in handle.units]
+    reader = _reader(handle)
+    engine = None
+    if handle.engine is not None:
+        engine = Engine(
+            units,
+            handle.plan,
+            arena_for(handle.device),
+            reader,
+            verify=handle.config.verify != "header",
+            timeout_s=handle.config.io_timeout_s,
+            timeline=Timeline() if handle.config.record else None,
+        )
+        engine.route(handle.engine.groups)
+    return type(handle)(
+        handle.config,
+        units,
+        list(pieces.values()),
+        handle.plan,
+        engine,
+        reader,
+        store=store,
+        device=handle.device,
+        origin=handle.origin,
+        baseline_bytes=handle.baseline_bytes,
+        activation=handle.activation,
+        mapped=handle.mapped,
+        notes=handle.notes,
+    )
+
+
+def _changes(handle: WeightsHandle, home: Home) -> bool:
+    """Whether what lies there is written to: our own file, or that of an optimizer."""
+    return isinstance(home.file, GenerationFile) or (handle.store is not None and home.file is handle.store.file)
+
+
+def _reader(handle: WeightsHandle) -> aio.Reader:
+    like = handle.reader
+    return aio.Reader(like.threads, like.chunk, handle.config.io_timeout_s, mode=like.mode)
+
+
+def rehome(handle: WeightsHandle, device: torch.device) -> None:
+    """Compute on another device from now on."""
+    handle.device = handle.origin = device
+    for piece in handle.pieces:
+        if not piece.resident:
+            piece.absent = placeholder(piece.shape, piece.dtype, device)
+            bind(piece.parameter, piece.absent)
+    if handle.engine is not None:
+        handle.engine.rehome(arena_for(device))
+    handle.renew_activations()
+
+
+def replan(handle: WeightsHandle) -> None:
+    """Dtypes changed: size the slots for what the pieces are now."""
+    for piece in handle.pieces:
+        piece.dtype, piece.nbytes = piece.parameter.dtype, tensor_bytes(piece.parameter)
+    slotted = [unit for unit in handle.units if unit.kind != "rows"]
+    streamed = {p.index: p.nbytes for unit in slotted for p in unit.pieces if not p.resident}
+    handle.plan = dataclasses.replace(
+        handle.plan,
+        slot_bytes=max((region_bytes(p.nbytes for p in unit.pieces if not p.resident) for unit in slotted), default=0),
+        resident_bytes=sum(p.nbytes for p in handle.pieces if p.resident) - handle.plan.fixed_bytes,
+        streamed_bytes=sum(streamed.values()),
+    )
+    if handle.engine is not None:
+        handle.engine.resize(handle.plan)
 
 
 def is_root(handle: WeightsHandle, module: nn.Module) -> bool:

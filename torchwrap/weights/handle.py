@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,21 +19,19 @@ from torch import nn
 from torchwrap.activations.modes import Activations
 from torchwrap.core import errors
 from torchwrap.core.swap import original_class
-from torchwrap.core.tensors import bind, data_of, is_placeholder, placeholder, tensor_bytes
+from torchwrap.core.tensors import bind, data_of, is_placeholder
 from torchwrap.storage import aio
 from torchwrap.storage.checksum import memory_of, sum64
-from torchwrap.storage.generations import GenerationFile
 from torchwrap.storage.spill import SpillStore
 from torchwrap.storage.workers import mismatch
-from torchwrap.stream.arena import arena_for
 from torchwrap.stream.backward import Backward
 from torchwrap.stream.engine import Engine
-from torchwrap.stream.pieces import aligned_copy, drop_home, part_of, put_away, read_piece
-from torchwrap.stream.planner import ResidencyPlan, region_bytes
+from torchwrap.stream.pieces import drop_home, part_of, put_away, read_piece
+from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.settings import CRC, Streaming
 from torchwrap.stream.timeline import Event, Timeline
-from torchwrap.stream.units import Crc, Home, Piece, Unit
+from torchwrap.stream.units import Crc, Piece, Unit
 from torchwrap.weights import copying
 from torchwrap.weights.budget import RESERVE_TOKENS
 from torchwrap.weights.many import ManyCalls
@@ -44,7 +41,7 @@ from torchwrap.weights.training import TrainingPrediction, predict_step
 if TYPE_CHECKING:
     from torchwrap.optimizer.optimizer import OffloadedOptimizer
 
-__all__ = ["WeightsHandle", "copy_of"]
+__all__ = ["WeightsHandle"]
 
 
 class WeightsHandle(ManyCalls):
@@ -237,6 +234,11 @@ class WeightsHandle(ManyCalls):
         if before is not None and before.file is self.store.file:
             drop_home(self.store, before)
 
+    def renew_activations(self) -> None:
+        """The device changed: what blocks save goes elsewhere from now on."""
+        self.activations.close()
+        self.activations = self._activations()
+
     def _activations(self) -> Activations:
         timeline = self.engine.timeline if self.engine is not None else None
         return Activations(self.config, self.units, self.device, timeline, self.plan, partial(self.activation, 1, RESERVE_TOKENS))
@@ -306,102 +308,19 @@ class WeightsHandle(ManyCalls):
 
     def inert(self) -> WeightsHandle:
         """A handle that owns nothing, for copies whose weights are all present."""
-        made = type(self)(
-            self.config,
-            [],
-            [],
-            _nothing_planned(),
-            None,
-            _reader(self.config, self.reader),
-            store=None,
-            device=self.device,
-            origin=self.origin,
-            baseline_bytes=0,
-            activation=self.activation,
-            mapped=False,
-        )
-        made.is_inert = True
-        return made
-
-    def resident_copy(self, piece: Piece) -> torch.Tensor:
-        """A copy of a resident piece that computes the same bits."""
-        return copy_of(data_of(piece.parameter), piece.residue)
+        return copying.inert(self)
 
     def twin(self, parameters: dict[int, nn.Parameter]) -> WeightsHandle:
         """An independent handle for a copy of the model, whose parameters are given by piece index."""
-        store = None
-        pieces = {}
-        for piece in self.pieces:
-            replica = dataclasses.replace(
-                piece, parameter=parameters[piece.index], absent=data_of(parameters[piece.index]), names=list(piece.names)
-            )
-            if piece.home is not None and self._changes(piece.home):
-                if store is None:
-                    store = SpillStore.create(None, needed=sum(p.nbytes for p in self.pieces if p.home is not None))
-                replica.home = put_away(store, replica, self.value(piece), crc=self.crc)
-            pieces[piece.index] = replica
-        units = [dataclasses.replace(unit, pieces=[pieces[p.index] for p in unit.pieces]) for unit in self.units]
-        reader = _reader(self.config, self.reader)
-        engine = None
-        if self.engine is not None:
-            engine = Engine(
-                units,
-                self.plan,
-                arena_for(self.device),
-                reader,
-                verify=self.config.verify != "header",
-                timeout_s=self.config.io_timeout_s,
-                timeline=Timeline() if self.config.record else None,
-            )
-            engine.route(self.engine.groups)
-        return type(self)(
-            self.config,
-            units,
-            list(pieces.values()),
-            self.plan,
-            engine,
-            reader,
-            store=store,
-            device=self.device,
-            origin=self.origin,
-            baseline_bytes=self.baseline_bytes,
-            activation=self.activation,
-            mapped=self.mapped,
-            notes=self.notes,
-        )
-
-    def _changes(self, home: Home) -> bool:
-        """Whether what lies there is written to: our own file, or that of an optimizer."""
-        return isinstance(home.file, GenerationFile) or (self.store is not None and home.file is self.store.file)
+        return copying.twin(self, parameters)
 
     def rehome(self, device: torch.device) -> None:
         """Compute on another device from now on."""
-        self.device = self.origin = device
-        for piece in self.pieces:
-            if not piece.resident:
-                piece.absent = placeholder(piece.shape, piece.dtype, device)
-                bind(piece.parameter, piece.absent)
-        if self.engine is not None:
-            self.engine.rehome(arena_for(device))
-        self.activations.close()
-        self.activations = self._activations()
+        copying.rehome(self, device)
 
     def replan(self) -> None:
         """Dtypes changed: size the slots for what the pieces are now."""
-        for piece in self.pieces:
-            piece.dtype, piece.nbytes = piece.parameter.dtype, tensor_bytes(piece.parameter)
-        slot_bytes = max(
-            (region_bytes(p.nbytes for p in unit.pieces if not p.resident) for unit in self.units if unit.kind != "rows"), default=0
-        )
-        streamed = {p.index: p.nbytes for unit in self.units if unit.kind != "rows" for p in unit.pieces if not p.resident}
-        self.plan = dataclasses.replace(
-            self.plan,
-            slot_bytes=slot_bytes,
-            resident_bytes=sum(p.nbytes for p in self.pieces if p.resident) - self.plan.fixed_bytes,
-            streamed_bytes=sum(streamed.values()),
-        )
-        if self.engine is not None:
-            self.engine.resize(self.plan)
+        copying.replan(self)
 
     # -- ends --------------------------------------------------------------------------------------------------------------------
 
@@ -444,18 +363,5 @@ class WeightsHandle(ManyCalls):
         self.on_close()
 
 
-def copy_of(value: torch.Tensor, residue: int) -> torch.Tensor:
-    """A copy that computes the same bits: on the CPU at the same alignment, elsewhere an ordinary one."""
-    return aligned_copy(value, residue) if value.device.type == "cpu" and value.is_contiguous() else value.clone()
-
-
-def _reader(config: Streaming, like: aio.Reader) -> aio.Reader:
-    return aio.Reader(like.threads, like.chunk, config.io_timeout_s, mode=like.mode)
-
-
 def _nothing() -> None:
     pass
-
-
-def _nothing_planned() -> ResidencyPlan:
-    return ResidencyPlan(0, 0, frozenset(), 0, 0, 0, 0, 0)
