@@ -163,7 +163,7 @@ def test_sigkill_at_random_moments_leaves_the_last_commit_bit_for_bit(tmp_path: 
         trained(plain, reference, range(steps, optimizer.steps))
         steps = optimizer.steps
         assert differences(plain, reference, model, optimizer) == []
-        assert set(os.listdir(folder)) == {"LOCK", optimizer._store.file.path.name} | ({"manifest.json"} if steps else set())
+        assert set(os.listdir(folder)) == {"LOCK", optimizer._works.store.file.path.name} | ({"manifest.json"} if steps else set())
         optimizer.close()
         del model, optimizer
     assert steps

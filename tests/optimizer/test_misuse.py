@@ -130,7 +130,7 @@ def test_weights_in_memory_are_old_until_the_backward_is_over(wrap: bool) -> Non
     old = weight.detach().clone()
 
     def look(parameter: torch.Tensor) -> None:
-        optimizer._updater.wait()
+        optimizer._works.updater.wait()
         seen.append(torch.equal(weight, old))
 
     model.first.weight.register_post_accumulate_grad_hook(look)
@@ -295,7 +295,7 @@ def test_an_error_of_the_disk_before_the_first_commit_loses_no_streamed_weight(t
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", overlap=False, **ADAM)
     trained(plain, reference, range(3))
     trained(model, optimizer, range(2))
-    disk = optimizer._store._backend = Broken(errno.EIO)
+    disk = optimizer._works.store._backend = Broken(errno.EIO)
     disk.left = 9
     optimizer.zero_grad()
     loss_of(model, 200).backward()

@@ -250,7 +250,7 @@ def test_a_full_disk_in_a_first_step_is_mended_and_the_step_repeated(overlap: bo
     plain, model = pair()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=overlap, **ADAM)
-    disk = optimizer._store._backend = Broken()
+    disk = optimizer._works.store._backend = Broken()
     disk.left = after
     optimizer.zero_grad()
     loss_of(model, 0).backward()
@@ -272,7 +272,7 @@ def test_a_disk_that_fails_in_the_middle_of_an_update_in_place_needs_a_rollback(
     trained(model, optimizer, range(2))
     optimizer.commit()
     trained(model, optimizer, range(2, 4))
-    disk = optimizer._store._backend = Broken(errno.EIO)
+    disk = optimizer._works.store._backend = Broken(errno.EIO)
     disk.left = 9
     optimizer.zero_grad()
     loss_of(model, 4).backward()
@@ -337,9 +337,9 @@ def test_bits_flipped_on_the_disk_are_found_before_they_are_used() -> None:
     _, model = pair()
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
     trained(model, optimizer, range(1))
-    segment = optimizer._store.file.segments["blocks.1.up.weight:state:exp_avg"]
-    os.pwrite(optimizer._store.file.fd(False), b"\xff", segment.offset + 5)
-    os.fsync(optimizer._store.file.fd(False))
+    segment = optimizer._works.store.file.segments["blocks.1.up.weight:state:exp_avg"]
+    os.pwrite(optimizer._works.store.file.fd(False), b"\xff", segment.offset + 5)
+    os.fsync(optimizer._works.store.file.fd(False))
     optimizer.zero_grad()
     loss_of(model, 1).backward()
     with pytest.raises(tw.CorruptDataError, match=r"blocks\.1\.up\.weight:state:exp_avg"):

@@ -13,7 +13,8 @@ Scale Deep Learning", 2021, section 5.2.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -92,6 +93,16 @@ class Rule:
         step_of(inner)()
         after: Mapping[str, Any] = inner.state[weight]
         return after
+
+    @contextmanager
+    def loaded(self, state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> Iterator[torch.optim.Optimizer]:
+        """For the block, an instance of the class with this state and these groups, which it has brought up to date if they are old."""
+        before = self.template.param_groups
+        try:
+            self.template.__setstate__({"state": state, "param_groups": groups})
+            yield self.template
+        finally:
+            self.template.__setstate__({"state": {}, "param_groups": before})
 
     def layout(self, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, torch.dtype]:
         """What the class keeps per element of a parameter, by name.

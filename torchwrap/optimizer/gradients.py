@@ -219,7 +219,7 @@ class Gradients:
             self.settings = [settings_of(group) for group in self._groups()]
         self._add_parked(target)
         self._used.add(target)
-        known = torch.nn.utils.get_total_norm([target.parameter.grad]) if self.timing.norms else None  # type: ignore[list-item]
+        known = target.gradient_norm() if self.timing.norms else None
         gradient = target.take_gradient(known, parked=False).detach()
         update = Update(target, gradient, self.settings[target.group], torch.get_num_threads())
         self._taking = True

@@ -98,6 +98,12 @@ class Target:
         self.parameter.grad = self.standin
         return gradient
 
+    def gradient_norm(self) -> torch.Tensor:
+        """Total norm of what is in the gradient's place, as torch's clipping computes it; a tensor of no dimension."""
+        gradient = self.parameter.grad
+        assert gradient is not None
+        return torch.nn.utils.get_total_norm([gradient])
+
     def is_taken(self) -> bool:
         """Whether the gradient was taken and the stand-in is still in its place."""
         return self.standin is not None and self.parameter.grad is self.standin

@@ -1,0 +1,95 @@
+"""The parameters of one optimizer: which there are, what they are called, where each is, and that nobody else drives them.
+
+A name is the first that the model has for a parameter, wherever it occurs; commits are found by it. Two optimizers on one parameter would
+take each other's stand-ins for gradients, so the second one is refused until the first is closed or gone.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from torchwrap.core import errors
+from torchwrap.optimizer.elementwise import Rule, settings_of
+from torchwrap.optimizer.targets import Target, can_stream
+from torchwrap.stream.units import Unit
+from torchwrap.weights.handle import WeightsHandle
+
+__all__ = ["Parameters"]
+
+_driven: weakref.WeakSet[Parameters] = weakref.WeakSet()
+
+
+class Parameters:
+    """The parameters of one optimizer.
+
+    Args:
+        model: names them.
+        handle: of the offloaded model, if it is one.
+        rule: the wrapped class.
+
+    Attributes:
+        targets: in the order of their groups.
+    """
+
+    def __init__(self, model: nn.Module, handle: WeightsHandle | None, rule: Rule) -> None:
+        self._names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        self._handle, self._rule = handle, rule
+        self.targets: list[Target] = []
+
+    @property
+    def streamed(self) -> list[Target]:
+        """Those whose state is in the store between steps."""
+        return [target for target in self.targets if target.streamed]
+
+    def add(self, parameter: nn.Parameter, number: int, group: Mapping[str, Any]) -> None:
+        """A parameter of group `number`."""
+        handle = self._handle
+        piece = handle.piece_of(parameter) if handle is not None else None
+        name = self._names.get(id(parameter)) or f"parameter {len(self.targets)}"
+        unit: Unit | None = None
+        if handle is not None and piece is not None and not piece.resident:
+            mine = [unit for unit in handle.units if any(other is piece for other in unit.pieces)]
+            unit = next((unit for unit in mine if unit.kind != "rows"), mine[0])
+        layout = self._layout(parameter, group)
+        self.targets.append(Target(name, parameter, number, piece, unit, layout, streamed=can_stream(parameter, piece)))
+
+    def lay_out(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """What the class keeps of each, with the present settings.
+
+        Raises:
+            ConfigError: the class is not elementwise with them.
+        """
+        for target in self.targets:
+            target.layout = self._layout(target.parameter, groups[target.group])
+
+    def _layout(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self._rule.layout(settings_of(group), parameter.dtype, parameter.device))
+
+    # -- who drives them -----------------------------------------------------------------------------------------------------------------
+
+    def check_free(self, parameters: Iterable[Any]) -> None:
+        """Raise `ConflictError` if another optimizer drives one of these parameters, or (name, parameter)."""
+        wanted = {id(parameter[1] if isinstance(parameter, tuple) else parameter) for parameter in parameters}
+        for again in (False, True):
+            taken = (t.name for other in list(_driven) if other is not self for t in other.targets if id(t.parameter) in wanted)
+            name = next(taken, None)
+            if name is None:
+                return
+            if not again:
+                gc.collect()  # one that is only in a cycle drives nothing
+        raise errors.ConflictError(
+            f"OffloadedOptimizer: another one drives {name} already", where=name or "", fix="Call close() on the old optimizer first."
+        )
+
+    def take(self) -> None:
+        """From now on they are driven, by whoever keeps this object."""
+        _driven.add(self)
+
+    def let_go(self) -> None:
+        """Another optimizer may have them. Idempotent."""
+        _driven.discard(self)

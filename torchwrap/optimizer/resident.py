@@ -1,0 +1,60 @@
+"""Parameters that are not worth streaming: small ones in memory, updated by an ordinary optimizer as a whole.
+
+It is of the same class, with the same groups less the streamed parameters, and keeps their state itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from torchwrap.optimizer.elementwise import Rule, settings_of, step_of
+from torchwrap.optimizer.targets import Target
+
+__all__ = ["Resident"]
+
+
+class Resident:
+    """The optimizer of what stays in memory, if anything does.
+
+    Args:
+        rule: the wrapped class.
+    """
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+        self._whole: torch.optim.Optimizer | None = None
+        self._numbers: list[int] = []  # of the groups that have such parameters
+
+    def prepare(self, targets: Sequence[Target], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Parameters were added, or settings changed; the state stays."""
+        small = {n: [t.parameter for t in targets if t.group == n and not t.streamed] for n in range(len(groups))}
+        self._numbers = [number for number, parameters in small.items() if parameters]
+        if self._numbers:
+            before = {} if self._whole is None else self._whole.state
+            self._whole = self._rule.cls([{**settings_of(groups[n]), "params": small[n]} for n in self._numbers], **self._rule.options)
+            self._whole.state.update(before)
+
+    def step(self, targets: Sequence[Target], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Update them with the gradients that they have and the present settings."""
+        if self._whole is None:
+            return
+        for number, group in zip(self._numbers, self._whole.param_groups, strict=True):
+            group.update(settings_of(groups[number]))
+        step_of(self._whole)()
+        for target in targets:
+            if not target.streamed and target.parameter.grad is not None:
+                target.changed = True
+
+    def state(self, target: Target) -> dict[str, Any]:
+        """What is kept of one of them; empty before a step."""
+        return {} if self._whole is None else dict(self._whole.state.get(target.parameter, {}))
+
+    def set_state(self, target: Target, state: Mapping[str, Any]) -> None:
+        """Keep this instead; nothing, if it is empty."""
+        if self._whole is not None:
+            self._whole.state.pop(target.parameter, None)
+            if state:
+                self._whole.state[target.parameter] = dict(state)

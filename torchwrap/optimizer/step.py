@@ -1,0 +1,145 @@
+"""One step: what has to be true before it, which updates it consists of, and carrying them out.
+
+Gradients that backward has used already are waited for. The others are clipped, if they are to be, and handed to the worker now. A step
+that failed half-way is finished by the next call: what was updated is not updated again, and nothing is clipped twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from torchwrap.core import errors
+from torchwrap.optimizer.chunks import Update
+from torchwrap.optimizer.elementwise import settings_of
+from torchwrap.optimizer.gradients import Gradients
+from torchwrap.optimizer.targets import Target
+from torchwrap.optimizer.updates import Job, Updater
+
+__all__ = ["Step"]
+
+
+class Step:
+    """The step that an optimizer is in, or will take next.
+
+    Args:
+        targets: all parameters of the optimizer; the list may grow.
+        gradients: what became of theirs in backward.
+        updater: carries out updates.
+        max_grad_norm: clip to this total norm; None: do not.
+
+    Attributes:
+        grad_norm: before clipping, of the last step that clipped; a tensor of no dimension.
+    """
+
+    def __init__(self, targets: list[Target], gradients: Gradients, updater: Updater, max_grad_norm: float | None) -> None:
+        self._targets, self._gradients, self._updater, self._max_grad_norm = targets, gradients, updater, max_grad_norm
+        self._scale: torch.Tensor | None = None
+        self._clipped = False
+        self._done: set[Target] = set()  # of a step that failed half-way
+        self.grad_norm: torch.Tensor | None = None
+
+    def gather(self, groups: Sequence[Mapping[str, Any]]) -> list[Update]:
+        """Check, clip, and say what is left to do.
+
+        Raises:
+            ConflictError: gradients or settings were changed after they had been used, or there is nothing to do a second time.
+            StorageError: an update during backward failed.
+        """
+        streamed = [target for target in self._targets if target.streamed]
+        self._gradients.check_untouched()
+        self._updater.check()
+        self._check_settings(groups)
+        for target in streamed:
+            self._gradients.drop_cleared(target)
+        self._clip()
+        unfinished = self._updater.take_unfinished()
+        again = {update.target for update in unfinished}
+        fresh = self._gradients.collect([t for t in streamed if t not in self._done and t not in again], self._scale)
+        self._refuse_repetition([*unfinished, *fresh])
+        return [*unfinished, *fresh]
+
+    def carry_out(self, updates: Sequence[Update]) -> None:
+        """Hand updates to the worker, those of one unit together, and wait.
+
+        Raises:
+            StorageError: reading or writing failed; `gather` gives what is left.
+        """
+        jobs: dict[int | None, Job] = {}
+        for update in updates:
+            unit = update.target.unit if update.target.away else None
+            jobs.setdefault(None if unit is None else unit.index, Job(unit, [])).updates.append(update)
+        targets = [update.target for update in updates]
+        for job in jobs.values():
+            self._updater.submit(job)
+        self._updater.wait()
+        left = {update.target for update in self._updater.unfinished}
+        self._done.update(target for target in targets if target not in left)
+        self._updater.check()
+
+    def over(self) -> None:
+        """It is done, or its gradients are given up."""
+        self._gradients.forget()
+        self._clipped, self._scale = False, None
+        self._done.clear()
+
+    @property
+    def half_done(self) -> bool:
+        """Whether some weights are those of after the step, and others those of before."""
+        self._updater.wait()
+        return self._gradients.began or bool(self._updater.unfinished or self._done)
+
+    def _clip(self) -> None:
+        """Scale all gradients as `clip_grad_norm_` does; once for each step, also if that is repeated after an error."""
+        if self._max_grad_norm is None or self._clipped:
+            return
+        if (scaled := self._gradients.scaled()) is not None:
+            raise errors.ConflictError(
+                f"OffloadedOptimizer: the gradient of {scaled.name} was clipped already, and would be clipped again with max_grad_norm=",
+                where=scaled.name,
+                fix="Clip in one place: leave max_grad_norm= out here, or do not call clip_grad_norm_ (transformers: max_grad_norm=0).",
+            )
+        trained = [t for t in self._targets if t.parameter.grad is not None or self._gradients.is_parked(t)]
+        present = [t.parameter for t in trained if not self._gradients.is_parked(t)]
+        if len(present) == len(trained):
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(present, self._max_grad_norm)
+        else:
+            norms = self._gradients.norms
+            # The norm of a norm is itself: torch's function does the rest, in its order.
+            each = [norms[t] if t in norms else t.gradient_norm() for t in trained]
+            self.grad_norm = torch.nn.utils.get_total_norm(each)
+            torch.nn.utils.clip_grads_with_norm_(present, self._max_grad_norm, self.grad_norm)
+            self._scale = torch.clamp(self._max_grad_norm / (self.grad_norm + 1e-6), max=1.0)
+        self._clipped = True
+
+    def _check_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        for number, (old, group) in enumerate(zip(self._gradients.settings or (), groups, strict=False)):
+            now = settings_of(group)
+            changed = [name for name in now if name not in old or not _same(old[name], now[name])]
+            if changed:
+                name = changed[0]
+                raise errors.ConflictError(
+                    f"OffloadedOptimizer: {name} of group {number} was changed from {old.get(name)!r} to {now[name]!r} between "
+                    "backward and step; the backward has updated weights with the old value",
+                    where=f"param_groups[{number}]",
+                    fix="Change settings before backward(), or pass overlap=False.",
+                )
+
+    def _refuse_repetition(self, updates: Sequence[Update]) -> None:
+        if updates or self._gradients.began or self._done:
+            return
+        used = next((target for target in self._targets if target.is_taken()), None)
+        if used is not None:
+            raise errors.ConflictError(
+                f"OffloadedOptimizer: step() again on gradients that are used up (that of {used.name})",
+                where="step",
+                fix="Run backward() before each step, or pass overlap=False to keep gradients.",
+            )
+
+
+def _same(left: Any, right: Any) -> bool:
+    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+        return torch.equal(left, right)
+    return bool(left == right)

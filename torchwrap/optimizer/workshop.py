@@ -1,0 +1,152 @@
+"""What works behind the face of an optimizer: its files, its threads, and who hands what to whom; made in one place and ended in one.
+
+Hooks of the backward (gradients.py) hand gradients to a worker (updates.py), which reads, updates and writes chunks (chunks.py) of records
+in the store; `step()` hands it the rest (step.py). What stays in memory is updated by an ordinary optimizer (resident.py). What is kept
+goes into state dicts and commits through run.py. Nothing here refers to the optimizer, so that it can be collected, which ends all this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchwrap.optimizer.arguments import Asked, timing_of
+from torchwrap.optimizer.chunks import Chunks
+from torchwrap.optimizer.elementwise import Rule
+from torchwrap.optimizer.gradients import Gradients, Timing
+from torchwrap.optimizer.pace import Pace, footprint_of
+from torchwrap.optimizer.parameters import Parameters
+from torchwrap.optimizer.resident import Resident
+from torchwrap.optimizer.run import Run
+from torchwrap.optimizer.step import Step
+from torchwrap.optimizer.updates import Updater
+from torchwrap.optimizer.values import Values
+from torchwrap.storage import aio
+from torchwrap.storage.generations import GenerationStore
+from torchwrap.storage.heap import keep_heap_small
+from torchwrap.weights.handle import WeightsHandle
+from torchwrap.weights.training import Footprint, room_for
+
+__all__ = ["Site", "Workshop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where an optimizer works.
+
+    Attributes:
+        kept: folder of the run; None: nothing is kept.
+        beside: folder for what is not kept; None: the system's.
+        chunk: bytes of a parameter that are in memory at a time.
+    """
+
+    kept: Path | None
+    beside: Path | None
+    chunk: int
+
+
+class Workshop:
+    """What one optimizer is made of.
+
+    Args:
+        rule: the wrapped class.
+        parameters: of the optimizer.
+        handle: of the offloaded model, if it is one.
+        site: where to work.
+        asked: when gradients are to be used.
+        max_grad_norm: clip to this total norm; None: do not.
+        groups: returns the optimizer's parameter groups as they are when asked.
+
+    Attributes:
+        resident, run, chunks, updater, pace, gradients, step: see the header.
+
+    Raises:
+        ConfigError: the folder holds something else.
+        StorageError: the folder is in use, or cannot be written to.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        parameters: Parameters,
+        handle: WeightsHandle | None,
+        site: Site,
+        asked: Asked,
+        max_grad_norm: float | None,
+        groups: Callable[[], Sequence[Mapping[str, Any]]],
+    ) -> None:
+        keep_heap_small()
+        self.parameters, self._handle, self.site = parameters, handle, site
+        targets = parameters.targets
+        self._trained_bytes = sum(t.parameter.numel() * t.parameter.element_size() for t in targets if t.parameter.requires_grad)
+        timeout_s = handle.config.io_timeout_s if handle is not None else 60.0
+        self.store: GenerationStore = GenerationStore(site.kept, beside=site.beside)
+        try:
+            self.reader: aio.Reader = aio.Reader(timeout_s=timeout_s, mode=handle.reader.mode if handle is not None else "auto")
+            values = Values(self.store, handle)
+            self.resident: Resident = Resident(rule)
+            self.run: Run = Run(rule, targets, self.store, values, self.resident, site.chunk)
+            self.chunks: Chunks = Chunks(rule, self.store, self.reader, values.landed)
+            self.updater: Updater = Updater(self.chunks, handle.engine if handle is not None else None, timeout_s)
+            self.pace: Pace = Pace(handle, self.updater, self.chunks)
+            self.gradients: Gradients = Gradients(groups, handle, self.updater, self.timing(asked))
+            self.step: Step = Step(targets, self.gradients, self.updater, max_grad_norm)
+        except BaseException:
+            self.store.close()
+            raise
+
+    def timing(self, asked: Asked) -> Timing:
+        """When gradients are used if that is asked for, and where they wait."""
+        room = room_for(self._handle.units if self._handle is not None else (), self.site.chunk)
+        return timing_of(asked, self._trained_bytes, room, self.site.beside)
+
+    def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Parameters were added, or settings changed: what the class keeps with them, room for it, and hooks.
+
+        Raises:
+            ConfigError: the class is not elementwise with these settings.
+            DiskFullError: the disk cannot take the state.
+        """
+        self.parameters.lay_out(groups)
+        self.resident.prepare(self.parameters.targets, groups)
+        self.watch()
+
+    def watch(self) -> None:
+        """Room on the disk for what is trained by now, and hooks on it."""
+        self.run.reserve(whole=self.site.kept is not None)
+        self.gradients.watch(self.parameters.streamed, [t for t in self.parameters.targets if not t.streamed])
+
+    def close(self) -> None:
+        """End the threads, let the folder and the parameters go."""
+        self.gradients.close()
+        self.updater.close()
+        self.reader.close()
+        self.store.close()
+        self.parameters.let_go()
+
+    # -- figures -----------------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int | float]:
+        """Bytes on the disk and moved since the start, and seconds spent in the optimizer class."""
+        streamed = self.parameters.streamed
+        return {
+            "disk_bytes": self.store.file.nbytes,
+            "state_bytes": sum(t.numel * dtype.itemsize for t in streamed for dtype in t.layout.values()),
+            "bytes_read": self.reader.stats.bytes,
+            "bytes_written": self.store.bytes_written,
+            "update_s": self.chunks.seconds,
+            "parameters_streamed": len(streamed),
+            "parameters_in_memory": len(self.parameters.targets) - len(streamed),
+        }
+
+    def footprint(self) -> Footprint:
+        """What the optimizer adds to a training step in memory and bytes moved."""
+        assert self._handle is not None
+        return footprint_of(self.parameters.streamed, self.store, self.gradients.timing, self._handle)
+
+    @property
+    def write_rate(self) -> float:
+        """Bytes per second while writing; 0.0 before the first step."""
+        return self.store.bytes_written / self.chunks.writing_s if self.chunks.writing_s else 0.0
