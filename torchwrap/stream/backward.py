@@ -146,10 +146,11 @@ class Backward:
 
 def is_nested() -> bool:
     """Called from a hook: whether the backward that runs was begun by a node of another. Cost: a walk up the Python stack."""
-    frame = sys._getframe()
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+    frame = sys._getframe().f_back
+    while frame is not None:
         if frame.f_code.co_name == "apply" and frame.f_globals.get("__name__") == "torch.autograd.function":
             return True
+        frame = frame.f_back
     return False
 
 

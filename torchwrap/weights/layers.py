@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torchwrap.core import errors
-from torchwrap.core.layer import CallState, Layer, Placement
+from torchwrap.core.layer import CallState, Layer
 from torchwrap.core.tensors import bind
 from torchwrap.stream.pieces import check_untouched
 from torchwrap.stream.rows import RowTable
@@ -34,14 +34,14 @@ class WeightsLayer(Layer):
     essential = True
 
     def __init__(self, handle: WeightsHandle | None) -> None:
-        self.owner: Placement | None = handle
+        self.owner: WeightsHandle | None = handle
         self._calls = CallState()
 
     @property
     def handle(self) -> WeightsHandle:
         """The live object it works for."""
-        handle: WeightsHandle = self.owner  # type: ignore[assignment]
-        return handle
+        assert self.owner is not None
+        return self.owner
 
 
 class RootLayer(WeightsLayer):
