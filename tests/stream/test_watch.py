@@ -106,6 +106,26 @@ def test_the_first_pass_of_a_model_is_watched() -> None:
             assert torch.equal(model(x), expected)
 
 
+def test_a_read_that_only_training_makes_is_refused_after_passes_in_evaluation_mode() -> None:
+    class PeekingInTraining(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x + self.layers[1].weight.sum() if self.training else x
+
+    model, x = PeekingInTraining().eval(), torch.randn(2, 16)
+    tw.offload(model, params="disk", units=("Linear",), device_memory=64_000)
+    for _ in range(2):
+        model(x)
+    with pytest.raises(tw.ConflictError, match=r"layers\.1\.weight"):
+        model.train()(x)
+    assert not model.eval()(x).isnan().any()
+
+
 def test_many_passes_leave_nothing_behind() -> None:
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))).eval()
     tw.offload(model, params="disk", units=("Linear",), device_memory=64_000)

@@ -56,6 +56,7 @@ class WeightsHandle(ManyCalls):
         activations: what becomes of what blocks save for the backward.
         tables: row tables by unit index.
         passes: completed forward passes through the root.
+        unwatched: values of the model's `training` in which no whole forward was watched for reads of absent weights.
         keeps_casts: all streamed blocks together are no larger than the slots (one block used again and again), so that autocast may
             keep its copies of them.
     """
@@ -97,8 +98,9 @@ class WeightsHandle(ManyCalls):
         self.activations: Activations = self._activations()
         self.optimizer: Callable[[], OffloadedOptimizer | None] = _nothing  # a weak reference, once there is one
         self.passes: int = 0
-        self.watching: bool = any(not piece.resident for piece in pieces)
-        self._end_watch: Callable[[], object] = watch_steps(self) if self.watching else _nothing
+        streams = any(not piece.resident for piece in pieces)
+        self.unwatched: set[bool] = {True, False} if streams else set()
+        self._end_watch: Callable[[], object] = watch_steps(self) if streams else _nothing
         blocks = {p.index: p.nbytes for unit in units if unit.kind in ("block", "expert") for p in unit.pieces if not p.resident}
         self.keeps_casts: bool = sum(blocks.values()) <= plan.slots * plan.slot_bytes
         self._own_lock = threading.RLock()

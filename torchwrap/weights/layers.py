@@ -45,7 +45,7 @@ class WeightsLayer(Layer):
 
 
 class RootLayer(WeightsLayer):
-    """Holds the model's lock for a whole forward, counts passes, and watches the first one."""
+    """Holds the model's lock for a whole forward, counts passes, and watches the first one in each mode."""
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         handle = self.handle
@@ -58,7 +58,7 @@ class RootLayer(WeightsLayer):
             if handle.handed:
                 handle.check_handed()
             guard = None
-            if handle.watching and can_watch():
+            if module.training in handle.unwatched and can_watch():
                 guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)
                 guard.__enter__()  # type: ignore[no-untyped-call]
             if torch.is_grad_enabled():
@@ -74,7 +74,8 @@ class RootLayer(WeightsLayer):
         guard: AbsentUseGuard | None = self._calls.peek()
         if guard is not None and guard.error is not None:
             raise guard.error  # the model swallowed it and went on computing with NaN
-        handle.watching = not self._leave() and handle.watching
+        if self._leave():
+            handle.unwatched.discard(module.training)
         handle.passes += 1
         handle.lock.release()
         if torch.is_grad_enabled():
