@@ -23,9 +23,9 @@ BLOCK_BYTES = WIDTH * WIDTH * 4
 
 
 class _Block(nn.Module):
-    def __init__(self, machine: Machine, seconds: float) -> None:
+    def __init__(self, machine: Machine, seconds: float, width: int) -> None:
         super().__init__()
-        self.map = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.map = nn.Linear(width, width, bias=False)
         self.machine, self.seconds = machine, seconds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -36,10 +36,11 @@ class _Block(nn.Module):
 class Blocks(nn.Module):
     """Equal blocks and a head; a block takes `compute_s`, bringing one in `transfer_s`, the head `rest_s` virtual seconds."""
 
-    def __init__(self, machine: Machine, depth: int, compute_s: float, rest_s: float = 0.0) -> None:
+    def __init__(self, machine: Machine, depth: int, compute_s: float, rest_s: float = 0.0, width: int = WIDTH) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(_Block(machine, compute_s) for _ in range(depth))
-        self.head = _Block(machine, rest_s)
+        self.width = width
+        self.blocks = nn.ModuleList(_Block(machine, compute_s, width) for _ in range(depth))
+        self.head = _Block(machine, rest_s, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -48,13 +49,21 @@ class Blocks(nn.Module):
 
 
 def on_device(
-    patch: pytest.MonkeyPatch, *, depth: int, compute_s: float, transfer_s: float, rest_s: float = 0.0, order: Any = "late", **fields: Any
+    patch: pytest.MonkeyPatch,
+    *,
+    depth: int,
+    compute_s: float,
+    transfer_s: float,
+    rest_s: float = 0.0,
+    order: Any = "late",
+    width: int = WIDTH,
+    **fields: Any,
 ) -> tuple[Blocks, SuperpipelineHandle, Machine]:
     """The model under `superpipeline` with its blocks in host memory; the handle's clock is the simulated one."""
-    machine = Machine(order, bandwidth=BLOCK_BYTES / transfer_s)
+    machine = Machine(order, bandwidth=4 * width * width / transfer_s)
     separate(patch, machine)
     torch.manual_seed(1)
-    model = Blocks(machine, depth, compute_s, rest_s).eval()
+    model = Blocks(machine, depth, compute_s, rest_s, width).eval()
     tw.superpipeline(model, **fields)
     handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
     if handle.meter is not None:
@@ -107,7 +116,7 @@ def counted_slots(patch: pytest.MonkeyPatch, arena: Any) -> SlotCount:
 
 def pass_seconds(model: Blocks, machine: Machine, passes: int) -> float:
     """Virtual seconds of a pass, over several, after as many others."""
-    x = torch.ones(1, WIDTH)
+    x = torch.ones(1, model.width)
     ends = []
     with torch.no_grad():
         for _ in range(2):

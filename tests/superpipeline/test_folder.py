@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ from torch.utils._pytree import tree_leaves
 import torchwrap as tw
 from tests.integrations.tiny import Case, case
 from tests.models import run
-from tests.superpipeline.device import weights_present
+from tests.stream.fake_arena import FakeArena, Machine
+from tests.superpipeline.device import counted_slots, separate, weights_present
 from torchwrap.core.tensors import data_of, is_placeholder
 from torchwrap.stream.planner import PAGE
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 
 KINDS = ["LlamaForCausalLM", "LlamaForCausalLM-tied", "MixtralForCausalLM", "T5ForConditionalGeneration-tied", "BertModel"]
 every_kind = pytest.mark.parametrize("row", [case(name) for name in KINDS], ids=KINDS)
+
+
+@pytest.fixture
+def patch() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as made:
+        yield made
 
 
 def handle_of(model: nn.Module) -> SuperpipelineHandle:
@@ -199,3 +207,22 @@ def test_training_from_a_folder(tmp_path: Path) -> None:
         assert torch.equal(*losses)
     tw.unwrap(model)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("order", ["late", "early", "random"])
+@pytest.mark.parametrize("store", ["host", "disk"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "T5ForConditionalGeneration-tied"])
+def test_beside_a_device(patch: pytest.MonkeyPatch, name: str, store: str, order: Any, tmp_path: Path) -> None:
+    row, machine = case(name), Machine(order)
+    expected = run(loaded(row, tmp_path), row.inputs())
+    separate(patch, machine)
+    slots = counted_slots(patch, FakeArena)
+    model = tw.superpipeline.from_pretrained(tmp_path, k=2, k_prime=2, store=store)
+    stats = handle_of(model).stats()
+    assert (stats["host_bytes"] > 0, stats["disk_bytes"] > 0) == (store == "host", store == "disk")
+    for _ in range(3):
+        assert same(run(model, row.inputs()), expected)
+    assert slots.peak == 2 * handle_of(model).slot_bytes
+    tw.unwrap(model)
+    assert same(run(model, row.inputs()), expected)
+    machine.check()

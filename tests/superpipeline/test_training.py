@@ -231,3 +231,22 @@ def test_knobs_turned_under_the_offloaded_optimizer(k: int) -> None:
         assert all(torch.equal(real[name], parameter) for name, parameter in plain.named_parameters())
     tw.unwrap(model)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+def test_a_small_trained_part_of_frozen_blocks_stays_and_is_stepped_as_ever() -> None:
+    fixture = by_name("llama")
+    plain, model = fixture.build().train(), fixture.build().train()
+    for each in (plain, model):
+        each.requires_grad_(False)
+        for block in each.model.layers:
+            block.input_layernorm.weight.requires_grad_(True)
+    tw.superpipeline(model, k=2, k_prime=1)
+    optimizers = [torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-2) for each in (plain, model)]
+    for seed in range(4):
+        assert torch.equal(step(model, fixture.inputs(), seed), step(plain, fixture.inputs(), seed))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert handle_of(model).stats()["transfers"] > 0
+    tw.unwrap(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
