@@ -6,6 +6,8 @@ python -m benchmarks offload-limit --only torchwrap mmap --rounds 1 --no-write
 python -m benchmarks offload-fits
 python -m benchmarks forward-many             eight sequences through one model, together and one after another
 python -m benchmarks training                 training with weights and optimizer state on the disk
+python -m benchmarks superpipeline            peak, time and transfers over (k, k') on a virtual clock; prints the table of the docs
+python -m benchmarks superpipeline-prefill    a prompt through 0.4 n of the blocks, in real time
 python -m benchmarks --check                  exit status 1 when a bar of targets.toml is missed
 """
 
@@ -25,6 +27,7 @@ from benchmarks.harness.results import RESULTS, judge, verdict_lines, write_resu
 from benchmarks.harness.training import CONTENDERS, TrainingCampaign
 
 GIB = 1 << 30
+_WHAT = ("all", "offload-limit", "offload-fits", "training", "forward-many", "superpipeline", "superpipeline-prefill")
 _SHOWN = (
     "equal_tokens",
     "equal_logits",
@@ -43,13 +46,14 @@ _SHOWN = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="all", choices=("all", "offload-limit", "offload-fits", "training", "forward-many"))
+    parser.add_argument("what", nargs="?", default="all", choices=_WHAT)
     parser.add_argument("--shape", nargs="+", default=["llama-2.7GB", "llama-thin-tied"])
     parser.add_argument("--limit", type=_size, default=GIB, help="memory limit, as 1GiB or 700MiB")
     parser.add_argument("--only", nargs="+", choices=sorted({*ALL, *CONTENDERS}), help="these contenders instead of all installed ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=6)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, help="where superpipeline draws peak and time over (k, k')")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--check", action="store_true", help="exit status 1 when a bar is missed")
     given = parser.parse_args(arguments)
@@ -81,6 +85,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             many = ManyCampaign(shape="llama-2.7GB", limit=given.limit)
             runs[many.title] = _complete(many, given.rounds)
+    if given.what in ("all", "superpipeline"):
+        from benchmarks.harness import window
+
+        runs[window.TITLE] = window.measure_window()
+        print(window.table(runs[window.TITLE]))
+        if given.picture is not None:
+            given.picture.write_bytes(window.picture(runs[window.TITLE]))
+    if given.what in ("all", "superpipeline-prefill"):
+        declare_torchvision_operators()
+        from benchmarks.harness.prefill import measure_prefill
+
+        prefill = measure_prefill(rounds=given.rounds)
+        runs[prefill["title"]] = prefill
     verdicts = [verdict for title, summary in runs.items() for verdict in judge(title, summary)]
     print(*verdict_lines(verdicts), sep="\n")
     if runs and not given.no_write:

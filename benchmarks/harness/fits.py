@@ -20,7 +20,7 @@ import torch
 from benchmarks.harness.checkpoints import checkpoint
 from benchmarks.harness.statistics import ratio_of_medians, spread
 
-__all__ = ["BASELINES", "TITLE", "generate_timed", "load_models", "measure_fits"]
+__all__ = ["BASELINES", "TITLE", "generate_timed", "load_models", "load_resident", "measure_fits"]
 
 TITLE = "offload[llama-135M fits]"
 BASELINES = {"torchwrap": "unwrapped", "torchwrap-folder": "unwrapped-folder"}
@@ -66,24 +66,26 @@ def _speed(seconds: dict[str, dict[str, list[float]]], name: str, baseline: str)
 
 def load_models(folder: Path) -> dict[str, Any]:
     """Unwrapped and wrapped in memory; unwrapped and wrapped from its folder."""
-    from transformers import AutoModelForCausalLM
-
     import torchwrap
 
-    def resident(*, aligned: bool) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        for parameter in model.parameters():
-            # Out of the mapped file, so that no contender pays page faults that another does not.
-            data = parameter.data
-            parameter.data = data.clone() if aligned else _copy_at(data, data.data_ptr() % 64)
-        return model
-
     return {
-        "unwrapped": resident(aligned=True),
-        "torchwrap": torchwrap.offload(resident(aligned=True)),
-        "unwrapped-folder": resident(aligned=False),
+        "unwrapped": load_resident(folder, aligned=True),
+        "torchwrap": torchwrap.offload(load_resident(folder, aligned=True)),
+        "unwrapped-folder": load_resident(folder, aligned=False),
         "torchwrap-folder": torchwrap.offload.from_pretrained(folder),
     }
+
+
+def load_resident(folder: Path, *, aligned: bool) -> Any:
+    """What transformers loads from a folder, in memory of its own; at the addresses it gives weights modulo 64, or aligned ones."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    for parameter in model.parameters():
+        # Out of the mapped file, so that no contender pays page faults that another does not.
+        data = parameter.data
+        parameter.data = data.clone() if aligned else _copy_at(data, data.data_ptr() % 64)
+    return model
 
 
 def _copy_at(tensor: torch.Tensor, residue: int) -> torch.Tensor:
