@@ -196,6 +196,58 @@ def test_a_step_of_a_model_brings_in_what_the_turns_do_not_keep(name: str, k: in
     assert brought(k_prime) == at.moved_per_update * k_prime
 
 
+@pytest.mark.parametrize("how", ["ours", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize(("k", "k_prime"), [(3, 2), (4, 1)])
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_knobs_turned_before_blocks_are_computed_again(name: str, k: int, k_prime: int, autocast: bool, how: str) -> None:
+    """Blocks whose weights came to stay meanwhile save the same tensors as in the forward."""
+    fixture = by_name(name)
+    plain, model = fixture.build().train(), fixture.build().train()
+    for each in (plain, model):
+        if how != "ours":
+            each.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how == "reentrant"})
+    tw.superpipeline(model, k=1, activations="recompute" if how == "ours" else "keep")
+    inputs = fixture.inputs() | ({"use_cache": False} if fixture.generates else {})
+    for seed in range(2):
+        losses = []
+        for each in (plain, model):
+            torch.manual_seed(seed)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                losses.append(loss_of(each, inputs))
+            if each is model and not seed:
+                handle_of(model).turn(k, k_prime)
+            losses[-1].backward()
+        assert torch.equal(*losses)
+    assert different_gradients(model, plain) == []
+
+
+def test_weights_that_came_to_stay_may_not_change_before_the_backward_either() -> None:
+    model = tw.superpipeline(Chain(4, recompute=False).train(), k=1)
+    handle_of(model).turn(4, 1)
+    loss = model(torch.randn(4, 32)).square().mean()
+    with torch.no_grad():
+        model.blocks[2].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_ordinary_optimizer_steps_weights_that_came_to_stay() -> None:
+    plain, model = Chain(4, recompute=False).train(), tw.superpipeline(Chain(4, recompute=False).train(), k=1)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    model(x)
+    handle_of(model).turn(4, 1)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (plain, model)]
+    for _ in range(3):
+        for each, optimizer in zip((plain, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            each(x).square().mean().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
+    tw.unwrap(model)
+    assert torch.equal(model(x), plain(x))
+
+
 def test_an_ordinary_optimizer_is_refused_and_the_offloaded_one_trains() -> None:
     fixture = by_name("llama")
     plain, model = fixture.build().train(), tw.superpipeline(fixture.build().train(), k=2)

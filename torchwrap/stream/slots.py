@@ -15,6 +15,7 @@ from queue import SimpleQueue
 import torch
 
 from torchwrap.core import errors
+from torchwrap.core.tensors import data_of
 from torchwrap.storage import aio
 from torchwrap.stream.arena import Arena, Slot
 from torchwrap.stream.layout import Layout, Region, lay_out
@@ -105,6 +106,7 @@ class Slots:
         self._fetches: dict[int, Fetch] = {}
         self._uploads: SimpleQueue[Fetch | None] = SimpleQueue()
         self._uploader: threading.Thread | None = None
+        self._staying: dict[int, Piece] = {}  # by address of their storage
         self._compared: set[tuple[int, bool]] = set()  # units whose bytes were found unchanged after a use, by whether it was training
         self._slots_made = 0  # a slot that a hung read keeps is replaced by one of another number
         self.counters: dict[str, float] = {
@@ -279,10 +281,14 @@ class Slots:
         return None
 
     def piece_at(self, tensor: torch.Tensor) -> tuple[Piece, int] | None:
-        """(piece, bytes into it) if the tensor lies in a slot that holds a unit in use; None for any other tensor."""
+        """(piece, bytes into it) if the tensor lies in a slot that holds a unit in use, or in a piece that came to stay; else None."""
         if tensor.device != self.arena.device or tensor.device.type == "meta":
             return None
         address = tensor.data_ptr()
+        if self._staying and (piece := self._staying.get(tensor.untyped_storage().data_ptr())) is not None:
+            shown = data_of(piece.parameter)  # which may have other memory since, and somebody else this
+            inside = address - shown.data_ptr()
+            return (piece, inside) if 0 <= inside < piece.nbytes else None
         with self.state:
             for fetch in self._fetches.values():
                 base = fetch.slot.device.data_ptr()
@@ -295,7 +301,13 @@ class Slots:
     def pieces_in_use(self) -> list[Piece]:
         """Pieces, resident ones included, of the units that are present now."""
         with self.state:
-            return [piece for fetch in self._fetches.values() if fetch.bound for piece in fetch.unit.pieces]
+            present = [piece for fetch in self._fetches.values() if fetch.bound for piece in fetch.unit.pieces]
+        return present + list(self._staying.values())
+
+    def stay(self, piece: Piece) -> None:
+        """The piece, streamed until now, is shown by its parameter for good. What is saved of it goes on being noted, not kept: a block
+        whose forward ran before and is computed again after must save the same tensors again."""
+        self._staying[data_of(piece.parameter).untyped_storage().data_ptr()] = piece
 
     # -- uploads (separate device only) --------------------------------------------------------------------------------------------
 

@@ -176,6 +176,7 @@ class SuperpipelineHandle(WeightsHandle):
             if not piece.resident:
                 bind(piece.parameter, copy_of(self.engine.read(piece).to(self.device), piece.residue))
                 piece.resident = True
+                self.engine.stay(piece)
         everything = frozenset(piece.index for piece in self.pieces)
         self.plan = dataclasses.replace(
             self.plan, resident=everything, resident_bytes=self.block_bytes, slots=0, slot_bytes=0, streamed_bytes=0
