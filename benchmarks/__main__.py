@@ -24,6 +24,7 @@ from benchmarks.harness.cgroup import unavailable_reason
 from benchmarks.harness.contenders import declare_torchvision_operators
 from benchmarks.harness.many import ManyCampaign
 from benchmarks.harness.results import RESULTS, judge, verdict_lines, write_results
+from benchmarks.harness.rounds import Rounds
 from benchmarks.harness.training import CONTENDERS, TrainingCampaign
 
 GIB = 1 << 30
@@ -114,7 +115,7 @@ def _campaigns(given: argparse.Namespace) -> list[Campaign]:
     return found
 
 
-def _complete(campaign: Campaign | TrainingCampaign | ManyCampaign, rounds: int) -> dict[str, Any]:
+def _complete(campaign: Rounds, rounds: int) -> dict[str, Any]:
     campaign.prepare()
     for index in range(rounds):
         campaign.round(index)

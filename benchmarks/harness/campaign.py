@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +18,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.cgroup import run_child
 from benchmarks.harness.checkpoints import SHAPES, checkpoint, weight_files
 from benchmarks.harness.contenders import OURS
 from benchmarks.harness.disk import RawRate, cached_bytes, drop_cached_pages, raw_read_rate
+from benchmarks.harness.rounds import Rounds
 from benchmarks.harness.statistics import ratio_of_medians, spread
 
 __all__ = ["ALL", "FAMILIES", "Campaign", "available"]
 
-ROOT = Path(__file__).resolve().parents[2]
 ALL = ("torchwrap", "torchwrap-explicit", "mmap", "accelerate-disk", "accelerate-map", "airllm", "memory")
 # A rival that offers several ways is represented by its fastest one.
 FAMILIES = {"accelerate": ("accelerate-disk", "accelerate-map"), "mmap": ("mmap",), "airllm": ("airllm",), "memory": ("memory",)}
@@ -41,7 +39,7 @@ def available(names: Iterable[str]) -> tuple[str, ...]:
 
 
 @dataclass(kw_only=True)
-class Campaign:
+class Campaign(Rounds):
     """One checkpoint under one limit.
 
     Args:
@@ -50,8 +48,6 @@ class Campaign:
         names: contenders, see `ALL`.
         prompt: tokens of the prefill.
         tokens: tokens decoded after it.
-        threads: compute threads of every contender.
-        say: called with one line per finished run.
     """
 
     shape: str
@@ -59,11 +55,8 @@ class Campaign:
     names: Sequence[str] = ALL
     prompt: int = 128
     tokens: int = 6
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    say: Callable[[str], None] = print
-    runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     probes: list[RawRate] = field(default_factory=list)
-    killed: dict[str, str] = field(default_factory=dict)
+    ours = OURS
 
     @property
     def title(self) -> str:
@@ -74,13 +67,7 @@ class Campaign:
         """Make the checkpoint and every contender's own format; not timed, not limited."""
         folder = checkpoint(self.shape)
         for name in self.names:
-            run_child(self._command(name, folder, "--prepare"), environment=self._environment(), folder=ROOT).check()
-
-    def round(self, index: int) -> None:
-        """Run every contender once, starting with another one each time."""
-        first = index % len(self.names)
-        for name in (*self.names[first:], *self.names[:first]):
-            self.run(name)
+            self.child(name, self._command(name, folder, "--prepare"))
 
     def run(self, name: str) -> float:
         """One measured run; returns its median seconds per decoded token, infinity for a rival that did not survive the limit.
@@ -88,7 +75,7 @@ class Campaign:
         Raises:
             RuntimeError: one of ours failed, or a rival for another reason than the limit; with its output.
         """
-        if name in self.killed:
+        if name in self.dropped:
             return math.inf
         folder = checkpoint(self.shape)
         work = _work(folder, name)
@@ -96,32 +83,14 @@ class Campaign:
         drop_cached_pages(files)
         still_cached = cached_bytes(files)
         before = raw_read_rate(files)
-        limit = None if name in UNLIMITED else self.limit
         options = f'{{"host_memory": {self.limit}}}' if name == "torchwrap-explicit" else "{}"
-        child = run_child(
-            self._command(name, folder, "--options", options), limit=limit, environment=self._environment(), folder=ROOT, timeout_s=900
-        )
-        if limit is not None and name not in OURS and child.killed:
-            # Its runs so far do not count either: a contender that dies in one round of three is no figure to compare with.
-            self.killed[name] = f"ended by the out-of-memory killer at {child.peak_bytes} of {limit} bytes"
-            self.runs.pop(name, None)
-            self.say(f"{self.title} {name:<19} {self.killed[name]}")
+        child = self.child(name, self._command(name, folder, "--options", options), limit=None if name in UNLIMITED else self.limit)
+        if child is None:
             return math.inf
-        child.check()
         after = raw_read_rate(files)
         self.probes += [before, after]
-        record = {
-            **child.data,
-            "limit_bytes": limit,
-            "peak_bytes": child.peak_bytes,
-            "failures": child.failures,
-            "refaulted_pages": child.refaulted_pages,
-            "hwm_bytes": child.hwm_bytes,
-            "wall_s": child.wall_s,
-            "raw_bytes_per_s": {"cache": [before.cache, after.cache], "memory": [before.memory, after.memory]},
-            "cached_bytes_at_start": still_cached,
-        }
-        self.runs.setdefault(name, []).append(record)
+        rates = {"cache": [before.cache, after.cache], "memory": [before.memory, after.memory]}
+        record = self.keep(name, child, {"raw_bytes_per_s": rates, "cached_bytes_at_start": still_cached})
         decode_s = float(median(record["decode_s"]))
         self.say(_line(self.title, name, record, decode_s, before, after))
         return decode_s
@@ -130,14 +99,11 @@ class Campaign:
         """Everything measured, with ratios of medians, equality, and promise against measurement."""
         ours = next((name for name in OURS if name in self.runs), None)
         result: dict[str, Any] = {
-            "title": self.title,
+            **self.head(),
             "model_bytes": SHAPES[self.shape].nbytes(),
             "limit_bytes": self.limit,
             "prompt": self.prompt,
             "tokens": self.tokens,
-            "threads": self.threads,
-            "rounds": max(map(len, self.runs.values()), default=0),
-            "killed": dict(self.killed),
             "contenders": {name: _contender(records) for name, records in self.runs.items()},
             "equal_tokens": len({tuple(record["ids"]) for records in self.runs.values() for record in records}) == 1,
             "equal_logits": len({record["logit_sha256"] for records in self.runs.values() for record in records}) == 1,
@@ -191,9 +157,6 @@ class Campaign:
     def _command(self, name: str, folder: Path, *more: str) -> list[str]:
         base = [sys.executable, "-m", "benchmarks.harness.contenders", name, str(folder), "--work", str(_work(folder, name))]
         return [*base, "--prompt", str(self.prompt), "--tokens", str(self.tokens), *more]
-
-    def _environment(self) -> dict[str, str]:
-        return {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _work(folder: Path, name: str) -> Path:

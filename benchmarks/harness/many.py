@@ -9,22 +9,22 @@ shorter than reading the weights once, nor than computing every sequence, so whe
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from benchmarks.harness.campaign import ROOT
-from benchmarks.harness.cgroup import report, run_child
+from benchmarks.harness.cgroup import report
 from benchmarks.harness.checkpoints import SHAPES, checkpoint, weight_files
 from benchmarks.harness.contenders import CONTENDERS, declare_torchvision_operators
 from benchmarks.harness.disk import drop_cached_pages, raw_read_rate
+from benchmarks.harness.rounds import Rounds
 from benchmarks.harness.statistics import ratio_of_medians, spread
 
 __all__ = ["WAYS", "ManyCampaign", "main"]
@@ -33,7 +33,7 @@ WAYS = ("together", "single", "memory")
 
 
 @dataclass(kw_only=True)
-class ManyCampaign:
+class ManyCampaign(Rounds):
     """All ways on one checkpoint under one limit, in alternating rounds.
 
     Args:
@@ -43,8 +43,6 @@ class ManyCampaign:
         prompt: tokens of each prompt.
         tokens: tokens decoded for each after its prefill.
         reserve: bytes kept free for the states and caches of all sequences when they run together; one at a time has the default.
-        threads: compute threads.
-        say: called with one line per finished run.
     """
 
     shape: str
@@ -53,9 +51,8 @@ class ManyCampaign:
     prompt: int = 128
     tokens: int = 4
     reserve: int = 240 << 20
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
-    say: Callable[[str], None] = print
-    runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    names: Sequence[str] = WAYS
+    ours = WAYS
 
     @property
     def title(self) -> str:
@@ -66,13 +63,7 @@ class ManyCampaign:
         """Make the checkpoint; not timed."""
         checkpoint(self.shape)
 
-    def round(self, index: int) -> None:
-        """Every way once, another one first each time."""
-        first = index % len(WAYS)
-        for way in (*WAYS[first:], *WAYS[:first]):
-            self.run(way)
-
-    def run(self, way: str) -> float:
+    def run(self, name: str) -> float:
         """One measured run; returns its seconds per decoded token of any sequence.
 
         Raises:
@@ -82,27 +73,21 @@ class ManyCampaign:
         files = weight_files(folder)
         drop_cached_pages(files)
         before = raw_read_rate(files)
-        command = [sys.executable, "-m", "benchmarks.harness.many", way, str(folder), "--sequences", str(self.sequences)]
-        options = ["--reserve", str(self.reserve)] if way == "together" else []
-        child = run_child(
+        command = [sys.executable, "-m", "benchmarks.harness.many", name, str(folder), "--sequences", str(self.sequences)]
+        options = ["--reserve", str(self.reserve)] if name == "together" else []
+        child = self.child(
+            name,
             [*command, "--prompt", str(self.prompt), "--tokens", str(self.tokens), *options],
-            limit=None if way == "memory" else self.limit,
-            environment={"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            folder=ROOT,
+            limit=None if name == "memory" else self.limit,
             timeout_s=1800,
-        ).check()
-        record = {
-            **child.data,
-            "peak_bytes": child.peak_bytes,
-            "failures": child.failures,
-            "refaulted_pages": child.refaulted_pages,
-            "raw_bytes_per_s": [before.memory, raw_read_rate(files).memory],
-        }
-        self.runs.setdefault(way, []).append(record)
+        )
+        if child is None:
+            return math.inf
+        record = self.keep(name, child, {"raw_bytes_per_s": [before.memory, raw_read_rate(files).memory]})
         seconds = _per_token(record)
         self.say(
-            f"{self.title} {way:8} decode {1 / seconds:6.3f} tok/s  prefill {record['prefill_s']:6.2f} s  all {record['all_s']:6.2f} s  "
-            f"peak {(child.peak_bytes or 0) / 2**20:5.0f} MiB  read {record['bytes_read'] / 1e9:6.2f} GB  "
+            f"{self.title} {name:8} decode {1 / seconds:6.3f} tok/s  prefill {record['prefill_s']:6.2f} s  all {record['all_s']:6.2f} s  "
+            f"peak {(record['peak_bytes'] or 0) / 2**20:5.0f} MiB  read {record['bytes_read'] / 1e9:6.2f} GB  "
             f"raw {before.memory / 1e9:.2f} GB/s"
         )
         return seconds
@@ -110,13 +95,12 @@ class ManyCampaign:
     def summary(self) -> dict[str, Any]:
         """Figures of all ways, ratios to `together`, and whether they computed the same tokens."""
         result: dict[str, Any] = {
-            "title": self.title,
+            **self.head(),
             "model_bytes": SHAPES[self.shape].nbytes(),
             "limit_bytes": self.limit,
             "sequences": self.sequences,
             "prompt": self.prompt,
             "tokens": self.tokens,
-            "threads": self.threads,
             "ways": {way: _figures(records) for way, records in self.runs.items()},
         }
         mine = self.runs.get("together", [])

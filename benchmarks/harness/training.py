@@ -17,16 +17,15 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.harness.campaign import ROOT
-from benchmarks.harness.cgroup import run_child
 from benchmarks.harness.checkpoints import SHAPES, checkpoint, weight_files
 from benchmarks.harness.disk import RawMixedRate, drop_cached_pages, raw_mixed_rate
+from benchmarks.harness.rounds import Rounds
 from benchmarks.harness.statistics import ratio_of_medians, spread
 from benchmarks.harness.trainers import OURS
 
@@ -39,7 +38,7 @@ LIMITS = {"torchwrap": GIB * 5 // 4, "torchwrap-serial": GIB * 5 // 4, "paging":
 
 
 @dataclass(kw_only=True)
-class TrainingCampaign:
+class TrainingCampaign(Rounds):
     """All contenders on one checkpoint.
 
     Args:
@@ -47,21 +46,16 @@ class TrainingCampaign:
         names: contenders, see `CONTENDERS`.
         tokens: of the one sequence in each step.
         steps: per run; the first is not counted.
-        threads: compute threads of every contender.
         options: passed to our contenders.
-        say: called with one line per finished run.
     """
 
     shape: str = "llama-352M-fp32"
     names: Sequence[str] = CONTENDERS
     tokens: int = 128
     steps: int = 3
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     options: dict[str, Any] = field(default_factory=lambda: {"offload": {"goal": "train"}})
-    say: Callable[[str], None] = print
-    runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     probes: list[RawMixedRate] = field(default_factory=list)
-    killed: dict[str, str] = field(default_factory=dict)
+    ours = OURS
 
     @property
     def title(self) -> str:
@@ -72,19 +66,13 @@ class TrainingCampaign:
         """Make the checkpoint; not timed."""
         checkpoint(self.shape)
 
-    def round(self, index: int) -> None:
-        """Run every contender once, starting with another one each time."""
-        first = index % len(self.names)
-        for name in (*self.names[first:], *self.names[:first]):
-            self.run(name)
-
     def run(self, name: str) -> float:
         """One measured run; its median seconds per step, infinity for a rival that did not survive its limit.
 
         Raises:
             RuntimeError: one of ours failed, or a rival for another reason than the limit; with its output.
         """
-        if name in self.killed:
+        if name in self.dropped:
             return math.inf
         folder = checkpoint(self.shape)
         work = folder.with_name(f"{folder.name}-{name}")
@@ -92,34 +80,15 @@ class TrainingCampaign:
         drop_cached_pages(weight_files(folder))
         before = raw_mixed_rate(folder.parent)
         try:
-            child = run_child(
-                self._command(name, folder, work),
-                limit=LIMITS.get(name),
-                environment={"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"},
-                folder=ROOT,
-                timeout_s=900,
-            )
+            child = self.child(name, self._command(name, folder, work), limit=LIMITS.get(name))
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        if name not in OURS and child.killed:
-            self.killed[name] = f"ended by the out-of-memory killer at {child.peak_bytes} of {child.limit_bytes} bytes"
-            self.runs.pop(name, None)
-            self.say(f"{self.title} {name:<17} {self.killed[name]}")
+        if child is None:
             return math.inf
-        child.check()
         after = raw_mixed_rate(folder.parent)
         self.probes += [before, after]
-        record = {
-            **child.data,
-            "limit_bytes": child.limit_bytes,
-            "peak_bytes": child.peak_bytes,
-            "hwm_bytes": child.hwm_bytes,
-            "refaulted_pages": child.refaulted_pages,
-            "wall_s": child.wall_s,
-            "load_average": os.getloadavg()[0],
-            "raw_bytes_per_s": [[before.read, before.write], [after.read, after.write]],
-        }
-        self.runs.setdefault(name, []).append(record)
+        rates = [[before.read, before.write], [after.read, after.write]]
+        record = self.keep(name, child, {"load_average": os.getloadavg()[0], "raw_bytes_per_s": rates})
         self.say(_line(self.title, name, record))
         return median(_counted(record))
 
@@ -127,13 +96,10 @@ class TrainingCampaign:
         """Everything measured, and what follows from it."""
         equal = len({tuple(record["losses"]) for records in self.runs.values() for record in records}) == 1
         result: dict[str, Any] = {
-            "title": self.title,
+            **self.head(),
             "weights_bytes": SHAPES[self.shape].nbytes(),
             "tokens": self.tokens,
             "steps": self.steps,
-            "threads": self.threads,
-            "rounds": max(map(len, self.runs.values()), default=0),
-            "killed": dict(self.killed),
             "equal_losses": equal,
             "notes": _notes(),
             "contenders": {name: _contender(records) for name, records in self.runs.items()},
