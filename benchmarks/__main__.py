@@ -33,6 +33,7 @@ _SHOWN = (
     "equal_tokens",
     "equal_logits",
     "equal_losses",
+    "loss_distance",
     "decode_ratio",
     "prefill_ratio",
     "all_ratio",
@@ -40,7 +41,7 @@ _SHOWN = (
     "slowdown_over_memory",
     "prediction",
     "physics",
-    "notes",
+    "dropped",
 )
 
 

@@ -8,6 +8,7 @@ records the losses, whose bits must be equal before any time counts: a step that
 - `paging`: plain PyTorch with weights, gradients and both moments in files mapped shared, so that the kernel pages them; this is what one
   gets without any library. Gradients are put into their file as soon as each is complete, which is faster than keeping them there (every
   step would fill the file with zeros first).
+- `deepspeed`: ZeRO-Infinity with everything on the disk, where it is installed; its losses are only near, see zero_infinity.py.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Trainer:
     """A model in training mode, its optimizer, and what it says about itself when training is over."""
 
     model: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     figures: Callable[[], dict[str, Any]] = field(default=dict)
 
 
@@ -168,11 +169,19 @@ def _torchwrap_serial(folder: Path, work: Path, options: dict[str, Any]) -> Trai
     return _torchwrap(folder, work, options, overlap=False)
 
 
+def _deepspeed(folder: Path, work: Path, options: dict[str, Any]) -> Trainer:
+    from benchmarks.harness.zero_infinity import engine
+
+    both = engine(folder, work, learning_rate=LEARNING_RATE, options=options.get("deepspeed", {}))
+    return Trainer(both, both, both.figures)
+
+
 TRAINERS: dict[str, Callable[[Path, Path, dict[str, Any]], Trainer]] = {
     "torchwrap": _torchwrap,
     "torchwrap-serial": _torchwrap_serial,
     "memory": _memory,
     "paging": _paging,
+    "deepspeed": _deepspeed,
 }
 
 
