@@ -40,6 +40,7 @@ class Layer:
         traceable: True if `before` and `after` only compute on tensors and can be compiled with the module.
         essential: True if the model is unusable without the layer (it makes weights present); `disabled` leaves it running.
         owner: who places the module's weights, if the layer belongs to a placement technique.
+        exactness: of what the layer computes, if not that of its technique.
 
     Example:
         >>> import torch
@@ -60,6 +61,7 @@ class Layer:
     traceable: bool = True
     essential: bool = False
     owner: Placement | None = None
+    exactness: ClassVar[str] = ""
     replace: ClassVar[Callable[..., Any] | None] = None
     """Optional method `replace(self, module, call, args, kwargs) -> output` in place of the module's own code, `call(*args, **kwargs)`."""
 

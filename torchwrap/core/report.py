@@ -183,7 +183,7 @@ def _row(technique: Technique[Any], config: Config, places: Sequence[Place], not
         first=[fqn or "(the model)" for fqn, _, _ in places[:3]],
         slot="+".join(sorted({layer.where for _, _, layer in places})),
         graph_breaks=len(broken),
-        exactness=technique.exactness,
+        exactness=next((layer.exactness for _, _, layer in places if layer.exactness), technique.exactness),
         config=config.to_dict(machine=True),
         notes=list(notes),
     )
