@@ -34,6 +34,13 @@ class Offload(Streaming):
     max_unit_bytes: int | str = option(
         512 << 20, doc="Blocks larger than this are streamed child by child.", unit="bytes", size=True, low=1
     )
+    tile_above: int | str | None = option(
+        None,
+        doc="Weights of linear layers larger than this are streamed in blocks of rows of at most that: equal up to rounding.",
+        unit="bytes",
+        size=True,
+        low=1,
+    )
     expert_streaming: bool = option(
         True, doc="Experts kept as slices of one parameter: read only those that tokens were routed to (where no gradients are wanted)."
     )

@@ -10,6 +10,8 @@ in place, residency planned per parameter, and every result bit-identical.
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import suppress
 from typing import ClassVar
 
 import torch
@@ -25,6 +27,7 @@ from torchwrap.offload.config import Offload
 from torchwrap.offload.handle import OffloadHandle
 from torchwrap.stream.planner import PlannedUnit, ResidencyPlan, plan_residency
 from torchwrap.stream.routed import ExpertGroup
+from torchwrap.stream.tiles import CutWeight, cut_weights, make_whole, parts
 from torchwrap.stream.units import Home, UnitMap, find_units
 from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_uninitialised
 from torchwrap.weights.budget import Budget, weight_budget
@@ -32,9 +35,13 @@ from torchwrap.weights.experts import ExpertsLayer, groups_of
 from torchwrap.weights.folder import SOURCES
 from torchwrap.weights.layers import RootLayer, RowLayer, UnitLayer
 from torchwrap.weights.technique import StreamingTechnique, activation_layers
+from torchwrap.weights.tiled import TiledLayer
 from torchwrap.weights.training import training_of
 
 __all__ = ["OffloadTechnique", "offload"]
+
+_TILES = tuple(1 << power for power in range(26, 13, -2))
+"""Tile sizes that are tried before one is recommended, in bytes; larger ones cost less per byte (chosen)."""
 
 
 class OffloadTechnique(StreamingTechnique[Offload]):
@@ -49,7 +56,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         UnsupportedModelError: parameters on several devices or on meta, or no unit to stream.
         StorageError: weights could not be stored; the model is as it was.
 
-    Exactness: bit-identical to the unwrapped model on the same device and dtype.
+    Exactness: bit-identical to the unwrapped model on the same device and dtype; with `tile_above` equal up to rounding.
     Cost: `held_bytes` of `handle.stats()` in memory; `streamed_bytes` read in each pass.
 
     Example:
@@ -76,33 +83,18 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         refuse_uninitialised(model)
         device = device_of(model, config, from_folder=homes is not None)
         check_tier(config, device)
-        division = find_units(
-            model,
-            blocks_of(model, config, integration),
-            gather_only=integration.gather_only(model),
-            split_above=int(config.max_unit_bytes),
-            pin=config.pin,
-        )
+        division, cut = _divide(model, config, integration, config.tile_above)
         if device.type != "cpu":
             for piece in division.pieces:
                 piece.residue = 0  # a device allocator's alignment, whatever the host's was
         origin = next((p.device for p in model.parameters()), device)
-        planned = [
-            PlannedUnit(
-                unit.name,
-                tuple((piece.index, piece.nbytes) for piece in unit.pieces),
-                conditional=unit.kind == "expert",
-                nested=unit.parent is not None,
-                table=unit.kind == "rows",
-            )
-            for unit in division.units
-        ]
+        planned = _planned(division)
         fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
         inside, alone = _scratch(division)
         scratch = max(inside, alone)
         training = training_of(division.units, division.pieces) if config.goal == "train" else None
         budget = weight_budget(config, model, integration, device, scratch, training)
-        whole = fixed + sum({p.index: p.nbytes for u in division.units for p in u.pieces}.values())
+        whole = fixed + sum({index: nbytes for unit in planned for index, nbytes in unit.pieces}.values())
         keep_resident = config.params in ("auto", "device")
 
         def planned_for(budget: Budget) -> ResidencyPlan:
@@ -116,7 +108,10 @@ class OffloadTechnique(StreamingTechnique[Offload]):
                 plan = plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k, keep_resident=keep_resident)
             return plan
 
-        plan = planned_for(budget)
+        try:
+            plan = planned_for(budget)
+        except errors.BudgetError as error:
+            raise _with_tiles(error, model, config, integration, budget.device) from None
         for _ in range(3):
             # While a leaf outside the blocks runs (the head), slots that hold nothing in use give their memory to its reordered copy
             # (see Engine.acquire), so that much need not be reserved beside them. Fewer reserved bytes mean smaller slots: settle.
@@ -128,6 +123,12 @@ class OffloadTechnique(StreamingTechnique[Offload]):
             budget = weight_budget(config, model, integration, device, scratch, training)
             plan = planned_for(budget)
         layers: list[Place] = [("", model, RootLayer(None))]
+        for weight in cut:
+            if plan.resident.issuperset(tile.index for tile in weight.piece.tiles):
+                make_whole(weight.piece, division.units)
+                plan = dataclasses.replace(plan, resident=plan.resident | {weight.piece.index})
+            else:
+                layers.append((weight.name, weight.module, TiledLayer(None, weight.units)))
         for unit in division.units:
             away = [piece for piece in unit.pieces if piece.index not in plan.resident]
             roomy = unit.kind == "leaf" and max(piece.nbytes for piece in unit.pieces) > inside
@@ -150,7 +151,11 @@ class OffloadTechnique(StreamingTechnique[Offload]):
                 fix="Name the modules to stream: units=(...), or leave the model as it is.",
             )
         layers[:0] = activation_layers(config, division.units)
-        notes = [*division.notes, f"{format_bytes(plan.held_bytes)} present at most, {format_bytes(plan.streamed_bytes)} streamed per pass"]
+        notes = [
+            *division.notes,
+            *(f"{weight.name} is computed in {len(weight.units)} tiles: equal up to rounding" for weight in cut if weight.piece.tiles),
+            f"{format_bytes(plan.held_bytes)} present at most, {format_bytes(plan.streamed_bytes)} streamed per pass",
+        ]
         return Prepared(
             config=config,
             layers=layers,
@@ -170,11 +175,58 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         )
 
 
+def _divide(model: nn.Module, config: Offload, integration: Integration, tile_above: int | str | None) -> tuple[UnitMap, list[CutWeight]]:
+    division = find_units(
+        model,
+        blocks_of(model, config, integration),
+        gather_only=integration.gather_only(model),
+        split_above=int(config.max_unit_bytes),
+        pin=config.pin,
+    )
+    return division, cut_weights(model, division, int(tile_above)) if tile_above is not None else []
+
+
+def _planned(division: UnitMap) -> list[PlannedUnit]:
+    return [
+        PlannedUnit(
+            unit.name,
+            tuple((piece.index, piece.nbytes) for piece in parts(unit.pieces)),
+            conditional=unit.kind == "expert",
+            nested=unit.parent is not None,
+            table=unit.kind == "rows",
+        )
+        for unit in division.units
+    ]
+
+
+def _with_tiles(error: errors.BudgetError, model: nn.Module, config: Offload, integration: Integration, budget: int) -> errors.BudgetError:
+    """The same error, its fix naming the tiles with which the budget would do, if there are such."""
+    if config.tile_above is not None:
+        return error
+    for size in _TILES:
+        division, cut = _divide(model, config, integration, size)
+        if not cut or size > budget:
+            continue
+        fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
+        keep = config.params in ("auto", "device")
+        with suppress(errors.TorchwrapError):  # also of too few slots for tiles inside a block
+            plan_residency(_planned(division), fixed_bytes=fixed, budget=budget, slots=config.k, keep_resident=keep)
+            return errors.BudgetError(
+                error.what,
+                needed=error.needed,
+                available=error.available,
+                largest=error.largest,
+                where=error.where,
+                fix=f"{error.fix} Or compute {cut[0].name} in tiles, equal up to rounding: tile_above={size}.",
+            )
+    return error
+
+
 def _scratch(division: UnitMap) -> tuple[int, int]:
     """Bytes of the largest parameter inside a block (or anywhere but in a leaf outside the blocks), and of the largest such leaf."""
     alone = {piece.index for unit in division.units if unit.kind == "leaf" for piece in unit.pieces}
     tables = {piece.index for unit in division.units if unit.kind == "rows" for piece in unit.pieces}
-    inside = [piece.nbytes for piece in division.pieces if piece.index not in alone | tables]
+    inside = [piece.nbytes for piece in parts(division.pieces) if piece.index not in alone | tables]
     return max(inside, default=0), max((piece.nbytes for piece in division.pieces if piece.index in alone), default=0)
 
 

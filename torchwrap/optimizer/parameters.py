@@ -54,7 +54,7 @@ class Parameters:
         unit: Unit | None = None
         if handle is not None and piece is not None and not piece.resident:
             mine = [unit for unit in handle.units if any(other is piece for other in unit.pieces)]
-            unit = next((unit for unit in mine if unit.kind != "rows"), mine[0])
+            unit = next((unit for unit in mine if unit.kind != "rows"), mine[0] if mine else None)
         layout = self._layout(parameter, group)
         self.targets.append(Target(name, parameter, number, piece, unit, layout, streamed=can_stream(parameter, piece)))
 

@@ -47,8 +47,16 @@ class Run:
 
         Raises:
             DiskFullError: there is none.
+            UnsupportedModelError: a weight that is streamed in tiles is trained.
         """
         wanted = [t for t in self._targets if t.parameter.requires_grad and t.parameter.numel() and (whole or t.streamed)]
+        for target in wanted:
+            if target.away and target.piece is not None and target.piece.tiles:
+                raise errors.UnsupportedModelError(
+                    f"OffloadedOptimizer: {target.name} is streamed in tiles, which cannot be trained",
+                    where=target.name,
+                    fix="Freeze it with requires_grad_(False), or offload the model without tile_above=.",
+                )
         self._store.reserve(record for target in wanted for record in records_needed(target, self._chunk, self._store))
 
     def state_of(self, target: Target) -> dict[str, Any]:

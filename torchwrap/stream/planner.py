@@ -120,7 +120,7 @@ def plan_residency(
     counts = [min(slots, max(depth, len(scanned)))] if slots else [depth + 1, depth]  # more slots than units would stay empty
     if slots and slots < depth:
         raise errors.ConfigError(
-            f"torchwrap: k={slots} slots, but blocks with experts need {depth} at once", where="k", fix=f"Set k={depth} or more."
+            f"torchwrap: k={slots} slots, but blocks with experts or tiles need {depth} at once", where="k", fix=f"Set k={depth} or more."
         )
     best: ResidencyPlan | None = None
     least = fixed_bytes + total - table_bytes if keep_resident else sys.maxsize  # everything but tables resident needs no slot

@@ -1,8 +1,8 @@
 """What is streamed: units of a model and the tensors (pieces) in them.
 
 A *unit* is the smallest thing fetched and released: a repeated block, an expert inside a block, a large leaf outside the blocks (the
-output head), or a table of rows (an embedding, of which one forward needs a few rows only). A *piece* is one distinct parameter;
-names tied to one parameter share its piece. Everything that is in no unit is *fixed*: it stays where it is.
+output head) or a part of one (see tiles.py), or a table of rows (an embedding, of which one forward needs a few rows only). A *piece* is
+one distinct parameter; names tied to one parameter share its piece. Everything that is in no unit is *fixed*: it stays where it is.
 
 A parameter is streamed only if that cannot change a result: an ordinary dense, contiguous tensor that one unit alone uses, and uses
 inside its own forward. What is used elsewhere stays fixed.
@@ -25,7 +25,7 @@ from torchwrap.storage.safefile import Segment
 
 __all__ = ["Crc", "Home", "Piece", "SourceFile", "Unit", "UnitMap", "find_units"]
 
-Kind = Literal["block", "expert", "leaf", "rows"]
+Kind = Literal["block", "expert", "leaf", "rows", "tile"]
 
 LEAF_BYTES = 1 << 20
 """Leaves outside the blocks smaller than this stay fixed (chosen: too little to be worth a request)."""
@@ -82,6 +82,9 @@ class Piece:
     resident: bool = True
     checksum: int | None = None  # wrap-around 64-bit sum, known after the first read
     version: int = 0  # raised whenever the values are replaced
+    tiles: tuple[Piece, ...] = field(default=(), repr=False, compare=False)  # row blocks that are fetched in its place, see tiles.py
+    whole: Piece | None = field(default=None, repr=False, compare=False)  # of a tile: what it is a part of
+    first_row: int = 0  # of a tile
 
     @property
     def name(self) -> str:
@@ -120,10 +123,10 @@ class UnitMap:
 
     @property
     def pieces(self) -> list[Piece]:
-        """All distinct pieces, fixed ones included."""
+        """All distinct pieces, fixed ones included; those that are cut, and not their tiles."""
         seen: dict[int, Piece] = {piece.index: piece for piece in self.fixed}
         for unit in self.units:
-            seen |= {piece.index: piece for piece in unit.pieces}
+            seen |= {piece.index: piece for piece in (part.whole or part for part in unit.pieces)}
         return [seen[index] for index in sorted(seen)]
 
 

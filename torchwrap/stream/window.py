@@ -188,7 +188,7 @@ class Window(RoutedSlots):
 
     def _prefetched(self, unit: Unit) -> bool:
         """Whether the unit takes part in the schedule: tables have no slot, and which expert comes next is the router's decision."""
-        return unit.kind in ("block", "leaf")
+        return unit.kind in ("block", "leaf", "tile")
 
     def _updated_now(self, pieces: Iterable[Piece]) -> bool:
         return bool(self._updating) and any(piece.index in self._updating for piece in pieces)

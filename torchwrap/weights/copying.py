@@ -29,8 +29,9 @@ from torchwrap.stream.arena import arena_for
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.pieces import copy_of, put_away
 from torchwrap.stream.planner import ResidencyPlan, region_bytes
+from torchwrap.stream.tiles import copy_tiles, parts, share
 from torchwrap.stream.timeline import Timeline
-from torchwrap.stream.units import Home
+from torchwrap.stream.units import Home, Piece
 from torchwrap.weights.layers import RootLayer
 from torchwrap.weights.state import unhook_states
 
@@ -162,7 +163,7 @@ def inert(handle: WeightsHandle) -> WeightsHandle:
 def twin(handle: WeightsHandle, parameters: dict[int, nn.Parameter]) -> WeightsHandle:
     """An independent handle for a copy of the model, whose parameters are given by piece index."""
     store = None
-    pieces = {}
+    pieces: dict[int, Piece] = {}
     for piece in handle.pieces:
         parameter = parameters[piece.index]
         replica = dataclasses.replace(piece, parameter=parameter, absent=data_of(parameter), names=list(piece.names))
@@ -170,7 +171,7 @@ def twin(handle: WeightsHandle, parameters: dict[int, nn.Parameter]) -> WeightsH
             if store is None:
                 store = SpillStore.create(None, needed=sum(p.nbytes for p in handle.pieces if p.home is not None))
             replica.home = put_away(store, replica, handle.value(piece), crc=handle.crc)
-        pieces[piece.index] = replica
+        pieces |= {part.index: part for part in (replica, *copy_tiles(replica))}
     units = [dataclasses.replace(unit, pieces=[pieces[p.index] for p in unit.pieces]) for unit in handle.units]
     reader = _reader(handle)
     engine = None
@@ -188,7 +189,7 @@ def twin(handle: WeightsHandle, parameters: dict[int, nn.Parameter]) -> WeightsH
     return type(handle)(
         handle.config,
         units,
-        list(pieces.values()),
+        [pieces[piece.index] for piece in handle.pieces],
         handle.plan,
         engine,
         reader,
@@ -219,6 +220,7 @@ def rehome(handle: WeightsHandle, device: torch.device) -> None:
         if not piece.resident:
             piece.absent = placeholder(piece.shape, piece.dtype, device)
             bind(piece.parameter, piece.absent)
+            share(piece)
     if handle.engine is not None:
         handle.engine.rehome(arena_for(device))
     handle.renew_activations()
@@ -233,7 +235,7 @@ def replan(handle: WeightsHandle) -> None:
     handle.plan = dataclasses.replace(
         handle.plan,
         slot_bytes=max((region_bytes(p.nbytes for p in unit.pieces if not p.resident) for unit in slotted), default=0),
-        resident_bytes=sum(p.nbytes for p in handle.pieces if p.resident) - handle.plan.fixed_bytes,
+        resident_bytes=sum(p.nbytes for p in parts(handle.pieces) if p.resident) - handle.plan.fixed_bytes,
         streamed_bytes=sum(streamed.values()),
     )
     if handle.engine is not None:

@@ -30,6 +30,7 @@ from torchwrap.stream.pieces import drop_home, part_of, put_away, read_piece
 from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.settings import CRC, Streaming
+from torchwrap.stream.tiles import known_sum, share
 from torchwrap.stream.timeline import Event, Timeline
 from torchwrap.stream.units import Crc, Piece, Unit
 from torchwrap.weights import copying
@@ -212,8 +213,9 @@ class WeightsHandle(ManyCalls):
         home = piece.home
         assert home is not None
         view = home.file.view(home.name).view(piece.shape)
-        if self.config.verify != "header" and piece.checksum is not None and (got := sum64(memory_of(view))) != piece.checksum:
-            raise mismatch(home.file, part_of(piece), "sum64", piece.checksum, got)
+        expected = known_sum(piece)
+        if self.config.verify != "header" and expected is not None and (got := sum64(memory_of(view))) != expected:
+            raise mismatch(home.file, part_of(piece), "sum64", expected, got)
         return view
 
     def set_value(self, piece: Piece, value: torch.Tensor) -> None:
@@ -226,6 +228,7 @@ class WeightsHandle(ManyCalls):
                 piece.host.view(piece.dtype).view(piece.shape).copy_(value)
             else:
                 self._replace_home(piece, value)
+            share(piece, value)
             for table in self.tables.values():
                 table.forget(piece)
 

@@ -28,6 +28,7 @@ from torchwrap.stream.pieces import aligned_copy, learn, part_of, put_away, read
 from torchwrap.stream.planner import PAGE, region_bytes
 from torchwrap.stream.progress import progress
 from torchwrap.stream.settings import CRC, Streaming
+from torchwrap.stream.tiles import parts, share
 from torchwrap.stream.units import Home, Piece
 from torchwrap.weights.blueprint import Blueprint
 
@@ -84,13 +85,15 @@ def place(model: nn.Module, config: Streaming, blueprint: Blueprint, reader: aio
                 # What a loader converts (fused experts, another dtype) it puts into fresh memory, whose addresses are multiples of 64.
                 aligned = not arena.separate and not piece.home.converted and piece.home.offset % piece.dtype.itemsize == 0
                 piece.residue = piece.home.offset % 64 if aligned else 0
-            _load_residents([piece for piece in division.pieces if piece.resident], reader, device, placed, config)
+                share(piece)
+            _load_residents([part for part in parts(division.pieces) if part.resident], reader, device, placed, config)
         on_disk = _lock_in_host(away, blueprint, arena, reader, config, placed) if arena.separate else away
         if homes is None and on_disk:
             _store(on_disk, model, config, blueprint.integration, reader, placed, match_alignment=not arena.separate)
         _move(model, [piece for piece in division.pieces if piece.resident], device, placed)
         for piece in away:
             piece.absent = placeholder(piece.shape, piece.dtype, device)
+            share(piece, data_of(piece.parameter) if homes is None else None)
             placed.show(piece.parameter, piece.absent)
     except BaseException:
         placed.undo()

@@ -23,6 +23,7 @@ from torchwrap.storage.limits import memory_available
 from torchwrap.stream.arena import arena_for
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.settings import Streaming
+from torchwrap.stream.tiles import parts
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Unit
 from torchwrap.weights.blueprint import Blueprint, Working
@@ -62,7 +63,7 @@ class StreamingTechnique(Technique[S], Generic[S]):
             mode=config.io_backend,
         )
         pieces = blueprint.division.pieces
-        for piece in pieces:
+        for piece in {id(p): p for p in [*pieces, *parts(pieces)]}.values():
             piece.resident = piece.index in plan.resident or piece in blueprint.division.fixed
         placed: Placed | None = None
         try:
