@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness.checkpoints import SHAPES
+from benchmarks.harness.checkpoints import SHAPES, Shape, write_checkpoint
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("limits")
@@ -62,3 +62,18 @@ def test_budget_below_the_minimum_is_refused_before_anything_is_taken(child: Any
     assert result.data["error"] is not None
     assert result.data["memory_error"]
     assert result.data["threads"] == 1
+
+
+@pytest.mark.slow
+def test_a_head_that_no_slot_can_hold(child: Any, tmp_path: Path) -> None:
+    """256 MiB of head, of which the limit leaves room for a fifth: refused whole, right in tiles."""
+    shape = Shape(name="wide", hidden=1024, mlp=2048, blocks=3, heads=16, kv_heads=4, vocabulary=131072, tied=False, shards=1)
+    limit = 450 * MIB
+    write_checkpoint(shape, tmp_path / "wide")
+    refused = child("generate", tmp_path / "wide", TOKENS, limit=limit)
+    assert "tile_above=16777216" in str(refused)
+    result = child("generate", tmp_path / "wide", TOKENS, "tile_above=16MiB", limit=limit).check()
+    assert result.data["ids"] == child("plain", tmp_path / "wide", TOKENS).check().data["ids"]
+    promised = result.data["peak_process"]
+    assert result.peak_bytes <= limit
+    assert abs(promised - result.peak_bytes) <= 0.10 * result.peak_bytes, (promised, result.peak_bytes, result.data["explain"])

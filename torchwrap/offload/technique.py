@@ -83,7 +83,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         refuse_uninitialised(model)
         device = device_of(model, config, from_folder=homes is not None)
         check_tier(config, device)
-        division, cut = _divide(model, config, integration, config.tile_above)
+        division, cut = _divide(model, config, integration)
         if device.type != "cpu":
             for piece in division.pieces:
                 piece.residue = 0  # a device allocator's alignment, whatever the host's was
@@ -111,7 +111,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         try:
             plan = planned_for(budget)
         except errors.BudgetError as error:
-            raise _with_tiles(error, model, config, integration, budget.device) from None
+            raise self._with_tiles(error, model, config, integration) from None
         for _ in range(3):
             # While a leaf outside the blocks runs (the head), slots that hold nothing in use give their memory to its reordered copy
             # (see Engine.acquire), so that much need not be reserved beside them. Fewer reserved bytes mean smaller slots: settle.
@@ -174,8 +174,25 @@ class OffloadTechnique(StreamingTechnique[Offload]):
             ),
         )
 
+    def _with_tiles(self, error: errors.BudgetError, model: nn.Module, config: Offload, integration: Integration) -> errors.BudgetError:
+        """The same error, its fix naming tiles with which the budget would do, if there are such."""
+        for size in _TILES if config.tile_above is None else ():
+            with suppress(errors.TorchwrapError):
+                tried = self.prepare(model, dataclasses.replace(config, tile_above=size), integration)
+                name = next((name for name, _, layer in tried.layers if isinstance(layer, TiledLayer)), None)
+                if name is not None:
+                    return errors.BudgetError(
+                        error.what,
+                        needed=error.needed,
+                        available=error.available,
+                        largest=error.largest,
+                        where=error.where,
+                        fix=f"{error.fix} Or compute {name} in tiles, equal up to rounding: tile_above={size}.",
+                    )
+        return error
 
-def _divide(model: nn.Module, config: Offload, integration: Integration, tile_above: int | str | None) -> tuple[UnitMap, list[CutWeight]]:
+
+def _divide(model: nn.Module, config: Offload, integration: Integration) -> tuple[UnitMap, list[CutWeight]]:
     division = find_units(
         model,
         blocks_of(model, config, integration),
@@ -183,7 +200,7 @@ def _divide(model: nn.Module, config: Offload, integration: Integration, tile_ab
         split_above=int(config.max_unit_bytes),
         pin=config.pin,
     )
-    return division, cut_weights(model, division, int(tile_above)) if tile_above is not None else []
+    return division, cut_weights(model, division, int(config.tile_above)) if config.tile_above is not None else []
 
 
 def _planned(division: UnitMap) -> list[PlannedUnit]:
@@ -197,29 +214,6 @@ def _planned(division: UnitMap) -> list[PlannedUnit]:
         )
         for unit in division.units
     ]
-
-
-def _with_tiles(error: errors.BudgetError, model: nn.Module, config: Offload, integration: Integration, budget: int) -> errors.BudgetError:
-    """The same error, its fix naming the tiles with which the budget would do, if there are such."""
-    if config.tile_above is not None:
-        return error
-    for size in _TILES:
-        division, cut = _divide(model, config, integration, size)
-        if not cut or size > budget:
-            continue
-        fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
-        keep = config.params in ("auto", "device")
-        with suppress(errors.TorchwrapError):  # also of too few slots for tiles inside a block
-            plan_residency(_planned(division), fixed_bytes=fixed, budget=budget, slots=config.k, keep_resident=keep)
-            return errors.BudgetError(
-                error.what,
-                needed=error.needed,
-                available=error.available,
-                largest=error.largest,
-                where=error.where,
-                fix=f"{error.fix} Or compute {cut[0].name} in tiles, equal up to rounding: tile_above={size}.",
-            )
-    return error
 
 
 def _scratch(division: UnitMap) -> tuple[int, int]:
