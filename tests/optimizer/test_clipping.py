@@ -122,10 +122,13 @@ def test_a_step_without_gradients_after_they_were_given_up_does_nothing() -> Non
 def test_gradients_that_were_used_cannot_be_given_up_through_the_model() -> None:
     _, model = pair()
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
-    loss_of(model, 0).backward()
+    first, second = loss_of(model, 0), loss_of(model, 1)
+    first.backward()
     model.zero_grad()
     with pytest.raises(tw.ConflictError, match="was cleared after an update had used it"):
-        loss_of(model, 1).backward()
+        second.backward()
+    with pytest.raises(tw.ConflictError, match=r"step\(\) first"):
+        loss_of(model, 1)
     with pytest.raises(tw.ConflictError, match="cleared or changed between backward and step"):
         optimizer.step()
     assert optimizer.steps == 0

@@ -152,9 +152,13 @@ def test_a_gradient_scaler_during_overlap_is_loud() -> None:
 
 
 def test_a_second_backward_before_the_step_is_a_conflict_that_names_the_way_out() -> None:
-    model, optimizer = taken()
-    with pytest.raises(tw.ConflictError, match=r"accumulate=N or overlap=False"):
-        loss_of(model, 1).backward()
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    first, second = loss_of(model, 0), loss_of(model, 1)
+    first.backward()
+    for again in (second.backward, lambda: loss_of(model, 1)):
+        with pytest.raises(tw.ConflictError, match=r"accumulate=N or overlap=False"):
+            again()
     optimizer.step()
     optimizer.zero_grad()
     assert trained(model, optimizer, range(1))

@@ -103,7 +103,7 @@ class Chunks:
             raise errors.StorageError(
                 f"OffloadedOptimizer: an update of {target.name} was cut short, so its weight is neither the old one nor the new one",
                 where=target.name,
-                fix="Call optimizer.rollback() to go back to the last commit, or load model and optimizer from a checkpoint.",
+                fix="Call optimizer.rollback(), or close() and load model and a new optimizer from a checkpoint.",
             )
         records = [self._store.records[target.state_name(key)] for key in target.layout]
         update.begun = bool(target.order)

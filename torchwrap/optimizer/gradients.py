@@ -122,8 +122,10 @@ class Gradients:
             self._updater.wait_for_room(self.timing.room)
 
     def backward_done(self, error: BaseException | None) -> None:
-        """Hand over the rest, and wait, so that no forward sees some weights of before and some of after."""
+        """Hand over the rest, and wait. Until the step is over, some weights are those of before and some those of after."""
         self._taking = False
+        if self.began:
+            self.refuse_calls()
         for target in self._lifted:
             if target in self._parked and target.parameter.grad is None:
                 target.parameter.grad = target.standin
@@ -259,6 +261,16 @@ class Gradients:
         """Whether gradients were taken since the last step: parameters are new already."""
         return self.settings is not None
 
+    def refuse_calls(self) -> None:
+        """Have calls of the model refused: they would compute with a mixture."""
+        if self._handle is not None:
+            self._handle.stepping.add(self)
+
+    def allow_calls(self) -> None:
+        """All weights are of one step again."""
+        if self._handle is not None:
+            self._handle.stepping.discard(self)
+
     def check_untouched(self) -> None:
         """Refuse a step for which gradients were changed that are not there.
 
@@ -269,7 +281,7 @@ class Gradients:
             raise errors.ConflictError(
                 f"OffloadedOptimizer: the gradient of {self._mixed} came in several parts, and weights were updated with the first",
                 where=self._mixed,
-                fix="Call rollback(); without a commit, load model and optimizer from a checkpoint. Then pass overlap=False.",
+                fix="Call rollback(), or close() and load model and a new optimizer from a checkpoint. Then pass overlap=False.",
             )
         for target in (*self._used, *self._parked):
             if target in self._used or target.parameter.grad is not None:
@@ -277,13 +289,21 @@ class Gradients:
 
     def _check_shown(self, target: Target) -> None:
         shown = target.parameter.grad
-        if shown is None or not target.is_taken() or not is_placeholder(shown) or not bool(shown.flatten()[0].isnan()):
+        if shown is not None and target.is_taken() and is_placeholder(shown) and bool(shown.flatten()[0].isnan()):
+            return
+        if not self.began:
             raise errors.ConflictError(
-                f"OffloadedOptimizer: the gradient of {target.name} was cleared or changed between backward and step, but "
-                + ("an update has used it already" if target in self._used else "it is on the disk"),
+                f"OffloadedOptimizer: the gradient of {target.name} was cleared or changed between backward and step, but is on the disk",
                 where=target.name,
-                fix="Pass overlap=False, gradients='host' to change gradients or to give them up after backward.",
+                fix="Call optimizer.zero_grad() to give up all gradients. Pass overlap=False, gradients='host' to change them.",
             )
+        raise errors.ConflictError(
+            f"OffloadedOptimizer: the gradient of {target.name} was cleared or changed between backward and step, but an update has used "
+            "gradients of this step already, and that cannot be undone",
+            where=target.name,
+            fix="Call rollback(), or close() and load model and a new optimizer from a checkpoint. Pass overlap=False, gradients='host' to "
+            "change gradients or to give them up after backward.",
+        )
 
     def drop_cleared(self, target: Target) -> None:
         """Forget a parked gradient that was cleared through the parameter (`model.zero_grad()`)."""
@@ -329,6 +349,7 @@ class Gradients:
         self._taking = self._arrived = False
         self._lifted.clear()
         self._mixed = None
+        self.allow_calls()
 
     def close(self) -> None:
         """Take the hooks off, and the stand-ins: whoever trains the model next begins with no gradients."""
@@ -340,6 +361,7 @@ class Gradients:
         self._hooks.clear()
         if self._handle is not None and self in self._handle.backward.listeners:
             self._handle.backward.listeners.remove(self)
+            self.allow_calls()
         if self._store is not None:
             self._store.close()
 
@@ -348,7 +370,8 @@ def _cleared(target: Target) -> errors.ConflictError:
     return errors.ConflictError(
         f"OffloadedOptimizer: the gradient of {target.name} was cleared after an update had used it",
         where=target.name,
-        fix="Call step() after backward, or pass overlap=False to be able to give gradients up.",
+        fix="Call rollback(), or close() and load model and a new optimizer from a checkpoint. Then call step() after each backward, or "
+        "pass overlap=False to be able to give gradients up.",
     )
 
 

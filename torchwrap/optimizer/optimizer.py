@@ -48,9 +48,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         path: a folder for the run, which can be continued after a crash: constructing with a folder that holds a committed run of the
             same model goes on from there (weights, state, settings, `steps`). `None`: a temporary folder, nothing is kept.
         overlap: update during backward. Then gradients are gone when `backward()` returns, and what reads or changes them by hand (clipping
-            by hand, a `GradScaler`) raises: pass `overlap=False` for those, and for a call between `backward()` and `step()`, which would
-            compute with old small weights and new large ones. In several processes gradients always wait, in memory, until
-            they are averaged (`DistributedDataParallel` around the model first, then `offload`).
+            by hand, a `GradScaler`) raises, and so does a call of an offloaded model before `step()`, when large weights are new and small
+            ones old: pass `overlap=False` for those. A model that is not offloaded has nothing that could refuse: do not call it then.
+            In several processes gradients always wait, in memory, until they are averaged (`DistributedDataParallel` around the
+            model first, then `offload`).
         max_grad_norm: clip by total norm, exactly as `torch.nn.utils.clip_grad_norm_` does; updates then begin after backward.
         accumulate: backwards per step.
         gradients: where gradients that have to wait for the step do so; "auto" takes memory if half of what is free suffices.
@@ -151,13 +152,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Forget all gradients.
 
         Raises:
-            ConflictError: a backward has updated weights already, and `step()` was not called.
+            ConflictError: weights have been updated with them already, by a backward or by a `step()` that failed half-way.
         """
-        if self._works.gradients.began:
+        if self._works.step.changed:
             raise errors.ConflictError(
-                "OffloadedOptimizer: gradients cannot be given up, the backward has updated weights with them already",
+                "OffloadedOptimizer: gradients cannot be given up, weights were updated with them already",
                 where="zero_grad",
-                fix="Call step() (or rollback()), or pass overlap=False to decide after backward.",
+                fix="Call step() to finish the update, or rollback() to undo it; pass overlap=False to decide after backward.",
             )
         self._works.updater.take_unfinished()
         self._works.step.over()
@@ -359,7 +360,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _refuse_half_done(self, what: str) -> None:
         if self._works.step.half_done:
             raise errors.ConflictError(
-                f"OffloadedOptimizer: {what}() in the middle of a step", where=what, fix="Call step() first, or rollback()."
+                f"OffloadedOptimizer: {what}() in the middle of a step",
+                where=what,
+                fix="Call step() first, or rollback(); if the step cannot be finished, close() and make a new optimizer.",
             )
 
 

@@ -72,11 +72,15 @@ class Step:
             unit = update.target.unit if update.target.away else None
             jobs.setdefault(None if unit is None else unit.index, Job(unit, [])).updates.append(update)
         targets = [update.target for update in updates]
+        if updates:
+            self._gradients.refuse_calls()
         for job in jobs.values():
             self._updater.submit(job)
         self._updater.wait()
         left = {update.target for update in self._updater.unfinished}
         self._done.update(target for target in targets if target not in left)
+        if not self.changed:
+            self._gradients.allow_calls()
         self._updater.check()
 
     def over(self) -> None:
@@ -90,6 +94,11 @@ class Step:
         """Whether some weights are those of after the step, and others those of before."""
         self._updater.wait()
         return self._gradients.began or bool(self._updater.unfinished or self._done)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the step has updated weights, which cannot be undone."""
+        return self._gradients.began or bool(self._done) or any(target.torn for target in self._targets)
 
     def _clip(self) -> None:
         """Scale all gradients as `clip_grad_norm_` does; once for each step, also if that is repeated after an error."""

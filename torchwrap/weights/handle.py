@@ -58,6 +58,7 @@ class WeightsHandle(ManyCalls):
         tables: row tables by unit index.
         passes: completed forward passes through the root.
         unwatched: values of the model's `training` in which no whole forward was watched for reads of absent weights.
+        stepping: whoever has updated some weights and not yet others; calls of the model are refused meanwhile.
         keeps_casts: all streamed blocks together are no larger than the slots (one block used again and again), so that autocast may
             keep its copies of them.
     """
@@ -98,6 +99,7 @@ class WeightsHandle(ManyCalls):
         self.on_close: Callable[[], object] = _nothing
         self.activations: Activations = self._activations()
         self.optimizer: Callable[[], OffloadedOptimizer | None] = _nothing  # a weak reference, once there is one
+        self.stepping: set[object] = set()
         self.passes: int = 0
         streams = any(not piece.resident for piece in pieces)
         self.unwatched: set[bool] = {True, False} if streams else set()
@@ -328,6 +330,15 @@ class WeightsHandle(ManyCalls):
         copying.replan(self)
 
     # -- ends --------------------------------------------------------------------------------------------------------------------
+
+    def refuse_mixture(self) -> None:
+        """Raise `ConflictError` for a call of the model while `stepping`."""
+        raise errors.ConflictError(
+            "torchwrap: a call of the model between backward() and step(): some of its weights are new already, others are still old",
+            where="forward",
+            fix="Call optimizer.step() first (or rollback()). For several backwards per step pass accumulate=N or overlap=False, for other "
+            "calls between the two overlap=False.",
+        )
 
     def check_handed(self) -> None:
         """Raise `ConflictError` if somebody wrote to a tensor of a state dict: it shows stored bytes, so the model would not follow."""

@@ -52,6 +52,8 @@ class RootLayer(WeightsLayer):
         if handle.engine is not None:
             handle.engine.check_process()
         handle.backward.settle()
+        if handle.stepping:
+            handle.refuse_mixture()
         handle.lock.acquire()
         try:
             handle.hide_lent()
@@ -103,6 +105,8 @@ class UnitLayer(WeightsLayer):
         self.where: Literal["inside", "outside"] = where
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.handle.stepping:
+            self.handle.refuse_mixture()
         engine = self.handle.engine
         if engine is None:
             self._calls.push(None)
@@ -147,6 +151,8 @@ class RowLayer(WeightsLayer):
         self.unit = unit
 
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.handle.stepping:
+            self.handle.refuse_mixture()
         table = self.handle.tables.get(self.unit)
         if table is None:
             return call(*args, **kwargs)
