@@ -18,7 +18,7 @@ from tests.weights.budgets import streamed
 from tests.weights.training import at_rest, different_gradients, loss_of
 from torchwrap.activations import modes, swap
 from torchwrap.offload.handle import OffloadHandle
-from torchwrap.storage import spill
+from torchwrap.storage import writing
 
 FAMILIES = [by_name(name) for name in ("llama-tied", "gpt2", "t5", "vit", "albert", "mixtral")]
 every_family = pytest.mark.parametrize("fixture", FAMILIES, ids=lambda fixture: fixture.name)
@@ -303,7 +303,7 @@ def test_a_copy_moves_its_own(mode: str) -> None:
 def test_a_full_disk_is_an_error_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, model, handle = _pair()
     with monkeypatch.context() as patch:
-        patch.setattr(spill, "free_bytes", lambda _: 0)
+        patch.setattr(writing, "free_bytes", lambda _: 0)
         with pytest.raises(tw.DiskFullError) as caught:
             _loss(model)
         assert caught.value.available == 0 < caught.value.needed
@@ -324,7 +324,7 @@ def test_a_disk_that_fails_while_writing(monkeypatch: pytest.MonkeyPatch) -> Non
         def broken(*_: Any) -> bool:
             raise OSError(5, "Input/output error")
 
-        patch.setattr(spill, "write_from", broken)
+        patch.setattr(writing, "write_from", broken)
         with pytest.raises(tw.StorageError, match="Input/output"):
             _loss(model)
     for each in (plain, model):

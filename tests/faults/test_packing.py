@@ -120,7 +120,7 @@ def test_too_little_space_is_found_before_anything_is_written(tmp_path: Path, mo
     wrap, model = packed(tmp_path / "spill"), tower()
     disk = Disk()
     beneath_all(monkeypatch, disk)
-    monkeypatch.setattr("torchwrap.storage.spill.free_bytes", lambda _: 1 << 20)
+    monkeypatch.setattr("torchwrap.storage.writing.free_bytes", lambda _: 1 << 20)
     raised = faults.detected(lambda: wrap(model), DiskFullError, says=["path=", tmp_path / "spill"])
     assert raised.available == 1 << 20 and raised.needed > 4 << 20 and disk.writes == 0
     assert model_difference(model, tower()) is None and not list((tmp_path / "spill").iterdir())

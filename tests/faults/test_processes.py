@@ -108,7 +108,7 @@ def test_killed_later(moment: str, tmp_path: Path, faults: Faults) -> None:
             model.model.layers[2].register_forward_hook(die)
             probe(model)
         elif moment == "load":
-            tw.handle_of(model, "offload").store._backend = Disk(write=die)
+            tw.handle_of(model, "offload").store._disk.backend = Disk(write=die)
             model.load_state_dict(llama().state_dict())
         else:
             tw.handle_of(model, "offload").store.close = die

@@ -208,10 +208,10 @@ def test_disk_full_at_each_write_of_load_state_dict(number: int, monkeypatch: py
             raise error(errno.ENOSPC)
 
     store = tw.handle_of(model, "offload").store
-    healthy, store._backend = store._backend, Disk(write=write)
+    healthy, store._disk.backend = store._disk.backend, Disk(write=write)
     kept = model.state_dict()
     _, raised = faults.judged(lambda: model.load_state_dict(new), lambda _: True, tw.core.errors.DiskFullError, says=["path="])
-    store._backend = healthy
+    store._disk.backend = healthy
     if raised is not None:
         assert raised.errno is None or raised.needed > 0
     state = {key: value.clone() for key, value in model.state_dict().items()}

@@ -243,7 +243,7 @@ def test_after_a_step_that_failed_half_way_it_has_to_be_repeated_first(writes: i
     plain, model = pair()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=False, **ADAM)
-    disk = optimizer._works.store._backend = Broken()
+    disk = optimizer._works.store._disk.backend = Broken()
     disk.left = writes
     for net in (plain, model):
         loss_of(net, 0).backward()
@@ -486,7 +486,7 @@ def test_an_error_of_the_disk_before_the_first_commit_loses_no_streamed_weight(t
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", overlap=False, **ADAM)
     trained(plain, reference, range(3))
     trained(model, optimizer, range(2))
-    disk = optimizer._works.store._backend = Broken(errno.EIO)
+    disk = optimizer._works.store._disk.backend = Broken(errno.EIO)
     disk.left = 9
     optimizer.zero_grad()
     loss_of(model, 200).backward()

@@ -254,7 +254,7 @@ def test_a_full_disk_in_a_first_step_is_mended_and_the_step_repeated(overlap: bo
     plain, model = pair()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=overlap, **ADAM)
-    disk = optimizer._works.store._backend = Broken()
+    disk = optimizer._works.store._disk.backend = Broken()
     disk.left = after
     optimizer.zero_grad()
     loss_of(model, 0).backward()
@@ -276,7 +276,7 @@ def test_a_disk_that_fails_in_the_middle_of_an_update_in_place_needs_a_rollback(
     trained(model, optimizer, range(2))
     optimizer.commit()
     trained(model, optimizer, range(2, 4))
-    disk = optimizer._works.store._backend = Broken(errno.EIO)
+    disk = optimizer._works.store._disk.backend = Broken(errno.EIO)
     disk.left = 9
     optimizer.zero_grad()
     loss_of(model, 4).backward()

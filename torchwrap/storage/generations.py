@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy
 import torch
 
-from torchwrap.core.errors import DiskFullError, StorageError
-from torchwrap.storage.atomic import as_storage_error, free_bytes
-from torchwrap.storage.backend import Backend, Stats, read_into, write_from
+from torchwrap.core.errors import StorageError
+from torchwrap.storage.atomic import as_storage_error
+from torchwrap.storage.backend import Backend, Stats, read_into
 from torchwrap.storage.checksum import Part, memory_of, sum64
 from torchwrap.storage.folder import OwnFolder
 from torchwrap.storage.generationfile import Draft, GenerationFile, Record, Version
@@ -33,6 +33,7 @@ from torchwrap.storage.manifest import Json, KeptFolder, Manifest, pack
 from torchwrap.storage.pool import Buffer, allocate, round_up
 from torchwrap.storage.request import Read
 from torchwrap.storage.workers import mismatch
+from torchwrap.storage.writing import DataWriter
 
 __all__ = ["Draft", "GenerationFile", "GenerationStore", "Record", "Version"]
 
@@ -62,9 +63,7 @@ class GenerationStore:
     """
 
     def __init__(self, path: Path | None, *, beside: Path | None = None, backend: Backend | None = None) -> None:
-        self._backend = backend or Backend()
         self._change = threading.RLock()
-        self._direct = True
         self._closed = False
         self._staging: Buffer | None = None
         self.generation: int = 0
@@ -90,6 +89,7 @@ class GenerationStore:
                 kept.close()
                 raise
             self._release = weakref.finalize(self.file, kept.close)
+        self._disk = DataWriter(self.file, backend or Backend())
         self._end = self.file.nbytes
         self.records: Mapping[str, Record] = self._records
 
@@ -184,9 +184,7 @@ class GenerationStore:
         if draft.in_place:
             record.torn = True
         with as_storage_error("writing", self.file.path, whole):
-            direct = self.file.fd(True) if self._use_direct() else None
-            worked = write_from(self._backend, direct, self.file.fd(False), memory[:whole], offset - head)
-            self._direct = self._direct and worked
+            self._disk.write(memory[:whole], offset - head)
         self.bytes_written += whole
         draft.sums[index] = sum64(memory[head : head + nbytes])
 
@@ -229,7 +227,7 @@ class GenerationStore:
         for index in range(record.count):
             read = self.read(record, index, buffer)
             data = buffer.memory[read.start : read.start + read.nbytes]
-            read_into(self._backend, self.file, data, read.offset, read.nbytes, direct=False, stats=Stats())
+            read_into(self._disk.backend, self.file, data, read.offset, read.nbytes, direct=False, stats=Stats())
             (part,) = read.parts
             if (total := sum64(data)) != part.sum64:
                 raise mismatch(self.file, part, "sum64", part.sum64 or 0, total)
@@ -261,7 +259,7 @@ class GenerationStore:
                     record.whole()
             held = {name: record for name, record in self._records.items() if record.current is not None}
             with as_storage_error("flushing", self.file.path):
-                self._backend.sync(self.file.fd(False))
+                self._disk.backend.sync(self.file.fd(False))
             content = pack(self.generation + 1, self.file.path.name, held, run)
             try:
                 kept.replace(content)
@@ -315,34 +313,6 @@ class GenerationStore:
             raise StorageError("a forked child may not change its parent's store", where=str(self.folder), fix="Make one in the child.")
 
     def _grow(self, end: int) -> None:
-        """Reserve room up to `end`, or leave the file as it was."""
-        needed, fd = end - self._end, self.file.fd(False)
-        if not needed:
-            return
-        available = free_bytes(fd)
-        if needed > available:
-            raise DiskFullError(
-                f"{needed} bytes are needed, {available} are free",
-                needed=needed,
-                available=available,
-                where=str(self.folder),
-                fix="Free space, or pass path= on another disk.",
-            )
-        try:
-            with as_storage_error("reserving space", self.file.path, needed):
-                self._backend.reserve(fd, self._end, needed)
-        except BaseException:
-            with suppress(OSError):
-                os.ftruncate(fd, self._end)  # a failed reservation keeps what it got
-            raise
-        self._end = end
-
-    def _use_direct(self) -> bool:
-        if self._direct:
-            try:
-                self.file.fd(True)
-            except OSError as error:
-                if isinstance(error, StorageError):
-                    raise
-                self._direct = False
-        return self._direct
+        if end > self._end:
+            self._disk.reserve(self._end, end - self._end)
+            self._end = end

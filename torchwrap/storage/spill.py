@@ -4,8 +4,7 @@ One file holds segments of whole 4096-byte blocks: a header (see record.py), the
 is written again goes to a fresh place and only then is its old place free for others, so no read ever sees half of two versions.
 Space is reserved before it is needed: a full disk is found when the model is wrapped, not in the middle of a forward pass.
 
-Writes go past the page cache where the file system allows it, because the aim is to have those bytes out of memory. The file is not
-flushed: nothing of it outlives the process, unless the store is closed with `keep=True`.
+The file is not flushed: nothing of it outlives the process, unless the store is closed with `keep=True`.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ import secrets
 import threading
 import weakref
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy
 import torch
 
-from torchwrap.core.errors import CorruptDataError, DiskFullError, StorageError
-from torchwrap.storage.atomic import as_storage_error, atomic_write, free_bytes
-from torchwrap.storage.backend import Backend, Stats, read_into, write_from
+from torchwrap.core.errors import CorruptDataError, StorageError
+from torchwrap.storage.atomic import as_storage_error, atomic_write
+from torchwrap.storage.backend import Backend, Stats, read_into
 from torchwrap.storage.checksum import crc32, memory_of, sum64
 from torchwrap.storage.folder import INDEX, OwnFolder
 from torchwrap.storage.header import Segment
@@ -34,6 +33,7 @@ from torchwrap.storage.safefile import Descriptor
 from torchwrap.storage.space import Space
 from torchwrap.storage.spillfile import SpillFile
 from torchwrap.storage.workers import mismatch
+from torchwrap.storage.writing import DataWriter
 
 __all__ = ["SpillFile", "SpillStore"]
 
@@ -51,14 +51,14 @@ class SpillStore:
 
     def __init__(self, folder: OwnFolder, backend: Backend) -> None:
         self._cleanup = weakref.finalize(self, folder.close, False)
-        self._own, self._backend = folder, backend
+        self._own = folder
         self.folder: Path = folder.path
         name = f"weights-{secrets.token_hex(4)}.tws"
         with as_storage_error("making the spill file", folder.path / name):
             self.file: SpillFile = SpillFile(folder.path / name, Descriptor(folder.create(name)), os.O_RDWR)
+        self._disk = DataWriter(self.file, backend)
         self._space = Space()
         self._generation = 0
-        self._direct = True
         self._checked: dict[str, int] = {}
         self._staging: Buffer | None = None
         self._change = threading.RLock()
@@ -136,8 +136,9 @@ class SpillStore:
             buffer = allocate(record.header_nbytes + segment.nbytes)
             length = record.header_nbytes + segment.nbytes
             stats = Stats()
-            read_into(self._backend, self.file, buffer.memory, offset, length, direct=self._use_direct(), stats=stats)
-            self._direct = self._direct and not stats.refused
+            read_into(self._disk.backend, self.file, buffer.memory, offset, length, direct=self._disk.direct, stats=stats)
+            if stats.refused:
+                self._disk.give_up_direct()
         if buffer.memory[: record.header_nbytes] != record.pack():
             unpack(bytes(buffer.memory[: record.header_nbytes]), self.file.path, offset)
             raise CorruptDataError(f"tensor {name!r}: the header is of another version", where=f"{self.file.path}, offset {offset}")
@@ -178,7 +179,7 @@ class SpillStore:
                 return
             if keep and os.getpid() == self._own.pid:
                 with as_storage_error("keeping the store", self.folder):
-                    self._backend.sync(self.file.fd(False))
+                    self._disk.backend.sync(self.file.fd(False))
                 offsets = {name: record.extent[0] for name, record in self.file.records.items()}
                 index = {"version": 1, "file": self.file.path.name, "records": offsets}
                 atomic_write(self.folder / INDEX, json.dumps(index).encode())
@@ -209,35 +210,8 @@ class SpillStore:
             )
 
     def _grow(self, nbytes: int) -> None:
-        """Reserve more room at the end of the file, or leave the file as it was."""
-        fd = self.file.fd(False)
-        available = free_bytes(fd)
-        if nbytes > available:
-            raise DiskFullError(
-                f"{nbytes} bytes are needed, {available} are free",
-                needed=nbytes,
-                available=available,
-                where=str(self.folder),
-                fix="Free space, or pass path= on another disk.",
-            )
-        try:
-            with as_storage_error("reserving space", self.file.path, nbytes):
-                self._backend.reserve(fd, self._space.end, nbytes)
-        except BaseException:
-            with suppress(OSError):
-                os.ftruncate(fd, self._space.end)  # a failed reservation keeps what it got
-            raise
+        self._disk.reserve(self._space.end, nbytes)
         self._space.extend(nbytes)
-
-    def _use_direct(self) -> bool:
-        if self._direct:
-            try:
-                self.file.fd(True)
-            except OSError as error:
-                if isinstance(error, StorageError):
-                    raise
-                self._direct = False
-        return self._direct
 
     def _write(self, blank: Segment, memory: memoryview, offset: int, header: int) -> Record:
         """Data first, then the header that vouches for it."""
@@ -265,9 +239,7 @@ class SpillStore:
         assert self._staging is not None
         whole = round_up(nbytes)
         self._staging.memory[nbytes:whole] = bytes(whole - nbytes)
-        direct = self.file.fd(True) if self._use_direct() else None
-        worked = write_from(self._backend, direct, self.file.fd(False), self._staging.memory[:whole], offset)
-        self._direct = self._direct and worked
+        self._disk.write(self._staging.memory[:whole], offset)
 
 
 def _retry(store: weakref.ref[SpillStore], record: Record) -> None:
