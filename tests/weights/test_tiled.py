@@ -417,6 +417,20 @@ def test_a_frozen_head_under_trained_blocks() -> None:
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+def test_between_a_backward_that_updated_weights_and_the_step_it_is_refused() -> None:
+    model = tiled(make())
+    for parameter in model.head.parameters():
+        parameter.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.SGD, params=trained, lr=1.0, chunk=4096)
+    model(ask(3)).square().mean().backward()
+    for part, x in ((model, ask(3)), (model.head, torch.ones(1, WIDTH))):
+        with pytest.raises(tw.ConflictError, match=r"step\(\) first"):
+            part(x)
+    optimizer.step()
+    model.head(torch.ones(1, WIDTH))
+
+
 def test_a_trained_weight_in_tiles_is_refused_by_the_optimizer() -> None:
     with pytest.raises(tw.UnsupportedModelError, match=r"head\.weight"):
         tw.OffloadedOptimizer(tiled(make()), torch.optim.SGD, lr=0.5)
