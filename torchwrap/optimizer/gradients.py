@@ -24,7 +24,7 @@ from torchwrap.optimizer.elementwise import settings_of
 from torchwrap.optimizer.targets import Target
 from torchwrap.optimizer.updates import Job, Updater
 from torchwrap.storage.spill import SpillStore
-from torchwrap.stream.backward import is_nested
+from torchwrap.stream.backward import Run, is_nested
 from torchwrap.stream.units import Unit
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Gradients:
         self._used: set[Target] = set()  # taken since the last step
         self._store: SpillStore | None = None
         self._backwards = 0  # since the last step
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._arrived = False  # a gradient, in the running backward: `torch.autograd.grad` brings none
         self._taking = False  # the running backward has updated weights
         self._lifted: set[Target] = set()  # parked, and out of the way of another gradient
@@ -210,8 +210,11 @@ class Gradients:
         following = self._handle is not None and self._handle.backward.running
         if not following and (self._run is None or self._run.over):
             self._taking = self._arrived = False
-            self._run = _Run()
-            torch.autograd.Variable._execution_engine.queue_callback(_End(self, self._run))
+            self._run = Run.followed(self._ended)
+
+    def _ended(self, run: Run) -> None:
+        run.over = True  # also if what follows raises, and a traceback keeps autograd's callback alive
+        self.backward_done(None)
 
     # -- taking and parking --------------------------------------------------------------------------------------------------------------
 
@@ -381,29 +384,3 @@ def _added(target: Target) -> errors.ConflictError:
         where=target.name,
         fix="Call optimizer.zero_grad() after each step; with several backwards per step, pass accumulate=N or overlap=False.",
     )
-
-
-class _Run:
-    """One backward that goes through no wrapped model; `over` when autograd forgot it, `nested` in another one that we missed."""
-
-    __slots__ = ("nested", "over")
-
-    def __init__(self) -> None:
-        self.over = False
-        self.nested = is_nested()
-
-
-class _End:
-    """What autograd calls at the end of a backward, and destroys uncalled when the backward raises."""
-
-    __slots__ = ("_gradients", "_run")
-
-    def __init__(self, gradients: Gradients, run: _Run) -> None:
-        self._gradients, self._run = gradients, run
-
-    def __call__(self) -> None:
-        self._run.over = True
-        self._gradients.backward_done(None)
-
-    def __del__(self) -> None:
-        self._run.over = True

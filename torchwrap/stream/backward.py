@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.units import Unit
 
-__all__ = ["Backward", "BackwardListener", "is_nested"]
+__all__ = ["Backward", "BackwardListener", "Run", "is_nested"]
 
 
 class BackwardListener(Protocol):
@@ -52,7 +52,7 @@ class Backward:
         self.listeners: list[BackwardListener] = []
         self._engine = engine
         self._open: list[Unit] = []  # units whose nodes are running: a block, and the expert inside it
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._begun = threading.Lock()
 
     @property
@@ -106,8 +106,7 @@ class Backward:
         self.settle()
         with self._begun:
             if self._run is None:
-                self._run = run = _Run()
-                torch.autograd.Variable._execution_engine.queue_callback(_End(self, run))
+                self._run = Run.followed(lambda run: self._close(run, None))
             return self._run.thread == threading.get_ident()
 
     def _leave(self, unit: Unit | None) -> None:
@@ -129,7 +128,7 @@ class Backward:
             unit = self._engine.units[unit.parent] if self._engine is not None and unit.parent is not None else None
         return around
 
-    def _close(self, run: _Run, error: BaseException | None) -> None:
+    def _close(self, run: Run, error: BaseException | None) -> None:
         with self._begun:
             if self._run is not run:
                 return
@@ -154,27 +153,40 @@ def is_nested() -> bool:
     return False
 
 
-class _Run:
-    """One backward. `over` is set when autograd forgot it, `thread` is the one its hooks run in, `nested`: inside one that we missed."""
+class Run:
+    """One backward, the one that runs when this is made.
+
+    Attributes:
+        over: autograd has forgotten it, whether it came to its end or raised.
+        thread: that its hooks run in.
+        nested: it lies inside one that we missed.
+    """
 
     __slots__ = ("nested", "over", "thread")
 
     def __init__(self) -> None:
         self.over = False
-        self.nested = is_nested()
-        self.thread = threading.get_ident()
+        self.nested: bool = is_nested()
+        self.thread: int = threading.get_ident()
+
+    @classmethod
+    def followed(cls, ended: Callable[[Run], None]) -> Run:
+        """Called from a hook; `ended` is called when the running backward comes to its end, and not if it raises."""
+        run = cls()
+        torch.autograd.Variable._execution_engine.queue_callback(_End(run, ended))
+        return run
 
 
 class _End:
     """What autograd calls at the end of a backward, and destroys uncalled when the backward raises."""
 
-    __slots__ = ("_backward", "_run")
+    __slots__ = ("_ended", "_run")
 
-    def __init__(self, backward: Backward, run: _Run) -> None:
-        self._backward, self._run = backward, run
+    def __init__(self, run: Run, ended: Callable[[Run], None]) -> None:
+        self._run, self._ended = run, ended
 
     def __call__(self) -> None:
-        self._backward._close(self._run, None)
+        self._ended(self._run)
 
     def __del__(self) -> None:
         self._run.over = True
