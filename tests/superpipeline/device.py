@@ -16,7 +16,18 @@ from torchwrap.core.tensors import data_of, is_placeholder
 from torchwrap.superpipeline import technique
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 
-__all__ = ["BLOCK_BYTES", "WIDTH", "Blocks", "SlotCount", "counted_slots", "on_device", "pass_seconds", "separate", "weights_present"]
+__all__ = [
+    "BLOCK_BYTES",
+    "WIDTH",
+    "Blocks",
+    "SlotCount",
+    "counted_slots",
+    "handle_of",
+    "on_device",
+    "pass_seconds",
+    "separate",
+    "weights_present",
+]
 
 WIDTH = 64
 BLOCK_BYTES = WIDTH * WIDTH * 4
@@ -133,3 +144,9 @@ def weights_present(model: nn.Module) -> int:
     slots = handle.engine._slots if handle.engine is not None else []
     shown += [slot.device for slot in slots]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in shown}.values())
+
+
+def handle_of(model: nn.Module) -> SuperpipelineHandle:
+    """The model's handle."""
+    handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
+    return handle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +11,10 @@ from torch import nn
 import torchwrap as tw
 from tests.models import ModelFixture, by_name
 from tests.stream.fake_arena import FakeArena, Machine
-from tests.superpipeline.device import separate
+from tests.superpipeline.device import handle_of, separate
 from tests.weights.training import different_gradients, loss_of
 from torchwrap.activations import swap
 from torchwrap.core import tensors
-from torchwrap.superpipeline.handle import SuperpipelineHandle
 
 FAMILIES = ["llama-tied", "mixtral", "t5", "llava", "vit", "convnet"]
 every_family = pytest.mark.parametrize("fixture", [by_name(name) for name in FAMILIES], ids=FAMILIES)
@@ -28,17 +26,6 @@ every_mode = pytest.mark.parametrize("mode", ["keep", "recompute", "disk", "auto
 def small_tensors_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The models are small, so that everything they save would stay."""
     monkeypatch.setattr(swap, "SMALLEST", 64)
-
-
-@pytest.fixture
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as made:
-        yield made
-
-
-def handle_of(model: nn.Module) -> SuperpipelineHandle:
-    handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
-    return handle
 
 
 def inputs_of(fixture: ModelFixture, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,12 +14,6 @@ from torchwrap.superpipeline import technique
 
 DEPTH = 10
 LINKS = [0.2, 0.6, 0.95, 1.5, 4.0]
-
-
-@pytest.fixture
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as made:
-        yield made
 
 
 @pytest.mark.parametrize("transfer_s", LINKS)

@@ -6,7 +6,6 @@ Peaks are counted where slots are made and given back, on the CPU and on the sim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,10 +15,19 @@ from torch import nn
 import torchwrap as tw
 from tests.models import by_name, run
 from tests.stream.fake_arena import FakeArena, Machine
-from tests.superpipeline.device import BLOCK_BYTES, WIDTH, Blocks, counted_slots, on_device, pass_seconds, separate, weights_present
+from tests.superpipeline.device import (
+    BLOCK_BYTES,
+    WIDTH,
+    Blocks,
+    counted_slots,
+    handle_of,
+    on_device,
+    pass_seconds,
+    separate,
+    weights_present,
+)
 from tests.weights.training import loss_of
 from torchwrap.stream.arena import HostArena
-from torchwrap.superpipeline.handle import SuperpipelineHandle
 
 DEPTH = 10
 GRID = [(k, k_prime) for k in range(1, DEPTH + 1) for k_prime in sorted({1, (k + 1) // 2, k})]
@@ -28,17 +36,6 @@ PREFILL = [0.25, 0.5, 0.9, 1.0, 1.15]
 
 every_knob = pytest.mark.parametrize(("k", "k_prime"), GRID, ids=[f"k{k}-{k_prime}" for k, k_prime in GRID])
 every_arena = pytest.mark.parametrize("arena", [HostArena, FakeArena], ids=["cpu", "device"])
-
-
-@pytest.fixture
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as made:
-        yield made
-
-
-def handle_of(model: nn.Module) -> SuperpipelineHandle:
-    handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
-    return handle
 
 
 def stack(width: int = 512) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,13 @@ import torchwrap as tw
 from tests.integrations.tiny import Case, case
 from tests.models import run
 from tests.stream.fake_arena import FakeArena, Machine
-from tests.superpipeline.device import counted_slots, separate, weights_present
+from tests.superpipeline.device import counted_slots, handle_of, separate, weights_present
 from torchwrap.core.tensors import data_of, is_placeholder
 from torchwrap.stream.planner import PAGE
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 
 KINDS = ["LlamaForCausalLM", "LlamaForCausalLM-tied", "MixtralForCausalLM", "T5ForConditionalGeneration-tied", "BertModel"]
 every_kind = pytest.mark.parametrize("row", [case(name) for name in KINDS], ids=KINDS)
-
-
-@pytest.fixture
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as made:
-        yield made
-
-
-def handle_of(model: nn.Module) -> SuperpipelineHandle:
-    handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
-    return handle
 
 
 def tensors(output: Any) -> list[torch.Tensor]:

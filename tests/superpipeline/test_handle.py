@@ -12,18 +12,13 @@ from torch import nn
 
 import torchwrap as tw
 from tests.models import by_name, run
-from torchwrap.superpipeline.handle import SuperpipelineHandle
+from tests.superpipeline.device import handle_of
 from torchwrap.superpipeline.picture import draw, grid
 
 
 def blocks(depth: int = 6, width: int = 32) -> nn.Sequential:
     torch.manual_seed(2)
     return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth))).eval()
-
-
-def handle_of(model: nn.Module) -> SuperpipelineHandle:
-    handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
-    return handle
 
 
 @pytest.mark.parametrize(

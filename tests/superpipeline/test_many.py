@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name, run
 from tests.stream.fake_arena import Machine
-from tests.superpipeline.device import counted_slots, separate
+from tests.superpipeline.device import counted_slots, handle_of, separate
 from tests.weights.training import different_gradients, loss_of
 from torchwrap.stream.arena import HostArena
-from torchwrap.superpipeline.handle import SuperpipelineHandle
 from torchwrap.weights.many import forward_many, generate_many
 
 MODELS = ["llama", "t5", "mixtral", "llava", "vit", "albert"]
 every_model = pytest.mark.parametrize("fixture", [by_name(name) for name in MODELS], ids=MODELS)
 CALLS = 5
-
-
-@pytest.fixture
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as made:
-        yield made
-
-
-def handle_of(model: nn.Module) -> SuperpipelineHandle:
-    handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
-    return handle
 
 
 def calls_of(fixture: ModelFixture) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name
+from tests.superpipeline.device import handle_of
 from tests.weights.training import OutsideAdamW, different_gradients, loss_of
 from torchwrap.core import tensors
-from torchwrap.superpipeline.handle import SuperpipelineHandle
 from torchwrap.superpipeline.policy import Knobs
 
 FAMILIES = ["llama", "gpt2", "t5", "vit", "bert", "llava", "convnet"]
@@ -25,11 +25,6 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 every_window = pytest.mark.parametrize(("k", "k_prime"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)], ids=lambda value: str(value))
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-
-
-def handle_of(model: nn.Module) -> SuperpipelineHandle:
-    handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
-    return handle
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,12 +20,6 @@ from torchwrap.stream.batches import Batches
 every_arena = pytest.mark.parametrize("make", [FakeArena, WatchedCuda], ids=["fake", "cuda"])
 every_mode = pytest.mark.parametrize("mode", ["late", "early", "random"])
 every_window = pytest.mark.parametrize(("k", "k_prime"), [(2, 2), (3, 2), (4, 3)], ids=lambda value: str(value))
-
-
-@pytest.fixture
-def patch() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as made:
-        yield made
 
 
 @every_arena

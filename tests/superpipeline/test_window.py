@@ -15,9 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name, run
-from tests.superpipeline.device import weights_present
+from tests.superpipeline.device import handle_of, weights_present
 from torchwrap.core.tensors import data_of, is_placeholder
-from torchwrap.superpipeline.handle import SuperpipelineHandle
 
 MODELS = {"llama": 4, "gpt2": 4, "t5": 4, "vit": 4, "bert": 4, "llava": 6, "convnet": 4, "resnet18": 8}
 GRID = {
@@ -39,11 +38,6 @@ def tensors(output: Any) -> list[torch.Tensor]:
 def same(got: Any, expected: Any) -> bool:
     pairs = list(zip(tensors(got), tensors(expected), strict=True))
     return bool(pairs) and all(torch.equal(a, b) for a, b in pairs)
-
-
-def handle_of(model: nn.Module) -> SuperpipelineHandle:
-    handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
-    return handle
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import copy
 import gc
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -471,6 +472,7 @@ def test_a_model_that_tries_again_does_not_swallow_the_end() -> None:
 def test_an_interrupt_ends_all_and_comes_out() -> None:
     plain, wrapped, handle = _blocks()
     hook = wrapped.blocks[2].register_forward_pre_hook(lambda module, args: _thread.interrupt_main() if len(args[0]) == 2 else None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background with it ignored
     gc.collect()
     gc.disable()  # Python drops an interrupt that meets a finalizer, and the collector may run one of another test just then
     try:
@@ -478,6 +480,7 @@ def test_an_interrupt_ends_all_and_comes_out() -> None:
             handle.forward_many([torch.ones(1 + number, 96) for number in range(4)] * 50)
     finally:
         gc.enable()
+        signal.signal(signal.SIGINT, before)
     hook.remove()
     _is_whole(handle, wrapped, plain)
 
