@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.cli.conftest import Done
+from torchwrap.storage.uring import unavailable_reason
 
 
 def test_doctor_measures_the_disk_and_leaves_nothing_behind(cli: Callable[..., Done], tmp_path: Path) -> None:
@@ -21,6 +22,7 @@ def test_doctor_measures_the_disk_and_leaves_nothing_behind(cli: Callable[..., D
 def test_doctor_tells_versions_and_integrations(cli: Callable[..., Done]) -> None:
     found = cli("doctor", "--no-measure", "--json").data
     assert found["versions"]["torch"]
+    assert found["disk"]["io_uring"] == (f"no ({reason})" if (reason := unavailable_reason()) else "yes")
     assert {row["name"] for row in found["integrations"]} >= {"transformers", "torchvision"}
     assert all(row["loads"] or row["reason"] for row in found["integrations"])
 

@@ -18,6 +18,7 @@ from torch import nn
 import torchwrap as tw
 from torchwrap.core.errors import StorageError
 from torchwrap.storage.backend import Backend
+from torchwrap.storage.ringpool import RingPool
 
 __all__ = ["Disk", "beneath_all", "erring", "fails", "flipped", "hanging", "interrupted", "settle", "short", "under", "zeroed"]
 
@@ -203,7 +204,10 @@ def under(model: nn.Module, disk: Backend, *, trim: bool = True) -> Iterator[Non
 def _serve(reader: object, disk: Backend) -> Backend:
     before: Backend = reader.backend
     reader.backend = disk
-    if reader._pool is not None:
+    if isinstance(reader._pool, RingPool):
+        reader._pool.stop(0.0)
+        reader._pool = None  # a ring stays with the disk that it was made for
+    elif reader._pool is not None:
         reader._pool.backend = disk
     return before
 

@@ -16,10 +16,23 @@ import torchwrap as tw
 from tests.faults.disks import Disk, erring, error, fails, flipped, hanging, interrupted, settle, short, under, zeroed
 from tests.faults.subjects import IDS, at_rest, lean, llama, probe, tower, twin_of
 from tests.faults.tally import Faults, same
+from tests.storage.rings import beneath_every_reader
 from torchwrap.core.errors import CorruptDataError, StorageError
+from torchwrap.storage.uring import unavailable_reason
 from torchwrap.storage.workers import Pool
 
 MAKES: dict[str, Callable[[], nn.Module]] = {"tower": tower, "tied": lambda: tower(tied=True), "llama": llama}
+
+
+@pytest.fixture(autouse=True, params=["threads", "ring"])
+def reads_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All of this with threads that read, and with one thread that has many reads under way."""
+    if request.param == "ring":
+        if unavailable_reason():
+            pytest.skip(str(unavailable_reason()))
+        beneath_every_reader(monkeypatch)
+    return str(request.param)
+
 
 every_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 every_slots = pytest.mark.parametrize("slots", [1, 2], ids=["one-slot", "two-slots"])
@@ -132,6 +145,7 @@ def test_a_dead_disk(make: Callable[[], nn.Module], raised: Callable[[], BaseExc
     right_again(model, expected)
 
 
+@pytest.mark.filterwarnings("ignore::torchwrap.TorchwrapWarning")  # the ring of the healthy disk, which is another one, says it again
 def test_a_refused_direct_read_falls_back_with_one_warning(faults: Faults) -> None:
     expected, model = twin_of(tower), lean(tower())
     refused = []

@@ -22,10 +22,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tests.storage.rings import beneath_every_reader
 from torchwrap.core.errors import CorruptDataError, StorageError, TorchwrapWarning
 from torchwrap.storage import Backend, Part, Read, Reader, TensorFile, allocate, probe, sum64
+from torchwrap.storage.uring import unavailable_reason
 
 SIZE = 150_001
+
+
+@pytest.fixture(
+    autouse=True,
+    params=["threads", pytest.param("ring", marks=pytest.mark.skipif(bool(unavailable_reason()), reason=f"{unavailable_reason()}"))],
+)
+def reads_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All of this with threads that read, and with one thread and io_uring."""
+    if request.param == "ring":
+        beneath_every_reader(monkeypatch)
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -311,11 +324,11 @@ def threads_named(name: str) -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith(name) and thread.is_alive()]
 
 
-def test_threads_end_with_close_and_with_the_reader(file: TensorFile) -> None:
+def test_threads_end_with_close_and_with_the_reader(file: TensorFile, reads_by: str) -> None:
     before = len(threads_named("torchwrap-read"))
     reader = Reader(3)
     read_all(reader, file)
-    assert len(threads_named("torchwrap-read")) == before + 3
+    assert len(threads_named("torchwrap-read")) == before + {"threads": 3, "ring": 1}[reads_by]
     assert all(thread.daemon for thread in threads_named("torchwrap-read"))
     del reader
     gc.collect()
@@ -323,9 +336,12 @@ def test_threads_end_with_close_and_with_the_reader(file: TensorFile) -> None:
 
 
 def test_a_finished_ticket_keeps_neither_file_nor_memory_alive(path: Path) -> None:
-    gc.collect()
-    before = len(os.listdir("/proc/self/fd"))
     with Reader() as reader:
+        with TensorFile.open(path) as other:
+            read_all(reader, other)  # from now on the reader has everything it needs for itself
+        del other
+        gc.collect()
+        before = len(os.listdir("/proc/self/fd"))
         file = TensorFile.open(path)
         ticket = reader.submit([Read(file, 0, 100, allocate(4096))])
         ticket.wait()

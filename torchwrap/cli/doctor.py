@@ -7,8 +7,6 @@ that `offload` uses. The other figures come from the kernel. Exit status 1 when 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import errno
 import os
 import platform
 import shutil
@@ -24,7 +22,6 @@ __all__ = ["SUMMARY", "configure", "run"]
 SUMMARY = "what this machine offers: versions, memory, disk and copy speeds, integrations"
 
 _PACKAGES = ("torchwrap", "torch", "numpy", "safetensors", "transformers", "accelerate", "torchvision", "timm", "peft")
-_IO_URING_SETUP = 425  # the same system call number on every Linux architecture
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -117,15 +114,11 @@ def _disk(folder: Path, nbytes: int, *, measure: bool) -> dict[str, object]:
 
 
 def _io_uring() -> str:
-    """Whether the kernel would let us use io_uring: asked with arguments it must refuse, so that nothing is created."""
-    if platform.system() != "Linux":
-        return "no (not Linux)"
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.syscall(_IO_URING_SETUP, 0, None)
-    reason = ctypes.get_errno()
-    if reason in (errno.EFAULT, errno.EINVAL):
-        return "yes"
-    return f"no ({errno.errorcode.get(reason, reason)})"
+    """Whether io_backend="uring" can be had: a ring is made, read through, and given back."""
+    from torchwrap.storage.uring import unavailable_reason
+
+    reason = unavailable_reason()
+    return "yes" if reason is None else f"no ({reason})"
 
 
 def _copies() -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Files and memory for weights that do not fit: everything in this library that writes to a disk, or reads from one in bulk.
 
 `safefile` uses a model's own safetensors files in place, `spill` holds what has no file, `aio` reads both past the page cache into the
-aligned memory of `pool`, `atomic` replaces files without a moment of danger, `limits` tells how much memory there is. Nothing here knows
-about models; it builds on `torchwrap.core.errors` alone.
+aligned memory of `pool`, by threads (`workers`) or io_uring (`ringpool`, `uring`), `atomic` replaces files without a moment of danger,
+`limits` tells how much memory there is. Nothing here knows about models; it builds on `torchwrap.core.errors` alone.
 """
 
 from __future__ import annotations

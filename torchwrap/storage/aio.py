@@ -13,14 +13,16 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from torchwrap.core.errors import StorageError, TorchwrapWarning
+from torchwrap.core.errors import ConfigError, StorageError, TorchwrapWarning
 from torchwrap.storage.backend import Backend, Source, Stats
 from torchwrap.storage.checksum import Part, crc32, sum64
 from torchwrap.storage.pool import BLOCK, allocate, round_down, round_up
 from torchwrap.storage.request import Read, cut
+from torchwrap.storage.ringpool import RingPool
 from torchwrap.storage.safefile import TensorFile
+from torchwrap.storage.uring import unavailable_reason
 from torchwrap.storage.workers import Mode, Pool, Ticket
 
 if TYPE_CHECKING:
@@ -38,9 +40,13 @@ class Reader:
         timeout_s: what `Ticket.wait` uses when not told.
         backend: the system calls; replaced in tests.
         mode: "auto" reads past the page cache and falls back to ordinary reads with one warning; "direct" raises instead; "buffered"
-            never tries, and drops what it read from the page cache.
+            never tries, and drops what it read from the page cache; "uring" is as "auto", with io_uring and one thread in place of
+            `threads` threads.
 
-    Cost: nothing until the first `submit`; then `threads` idle threads, and a buffer of `chunk` bytes in each that had to copy.
+    Raises:
+        ConfigError: mode is "uring", and there is no io_uring on this machine or it is forbidden.
+
+    Cost: nothing until the first `submit`; then `threads` idle threads, and a buffer of `chunk` bytes for each that had to copy.
 
     Example:
         >>> import torch, tempfile, pathlib, safetensors.torch
@@ -62,8 +68,12 @@ class Reader:
     def __init__(
         self, threads: int = 2, chunk: int = 4 << 20, timeout_s: float = 60.0, backend: Backend | None = None, *, mode: Mode = "auto"
     ) -> None:
-        if threads < 1 or chunk < BLOCK or timeout_s <= 0 or mode not in ("auto", "direct", "buffered"):
+        if threads < 1 or chunk < BLOCK or timeout_s <= 0 or mode not in get_args(Mode):
             raise ValueError(f"threads={threads}, chunk={chunk}, timeout_s={timeout_s}, mode={mode!r} is no way to read")
+        if mode == "uring" and (reason := unavailable_reason()):
+            raise ConfigError(
+                f"io_uring cannot be used here: {reason}", where="io_backend", fix='Use io_backend="auto", which never needs it.'
+            )
         self.threads: int = threads
         self.chunk: int = round_up(chunk)
         self.timeout_s: float = timeout_s
@@ -78,7 +88,7 @@ class Reader:
 
         Raises:
             ValueError: a range does not fit its target, or a part is not inside its read.
-            StorageError: the reader is closed, or mode is "direct" and a file system refuses it.
+            StorageError: the reader is closed, mode is "direct" and a file system refuses it, or no ring could be made.
         """
         if self._closed:
             raise StorageError("this reader was closed", fix="Make a new Reader.")
@@ -112,7 +122,8 @@ class Reader:
     def _live(self) -> Pool:
         """The threads of this process: a forked child has none of its parent's, and never touches their locks."""
         if self._pool is None or self._pool.pid != os.getpid():
-            self._pool = Pool(self.threads, self.chunk, self.timeout_s, self.backend, self.mode, self.stats)
+            kind = RingPool if self.mode == "uring" else Pool
+            self._pool = kind(self.threads, self.chunk, self.timeout_s, self.backend, self.mode, self.stats)
             weakref.finalize(self, Pool.stop, self._pool, 1.0)
         return self._pool
 

@@ -1,21 +1,26 @@
 """The system calls of this room, behind one small object, and the loops that make a read or a write complete.
 
 Everything that moves weights goes through a `Backend`, so tests can inject what disks do: short reads, interrupted calls, a failing
-sector, a full disk, a hang, wrong bytes. `read_into` and `write_from` turn the calls into a promise: all bytes, or an error.
+sector, a full disk, a hang, wrong bytes. `reading`, `read_into` and `write_from` turn the calls into a promise: all bytes, or an error.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from torchwrap.core.errors import CorruptDataError, StorageError
 from torchwrap.storage.pool import round_down
+from torchwrap.storage.uring import Ring
 
-__all__ = ["Backend", "Source", "Stats", "read_into", "write_from"]
+__all__ = ["Backend", "Queue", "Request", "Source", "Stats", "read_into", "reading", "run", "write_from"]
+
+Request = tuple[int, memoryview, int]
+"""A read: descriptor, target, offset."""
 
 
 class Backend:
@@ -29,6 +34,10 @@ class Backend:
         """Write `source` at `offset`; bytes written."""
         return os.pwritev(fd, [source], offset)
 
+    def queue(self, depth: int) -> Queue:
+        """Up to `depth` reads under way at once, for one thread."""
+        return Ring(depth)
+
     def reserve(self, fd: int, offset: int, nbytes: int) -> None:
         """Make sure later writes to the range cannot run out of space."""
         os.posix_fallocate(fd, offset, nbytes)
@@ -36,6 +45,26 @@ class Backend:
     def sync(self, fd: int) -> None:
         """Return once everything written is on the disk."""
         os.fsync(fd)
+
+
+class Queue(Protocol):
+    """Reads under way at once; the memory of each is kept until its result was taken. See `Ring`, which is the real one."""
+
+    def start(self, token: int, fd: int, target: memoryview, offset: int) -> None:
+        """Begin a read, known by `token` until its result was taken."""
+        ...
+
+    def wait(self) -> Sequence[tuple[int, int | BaseException]]:
+        """Block until results are there, or `wake` was called: tokens with the bytes read, or the error."""
+        ...
+
+    def wake(self) -> None:
+        """End the `wait` of another thread."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what is under way, and end."""
+        ...
 
 
 class Source(Protocol):
@@ -75,7 +104,30 @@ class Stats:
 
 
 def read_into(backend: Backend, source: Source, target: memoryview, offset: int, needed: int, *, direct: bool, stats: Stats) -> None:
-    """Fill `target[:needed]` with the file's bytes from `offset` on.
+    """Do all the reads of `reading`, one after the other."""
+    steps = reading(source, target, offset, needed, direct=direct, stats=stats)
+    run(backend, steps)
+
+
+def run(backend: Backend, steps: Generator[Request, int, None]) -> None:
+    """Give the steps the reads they ask for, here and now."""
+    try:
+        request = next(steps)
+        while True:
+            try:
+                count = backend.pread(*request)
+            except OSError as error:
+                request = steps.throw(error)
+            else:
+                request = steps.send(count)
+    except StopIteration:
+        return
+
+
+def reading(source: Source, target: memoryview, offset: int, needed: int, *, direct: bool, stats: Stats) -> Generator[Request, int, None]:
+    """The reads that fill `target[:needed]` with the file's bytes from `offset` on.
+
+    Each is yielded; what it brought is sent, its `OSError` thrown.
 
     Args:
         target: with `direct`, its address, its length and `offset` are multiples of 4096; it may be longer than `needed`, so that the
@@ -91,7 +143,7 @@ def read_into(backend: Backend, source: Source, target: memoryview, offset: int,
         start = round_down(done) if direct else done
         fd = source.fd(direct)
         try:
-            count = backend.pread(fd, target[start:] if direct else target[start:needed], offset + start)
+            count = yield fd, target[start:] if direct else target[start:needed], offset + start
         except InterruptedError:
             continue
         except OSError as error:

@@ -16,20 +16,20 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Literal
 
 import numpy
 
 from torchwrap.core.errors import CorruptDataError, StorageError, TorchwrapWarning
-from torchwrap.storage.backend import Backend, Source, Stats, read_into
+from torchwrap.storage.backend import Backend, Request, Source, Stats, reading, run
 from torchwrap.storage.checksum import Part, crc32, crc32_join, sum64
 from torchwrap.storage.pool import Buffer, allocate
 from torchwrap.storage.request import Piece, Read
 
-__all__ = ["Mode", "Pool", "Ticket", "mismatch"]
+__all__ = ["Mode", "Pool", "Ticket", "mismatch", "typed"]
 
-Mode = Literal["auto", "direct", "buffered"]
+Mode = Literal["auto", "direct", "buffered", "uring"]
 
 
 class Ticket:
@@ -96,7 +96,7 @@ class Ticket:
                         if code is not None:
                             self.codes[part.name] = code
             except BaseException as error:  # in a thread there is nobody to raise to: the waiter gets it
-                self._fail(_typed(error, self._first))
+                self._fail(typed(error, self._first))
         self.seconds = self._moved - self._began
         self._tally = _Tally()
         self._reads = ()  # a finished ticket keeps neither files nor memory alive
@@ -133,12 +133,9 @@ class Pool:
         with self._changed:
             if self._stopped:
                 raise StorageError("this reader was closed", fix="Make a new Reader.")
+            self._hire()
             self._queue.extend((ticket, piece) for piece in pieces)
-            for number in range(len(self._workers), self.threads):
-                worker = threading.Thread(target=self._work, args=(number,), name=f"torchwrap-read-{number}", daemon=True)
-                self._workers.append(worker)
-                worker.start()
-            self._changed.notify_all()
+            self._poke()
         return ticket
 
     def wait(self, ticket: Ticket, timeout_s: float | None) -> None:
@@ -149,7 +146,7 @@ class Pool:
         begin = time.monotonic()
         while (piece := self._next_landed(ticket, begin, limit)) is not None:
             self._sum(ticket, piece)
-        if self.mode == "auto":
+        if self.mode in ("auto", "uring"):
             self._warn_refused()
 
     def _next_landed(self, ticket: Ticket, begin: float, limit: float) -> Piece | None:
@@ -179,16 +176,27 @@ class Pool:
                 ticket._pending -= 1
                 if not ticket._pending:
                     ticket._finish()
-            self._changed.notify_all()
+            self._poke()
             workers = list(self._workers)
         deadline = time.monotonic() + timeout_s
         for worker in workers:
             if worker is not threading.current_thread():
                 worker.join(max(0.0, deadline - time.monotonic()))
 
+    def _hire(self) -> None:
+        """Have all threads; the lock is held."""
+        for number in range(len(self._workers), self.threads):
+            worker = threading.Thread(target=self._work, args=(number,), name=f"torchwrap-read-{number}", daemon=True)
+            worker.start()
+            self._workers.append(worker)
+
+    def _poke(self) -> None:
+        """There is something new for the threads, or for who waits; the lock is held."""
+        self._changed.notify_all()
+
     def _work(self, number: int) -> None:
         """What each thread does until the pool stops."""
-        bounce: Buffer | None = None
+        bounce: list[Buffer] = []
         while (taken := self._take(number)) is not None:
             ticket, piece, landed = taken
             if landed:
@@ -196,12 +204,9 @@ class Pool:
             else:
                 error: StorageError | None = None
                 try:
-                    if ticket._error is None:
-                        if piece.place is None and bounce is None:
-                            bounce = allocate(self.chunk)
-                        self._fetch(piece, bounce)
+                    run(self.backend, self._fetch(ticket, piece, bounce))
                 except BaseException as caught:  # in a thread there is nobody to raise to: the waiter gets it
-                    error = _typed(caught, f"{piece.read.file.path}, offset {piece.low}")
+                    error = typed(caught, f"{piece.read.file.path}, offset {piece.low}")
                 self._land(number, ticket, piece, error)
                 del error
             del taken, ticket, piece  # an idle thread must not keep a target or a file alive
@@ -213,28 +218,37 @@ class Pool:
                 self._changed.wait()
             if not self._queue:
                 return (*self._landed.popleft(), True) if self._landed else None
-            now = time.monotonic()
-            if not self._active:
-                self._busy_since = now
-            taken = self._active[number] = self._queue.popleft()
-            taken[0]._moved = now
-            taken[0]._began = taken[0]._began or now
-            return (*taken, False)
+            return (*self._begin(number), False)
 
-    def _fetch(self, piece: Piece, bounce: Buffer | None) -> None:
-        """Read one request."""
+    def _begin(self, number: int) -> tuple[Ticket, Piece]:
+        """The next request of the queue is under way from now on; the lock is held."""
+        now = time.monotonic()
+        if not self._active:
+            self._busy_since = now
+        ticket, piece = self._active[number] = self._queue.popleft()
+        ticket._moved = now
+        ticket._began = ticket._began or now
+        return ticket, piece
+
+    def _fetch(self, ticket: Ticket, piece: Piece, bounce: list[Buffer]) -> Generator[Request, int, None]:
+        """The reads of one request, as in `reading`; none if its ticket failed meanwhile.
+
+        Args:
+            bounce: empty, or with the buffer that a request to be copied is read into; it is made when first needed.
+        """
+        if ticket._error is not None:
+            return
         read, (first, last) = piece.read, piece.wanted()
         memory = piece.bytes_of(first, last)
         if self.mode == "buffered" or str(read.file.path) in self.stats.refused:
-            read_into(self.backend, read.file, memory, first, last - first, direct=False, stats=self.stats)
+            yield from reading(read.file, memory, first, last - first, direct=False, stats=self.stats)
             # It will be read again only after everything else was: keeping it cached would evict something useful.
             os.posix_fadvise(read.file.fd(False), piece.low, piece.high - piece.low, os.POSIX_FADV_DONTNEED)
         else:
-            place = piece.place
-            if place is None and bounce is not None:
-                place = bounce.memory[: piece.high - piece.low]
-            assert place is not None
-            read_into(self.backend, read.file, place, piece.low, last - piece.low, direct=True, stats=self.stats)
+            if piece.place is None and not bounce:
+                bounce.append(allocate(self.chunk))
+            place = bounce[0].memory[: piece.high - piece.low] if piece.place is None else piece.place
+            yield from reading(read.file, place, piece.low, last - piece.low, direct=True, stats=self.stats)
             if self.mode == "direct" and str(read.file.path) in self.stats.refused:
                 raise StorageError("the file system refuses O_DIRECT", where=str(read.file.path), fix='Use io_backend="auto".')
             if piece.place is None:
@@ -272,11 +286,11 @@ class Pool:
                 ]
                 ticket._tally.add(piece, found, self._changed)
         except Exception as caught:
-            error = _typed(caught, f"{piece.read.file.path}, offset {piece.low}")
+            error = typed(caught, f"{piece.read.file.path}, offset {piece.low}")
         except BaseException:
             with self._changed:
                 self._landed.append((ticket, piece))
-                self._changed.notify_all()
+                self._poke()
             raise
         self._settle(ticket, error)
 
@@ -362,7 +376,8 @@ def mismatch(file: Source, part: Part, kind: str, expected: int, got: int) -> Co
     )
 
 
-def _typed(error: BaseException, where: str) -> StorageError:
+def typed(error: BaseException, where: str) -> StorageError:
+    """The error as one of ours, as it is or as the cause."""
     if isinstance(error, StorageError):
         return error
     typed = StorageError(f"reading failed: {error!r}", where=where)

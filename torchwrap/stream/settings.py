@@ -56,12 +56,13 @@ class Streaming(Config):
         unit="bytes",
         size=True,
     )
-    io_backend: Literal["auto", "direct", "buffered"] = option(
+    io_backend: Literal["auto", "direct", "buffered", "uring"] = option(
         "auto",
-        doc="Reads past the page cache, or through it; auto: past it where the file system allows.",
-        choices=("auto", "direct", "buffered"),
+        doc="Reads past the page cache, or through it; auto: past it where the file system allows; uring: as auto, with io_uring and one "
+        "thread instead of several.",
+        choices=("auto", "direct", "buffered", "uring"),
     )
-    io_threads: int = option(0, doc="Reading threads; 0 chooses.", low=0, high=64, machine=True)
+    io_threads: int = option(0, doc="Reading threads, or reads under way at once by io_uring; 0 chooses.", low=0, high=64, machine=True)
     io_chunk: int | str = option(0, doc="Bytes per read request; 0 chooses.", unit="bytes", size=True, machine=True)
     verify: Literal["first", "always", "header"] = option(
         "first",
