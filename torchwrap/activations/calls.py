@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from torchwrap.activations.buffers import Found
 from torchwrap.activations.kept import Kept
 from torchwrap.activations.measured import storage_address
 from torchwrap.activations.records import Use
@@ -50,8 +52,8 @@ class _Pack:
 class Recomputing:
     """One call of a block that will be called again in the backward."""
 
-    def __init__(self, activations: Activations, unit: int) -> None:
-        self._activations, self._unit = activations, unit
+    def __init__(self, activations: Activations, unit: int, module: nn.Module) -> None:
+        self._activations, self._unit, self._module = activations, unit, module
 
     def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the call so that its activations are not kept, unless it may change its arguments."""
@@ -64,7 +66,25 @@ class Recomputing:
             inputs = {storage_address(x): x.untyped_storage().nbytes() for x in args if isinstance(x, torch.Tensor)}
             measured.input_bytes = sum(inputs.values())
             call = partial(measured.run, call)
-        return checkpoint(partial(call, **kwargs), *args, use_reentrant=False)
+        found = self._activations.buffers.found(self._module)
+        return checkpoint(_Repeated(partial(call, **kwargs), found), *args, use_reentrant=False)
+
+
+class _Repeated:
+    """A call that is made once in the forward, and once for each backward with the buffers that it found then."""
+
+    def __init__(self, call: Callable[..., Any], found: Found) -> None:
+        self._call, self._found = call, found
+        self._begun = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self._begun:
+            with self._found.put_back():
+                return self._call(*args)
+        self._begun = True
+        output = self._call(*args)
+        self._found.called()
+        return output
 
 
 def _unpack(packed: Any) -> torch.Tensor:

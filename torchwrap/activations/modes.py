@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from torchwrap.activations.buffers import Buffers
 from torchwrap.activations.calls import Recomputing, Swapping
 from torchwrap.activations.choose import Choice, Cost, choose, idle_bytes
 from torchwrap.activations.measured import Measured, storage_address
@@ -76,6 +77,7 @@ class Activations:
     ) -> None:
         self.config, self.units, self.device, self.plan, self._reserve = config, units, device, plan, reserve
         self.choices: dict[int, Choice] = {}
+        self.buffers = Buffers()
         self.allowed = 0
         self.timeline = timeline or (Timeline() if config.record and config.activations not in ("keep", "recompute") else None)
         self._swap: Swap | None = None
@@ -136,7 +138,7 @@ class Activations:
         # transformers 5.23: the flag of GradientCheckpointingLayer; see test_a_model_that_checkpoints_itself_is_not_checkpointed_twice
         if getattr(module, "gradient_checkpointing", False) and module.training:
             return None
-        return Recomputing(self, unit)
+        return Recomputing(self, unit, module)
 
     def warn_of(self, foreign: object, unit: int) -> None:
         """Say once that a block was handed something that it would change twice."""
