@@ -42,7 +42,6 @@ class RowTable:
     def __init__(self, piece: Piece, reader: aio.Reader, *, verify: bool, timeout_s: float) -> None:
         self.piece = piece
         self._reader, self._verify, self._timeout_s = reader, verify, timeout_s
-        self._row_bytes = piece.nbytes // piece.shape[0]
         self._sums: numpy.ndarray[Any, numpy.dtype[numpy.uint64]] | None = None
         self._scratch: pool.Buffer | None = None
         self.bytes_read: int = 0
@@ -86,6 +85,11 @@ class RowTable:
             self._compare(out, positions, home)
         return out.view(self.piece.dtype).view(len(positions), *width)
 
+    @property
+    def _row_bytes(self) -> int:
+        """Bytes of one row in the type that the table has now: `model.to(dtype)` changes it."""
+        return self.piece.nbytes // self.piece.shape[0]
+
     def forget(self, piece: Piece) -> None:
         """The piece got other values: sums taken of the old ones hold no longer."""
         if piece is self.piece:
@@ -99,51 +103,52 @@ class RowTable:
 
     def _read_batch(self, home: Home, positions: list[int], first: int, out: torch.Tensor) -> int:
         """Read rows from `first` on until the scratch memory is full; the next position to read."""
-        scratch = self._memory(max(_SCRATCH, self._row_bytes + 2 * PAGE))
+        row_bytes = self._row_bytes
+        scratch = self._memory(max(_SCRATCH, row_bytes + 2 * PAGE))
         room = scratch.nbytes
         reads: list[aio.Read] = []
         landed: list[tuple[int, int]] = []  # (row of `out`, offset in scratch)
         at, position = 0, first
         while position < len(positions):
-            start = home.offset + positions[position] * self._row_bytes
-            end = start + self._row_bytes
+            start = home.offset + positions[position] * row_bytes
+            end = start + row_bytes
             last = position + 1
             while last < len(positions):
-                following = home.offset + positions[last] * self._row_bytes
-                if following - end > _MERGE_GAP or at + (following + self._row_bytes - start) + 2 * PAGE > room:
+                following = home.offset + positions[last] * row_bytes
+                if following - end > _MERGE_GAP or at + (following + row_bytes - start) + 2 * PAGE > room:
                     break
-                end, last = following + self._row_bytes, last + 1
+                end, last = following + row_bytes, last + 1
             if at + (end - start) + 2 * PAGE > room:
                 break
             target = at + start % PAGE
             reads.append(aio.Read(home.file, start, end - start, scratch, target))
-            landed += [(p, target + home.offset + positions[p] * self._row_bytes - start) for p in range(position, last)]
+            landed += [(p, target + home.offset + positions[p] * row_bytes - start) for p in range(position, last)]
             at = (target + end - start + PAGE - 1) // PAGE * PAGE
             position = last
         home.file.check_unchanged()
         self._wait(reads)
         memory = scratch.tensor()
         for row, offset in landed:
-            out[row] = memory[offset : offset + self._row_bytes]
+            out[row] = memory[offset : offset + row_bytes]
         return position
 
     def _take_sums(self, home: Home) -> numpy.ndarray[Any, numpy.dtype[numpy.uint64]]:
         """One sum per row, and the table's own checksum if one is known, from one pass in pieces."""
-        count = self.piece.shape[0]
-        step = max(1, _SCRATCH // self._row_bytes)
-        scratch = self._memory(step * self._row_bytes + 2 * PAGE)
+        count, row_bytes = self.piece.shape[0], self._row_bytes
+        step = max(1, _SCRATCH // row_bytes)
+        scratch = self._memory(step * row_bytes + 2 * PAGE)
         sums = numpy.empty(count, dtype=numpy.uint64)
         total = 0
         for first in range(0, count, step):
             rows = min(step, count - first)
-            offset = home.offset + first * self._row_bytes
+            offset = home.offset + first * row_bytes
             start = offset % PAGE
-            self._wait([aio.Read(home.file, offset, rows * self._row_bytes, scratch, start)])
-            chunk = scratch.tensor()[start : start + rows * self._row_bytes].numpy().reshape(rows, self._row_bytes)
+            self._wait([aio.Read(home.file, offset, rows * row_bytes, scratch, start)])
+            chunk = scratch.tensor()[start : start + rows * row_bytes].numpy().reshape(rows, row_bytes)
             sums[first : first + rows] = _row_sums(chunk)
-            if self._row_bytes % 8:
-                total = (total + sum64(chunk.reshape(-1).data, first * self._row_bytes)) % (1 << 64)
-        if self._row_bytes % 8 == 0:
+            if row_bytes % 8:
+                total = (total + sum64(chunk.reshape(-1).data, first * row_bytes)) % (1 << 64)
+        if row_bytes % 8 == 0:
             total = int(sums.sum(dtype=numpy.uint64))  # rows of whole words: the sum of all is the sum of theirs
         if self.piece.checksum is not None and total != self.piece.checksum:
             self._corrupt(home, "the table", self.piece.checksum, total)
