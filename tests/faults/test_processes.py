@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -282,3 +283,41 @@ def test_fork_while_a_forward_runs_in_another_thread(tmp_path: Path, faults: Fau
         hook.remove()
     faults.judged(lambda: outcome, lambda found: found is True)
     faults.survived(lambda: probe(model), expected)
+
+
+@pytest.mark.parametrize("moment", ["converting", "planning", "living"])
+def test_killed_beside_a_converted_checkpoint(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
+    """What `from_pretrained(dtype=)` wrote for a process that was killed is removed by the next one; that of a living one stays."""
+    path, folder = tmp_path / "spill", tmp_path / "checkpoint"
+    llama().save_pretrained(folder)
+    plain = type(llama()).from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    def opened() -> nn.Module:
+        return tw.offload.from_pretrained(folder, dtype=torch.bfloat16, params="disk", path=str(path))
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def use() -> None:
+        from torchwrap.weights import folder as opening
+
+        if moment == "converting":
+            opening.as_placeholders = die
+        elif moment == "planning":
+            opening.apply = die
+        model = opened()
+        probe(model)
+        die()
+
+    living = opened()
+    mine = left(path)
+    with faults.intact(folder):
+        assert in_child(use) == -signal.SIGKILL
+    assert len(left(path)) > len(mine)
+    model = opened()
+    assert set(mine) <= set(left(path)) and len(left(path)) == 2 * len(mine), "an orphan stayed, or a living folder went"
+    for opened_model in (model, living):
+        faults.survived(lambda opened_model=opened_model: probe(opened_model), probe(plain))
+    del living, model, opened_model
+    gc.collect()
+    assert not left(path)

@@ -154,7 +154,7 @@ class Integration:
 
         Args:
             folder: the checkpoint.
-            work: an empty private folder for converted weights, if the stored keys or shapes are not the model's.
+            work: a private folder for converted weights, if the stored keys or shapes are not the model's.
             dtype: of the parameters; `None` is what the folder says.
 
         Raises:

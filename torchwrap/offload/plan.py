@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def plan_folder(folder: str | Path, config: Offload) -> FolderPlan:
     integration = integration_for_folder(path)
     work = work_folder(config)
     try:
-        model, homes = as_placeholders(integration.skeleton(path, work), path)
+        model, homes = as_placeholders(integration.skeleton(path, work.path), path)
         blueprint: Blueprint = offload.prepare(model, config, integration).data
         largest = max((home.file for home in homes.values()), key=lambda file: file.path.stat().st_size)
         plan = blueprint.plan
@@ -115,7 +114,7 @@ def plan_folder(folder: str | Path, config: Offload) -> FolderPlan:
             training=_training(model, blueprint, integration, bandwidth) if config.goal == "train" else None,
         )
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        work.close(keep=False)
 
 
 def _training(model: nn.Module, blueprint: Blueprint, integration: Integration, bandwidth: float) -> TrainingPrediction:

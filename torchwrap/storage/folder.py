@@ -45,12 +45,6 @@ class OwnFolder:
 
     def __init__(self, parent: Path | None) -> None:
         parent = private_folder(parent or Path(tempfile.gettempdir()).resolve())
-        if file_system(parent) in ("tmpfs", "ramfs"):
-            warnings.warn(
-                f"{parent} lies in memory ({file_system(parent)}): what is spilled there saves nothing. Pass path= on a disk.",
-                TorchwrapWarning,
-                stacklevel=3,
-            )
         self.pid: int = os.getpid()
         self._name = f"torchwrap-{secrets.token_hex(8)}"
         self.path: Path = parent / self._name
@@ -63,6 +57,16 @@ class OwnFolder:
             self._fds.append(lock)
             fcntl.flock(lock, fcntl.LOCK_EX)
             os.pwrite(lock, Owner.current().to_json(), 0)
+
+    def warn_of_memory(self) -> None:
+        """Warn when it lies in memory: called by whoever is about to put weights into it."""
+        kind = file_system(self.path)
+        if kind in ("tmpfs", "ramfs"):
+            warnings.warn(
+                f"{self.path.parent} lies in memory ({kind}): what is spilled there saves nothing. Pass path= on a disk.",
+                TorchwrapWarning,
+                stacklevel=3,
+            )
 
     def create(self, name: str) -> int:
         """Descriptor of a new file of mode 0600 inside."""

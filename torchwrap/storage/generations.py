@@ -75,6 +75,7 @@ class GenerationStore:
             own = OwnFolder(beside)
             self.folder: Path = own.path
             try:
+                own.warn_of_memory()
                 self.file: GenerationFile = GenerationFile.create(own.path, own.create)
             except BaseException:
                 own.close(False)

@@ -77,8 +77,10 @@ class SpillStore:
             UnsafePathError: the folder is a link, somebody else's, or writable by others.
             StorageError: it cannot be written to.
         """
-        store = cls(OwnFolder(None if path is None else Path(path)), backend or Backend())
+        own = OwnFolder(None if path is None else Path(path))
+        store = cls(own, backend or Backend())
         try:
+            own.warn_of_memory()
             if needed:
                 store._grow(round_up(needed))
         except BaseException:

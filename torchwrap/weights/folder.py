@@ -6,8 +6,6 @@ placeholders with a known home; `attach` then reads the resident ones and stream
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import weakref
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from torchwrap.core import errors
 from torchwrap.core.integration import Skeleton, integration_for_folder
 from torchwrap.core.tensors import map_parameters, placeholder
 from torchwrap.core.transaction import apply
-from torchwrap.storage.atomic import private_folder
+from torchwrap.storage.folder import OwnFolder
 from torchwrap.storage.safefile import TensorFile
 from torchwrap.stream.settings import Streaming
 from torchwrap.stream.units import Home
@@ -36,23 +34,23 @@ def open_folder(folder: Path, config: Streaming, dtype: torch.dtype | None) -> n
     work = work_folder(config)
     keep_work = False
     try:
-        model, homes = as_placeholders(integration.skeleton(folder, work, dtype=dtype), folder)
+        model, homes = as_placeholders(integration.skeleton(folder, work.path, dtype=dtype), folder)
         for home in homes.values():
-            home.converted = work in home.file.path.parents
+            home.converted = work.path in home.file.path.parents
         apply(model, config)
         keep_work = any(home.converted for home in homes.values())
         if keep_work:
-            weakref.finalize(model, shutil.rmtree, work, ignore_errors=True)
+            weakref.finalize(model, work.close, False)
+            work.warn_of_memory()
         return model
     finally:
         if not keep_work:
-            shutil.rmtree(work, ignore_errors=True)
+            work.close(keep=False)
 
 
-def work_folder(config: Streaming) -> Path:
-    """A new private folder for converted weights; the caller removes it."""
-    parent = private_folder(Path(config.path)) if config.path is not None else None
-    return Path(tempfile.mkdtemp(prefix="torchwrap-convert-", dir=parent))
+def work_folder(config: Streaming) -> OwnFolder:
+    """A new private folder for converted weights; the caller closes it. After a kill the next one made beside it sweeps."""
+    return OwnFolder(Path(config.path) if config.path is not None else None)
 
 
 def as_placeholders(skeleton: Skeleton, folder: Path) -> tuple[nn.Module, dict[str, Home]]:
