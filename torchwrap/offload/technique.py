@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import suppress
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -96,16 +97,21 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         budget = weight_budget(config, model, integration, device, scratch, training)
         whole = fixed + sum({index: nbytes for unit in planned for index, nbytes in unit.pieces}.values())
         keep_resident = config.params in ("auto", "device")
+        if not planned and not keep_resident:
+            raise _nothing_to_stream(model)
 
         def planned_for(budget: Budget) -> ResidencyPlan:
             limit = whole if config.params == "device" else budget.device
-            plan = plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k, keep_resident=keep_resident)
+            divide = partial(
+                plan_residency, planned, fixed_bytes=fixed, slots=config.k, keep_resident=keep_resident, remedy=budget.remedy
+            )
+            plan = divide(budget=limit)
             if training is None or config.params == "device" or config.device_memory is not None or config.host_memory is not None:
                 return plan
             # In training each byte that stays has a gradient that stays until the backward is over.
             while (over := plan.held_bytes + plan.resident_bytes - budget.device) > 0 and plan.resident_bytes:
                 limit -= -(-over // 2)
-                plan = plan_residency(planned, fixed_bytes=fixed, budget=limit, slots=config.k, keep_resident=keep_resident)
+                plan = divide(budget=limit)
             return plan
 
         try:
@@ -145,11 +151,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
                 layers.append((ref.fqn, ref.module, ExpertsLayer(None, len(groups), ref.count, ref.routed)))
                 groups.append(group)
         if config.params in ("host", "disk") and len(layers) == 1:
-            raise errors.UnsupportedModelError(
-                f"offload: nothing in {type(model).__name__} can be streamed",
-                where=type(model).__name__,
-                fix="Name the modules to stream: units=(...), or leave the model as it is.",
-            )
+            raise _nothing_to_stream(model)
         layers[:0] = activation_layers(config, division.units)
         notes = [
             *division.notes,
@@ -190,6 +192,14 @@ class OffloadTechnique(StreamingTechnique[Offload]):
                         fix=f"{error.fix} Or compute {name} in tiles, equal up to rounding: tile_above={size}.",
                     )
         return error
+
+
+def _nothing_to_stream(model: nn.Module) -> errors.UnsupportedModelError:
+    return errors.UnsupportedModelError(
+        f"offload: nothing in {type(model).__name__} can be streamed",
+        where=type(model).__name__,
+        fix="Name the modules to stream: units=(...), or leave the model as it is.",
+    )
 
 
 def _divide(model: nn.Module, config: Offload, integration: Integration) -> tuple[UnitMap, list[CutWeight]]:

@@ -13,7 +13,7 @@ Time per pass is `max(compute, streamed / bandwidth)` with two or more slots and
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torchwrap.core import errors
@@ -79,8 +79,18 @@ def region_bytes(sizes: Iterable[int]) -> int:
     return sum(-(-size // PAGE) * PAGE + 2 * PAGE for size in sizes)
 
 
+def _more_device_memory(needed: int) -> str:
+    return f"Set device_memory={needed} or more"
+
+
 def plan_residency(
-    units: Sequence[PlannedUnit], *, fixed_bytes: int, budget: int, slots: int = 0, keep_resident: bool = True
+    units: Sequence[PlannedUnit],
+    *,
+    fixed_bytes: int,
+    budget: int,
+    slots: int = 0,
+    keep_resident: bool = True,
+    remedy: Callable[[int], str] = _more_device_memory,
 ) -> ResidencyPlan:
     """Divide `budget` bytes.
 
@@ -90,6 +100,7 @@ def plan_residency(
         budget: bytes of weights that may be present at once.
         slots: number of slots; 0 chooses two (read one unit while another computes), one if two do not fit.
         keep_resident: turn what is left of the budget into resident pieces; False streams every piece.
+        remedy: what an error tells the user to change for a budget of so many bytes.
 
     Raises:
         BudgetError: not even one slot fits; `needed` is the smallest budget that works.
@@ -114,7 +125,7 @@ def plan_residency(
             f"torchwrap: a budget of {format_bytes(budget)} is too small: {format_bytes(fixed_bytes)} always stay, no unit can be streamed",
             needed=fixed_bytes,
             available=budget,
-            fix=f"Set device_memory={fixed_bytes} or more, or name the modules to stream: units=(...).",
+            fix=f"{remedy(fixed_bytes)}, or name the modules to stream: units=(...).",
         )
     depth = 2 if any(unit.nested for unit in scanned) else 1
     counts = [min(slots, max(depth, len(scanned)))] if slots else [depth + 1, depth]  # more slots than units would stay empty
@@ -141,7 +152,7 @@ def plan_residency(
         available=budget,
         largest=largest.name,
         where=largest.name,
-        fix=f"Set device_memory={least} or more, or free memory.",
+        fix=f"{remedy(least)}.",
     )
 
 

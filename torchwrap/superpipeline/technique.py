@@ -188,9 +188,17 @@ def _first_knobs(
             needed=needed[k],
             available=budget.device,
             where="k",
-            fix=f"Set device_memory={needed[k]} or more, or a smaller k.",
+            fix=f"{budget.remedy(needed[k])}{_fewer(config, allowed)}.",
         )
     return Knobs(k, batch, units), allowed
+
+
+def _fewer(config: Superpipeline, allowed: tuple[int, ...]) -> str:
+    """The other way out of too small a budget, if there is one: a knob with which it would do."""
+    batch = config.k_prime if isinstance(config.k_prime, int) else 1
+    if isinstance(config.k, int):
+        return f", or k={allowed[-1]}" if allowed and allowed[-1] >= batch else ""
+    return f", or k_prime={allowed[-1]}" if allowed else ""
 
 
 def _plan(division: UnitMap, knobs: Knobs, fixed: int, slot_bytes: int, block_bytes: int, budget: Budget) -> ResidencyPlan:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,11 +29,31 @@ first forward of a process was measured at 14 MiB)."""
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes of weights that may be present on the execution device, and on the host if that is separate."""
+    """Bytes of weights that may be present on the execution device, and on the host if that is separate.
+
+    Attributes:
+        asked: the settings that bound `device`, by name.
+        left: what the machine leaves for the device's weights after `reserve`; negative if it does not even leave that.
+    """
 
     device: int
     host: int
     reserve: int
+    asked: Mapping[str, int] = field(default_factory=dict)
+    left: int = 1 << 62
+
+    def remedy(self, needed: int) -> str:
+        """What to change for `needed` bytes on the device: every setting that is in the way, and no other."""
+        raised = [name for name, size in self.asked.items() if size < needed]
+        short = needed - self.left
+        if short <= 0:
+            return f"Set {' and '.join(f'{name}={needed}' for name in raised or ['device_memory'])} or more"
+        steps = [f"{name}={needed} or more" for name in raised]
+        # What is free changes by the second: advice with less than the margin to spare would be out of date at once.
+        if short + _MARGIN <= self.reserve:
+            steps.append(f"reserve={self.reserve - short - _MARGIN} or less")
+            return f"Set {' and '.join(steps)}"
+        return f"Set {' and '.join(steps)}, and free {format_bytes(short)} of memory" if steps else f"Free {format_bytes(short)} of memory"
 
 
 def weight_budget(
@@ -60,14 +81,18 @@ def weight_budget(
     # Weights that are in private memory now will be streamed from disk instead, so their memory counts as free.
     left = total if available is None else available + min(_private_bytes(model), total) - on_host - reserve - _MARGIN
     if device.type == "cpu":
-        asked = [int(size) for size in (config.device_memory, config.host_memory) if size is not None]
-        return Budget(max(0, min([*asked, left])), 0, reserve)
+        asked = _asked(device_memory=config.device_memory, host_memory=config.host_memory)
+        return Budget(max(0, min([*asked.values(), left])), 0, reserve, asked, left)
     free, _ = torch.cuda.mem_get_info(device)
     held = sum(data_of(p).untyped_storage().nbytes() for p in model.parameters() if p.device.type == device.type)
     device_left = int(0.95 * free) + held - reserve
-    on_device = min(int(config.device_memory), device_left) if config.device_memory is not None else device_left
+    asked = _asked(device_memory=config.device_memory)
     host = min(int(config.host_memory), left) if config.host_memory is not None else left
-    return Budget(max(0, on_device), max(0, host), reserve)
+    return Budget(max(0, min([*asked.values(), device_left])), max(0, host), reserve, asked, device_left)
+
+
+def _asked(**sizes: int | str | None) -> dict[str, int]:
+    return {name: int(size) for name, size in sizes.items() if size is not None}
 
 
 def working_bytes(model: nn.Module, integration: Integration, *, batch: int, tokens: int, scratch: int) -> int:
