@@ -79,6 +79,26 @@ def test_regionally_compiled_blocks_are_equal(case: Case, fixture: ModelFixture,
 
 
 @every_technique
+@small
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_layers_stay_hidden_when_dynamo_gives_up(case: Case, fixture: ModelFixture, grad: bool, fresh_dynamo: None) -> None:
+    """Past its recompile limit Dynamo runs a frame as it is, and looks into what it calls: a layer must be kept from it there too."""
+    with torch._dynamo.config.patch(recompile_limit=1), torch.set_grad_enabled(grad):
+        for _ in range(2):
+            model, twin = fixture.build(), fixture.build()
+            expected = run(twin, _inputs(fixture))
+            for block in model.get_submodule(fixture.block.rpartition(".")[0]):
+                block.compile(backend="eager")
+            case.apply(model)
+            equal(run(model, _inputs(fixture)), expected)
+            whole = case.apply(fixture.build())
+            compiled = torch.compile(whole, backend="eager")
+            for _ in range(3):
+                equal(run(compiled, _inputs(fixture)), expected)
+            equal(run(whole, _inputs(fixture)), expected)
+
+
+@every_technique
 @models_named("llama")
 def test_generation_with_a_static_cache_compiles_once_for_prompt_and_once_for_steps(
     case: Case, fixture: ModelFixture, fresh_dynamo: None

@@ -21,6 +21,10 @@ from torch import nn
 
 __all__ = ["CallState", "Layer", "Placement", "held_back", "run", "suspended"]
 
+# torch 2.13: what Dynamo does with the frames that this thread calls now; None outside compiled functions, also without Dynamo loaded.
+# There is no public question for it (it is in torch 2.6 and later); see test_layers_stay_hidden_when_dynamo_gives_up.
+_watching_frames: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
 _logger = logging.getLogger("torchwrap.layer")
 
 Call = Callable[..., Any]
@@ -196,7 +200,9 @@ def run(layers: tuple[Layer, ...], module: nn.Module, call: Call, args: tuple[An
     if switch.on:
         held = _suspension.layers
         layers = tuple(layer for layer in layers if not any(layer is other for other in held))
-    if torch.compiler.is_dynamo_compiling():
+    # Not only while Dynamo traces this very frame: one that it has given up on (its recompile limit, which blocks that were compiled by
+    # themselves use up) runs as it is, and Dynamo then looks into what it calls.
+    if torch.compiler.is_dynamo_compiling() or _watching_frames() is not None:
         for layer in layers:
             if not layer.traceable:
                 return _breaks()[0](layers, module, call, args, kwargs)
@@ -228,7 +234,7 @@ def tell_failed(layer: Layer, module: nn.Module, error: BaseException) -> None:
         _logger.exception("layer %r of %s raised in failed()", layer.name, type(module).__name__)
 
 
-# Made on first use, and that use is a trace in progress: importing Dynamo costs seconds that an eager program must not pay.
+# Made on first use, and Dynamo is at work then: importing Dynamo costs seconds that an eager program must not pay.
 _made: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
 
