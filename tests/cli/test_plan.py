@@ -42,3 +42,11 @@ def test_plan_for_training_tells_a_step(cli: Callable[..., Done], pristine: Path
     assert step["read_bytes"] > step["written_bytes"] >= 2 * done.data["plan"]["streamed_bytes"]
     assert step["seconds_per_step"] is None or step["seconds_per_step"] > 0
     assert cli("plan", pristine, "--device-memory", "2MiB", "--json").data["plan"]["training"] is None
+
+
+def test_plan_with_tiles_needs_less(cli: Callable[..., Done], pristine: Path) -> None:
+    whole = cli("plan", pristine, "--device-memory", "1KiB", "--json").data["needed"]
+    tiled = cli("plan", pristine, "--device-memory", "1KiB", "--tile-above", "16KiB", "--json").data["needed"]
+    assert tiled < whole
+    assert cli("plan", pristine, "--device-memory", tiled, "--tile-above", "16KiB").status == 0
+    assert cli("plan", pristine, "--device-memory", tiled).status == 1

@@ -27,6 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-memory", type=size, metavar="SIZE", help="bytes of weights the host may hold beside a separate device")
     parser.add_argument("--budget", type=_budget, metavar="TIER=SIZE,...", default={}, help="the same in one word: device=6GiB,host=16GiB")
     parser.add_argument("--device", help="compute device, for example cpu or cuda:0 (default: as offload chooses)")
+    parser.add_argument("--tile-above", type=size, metavar="SIZE", help="compute larger linear layers in tiles of that size")
     parser.add_argument("--goal", choices=["infer", "train"], default="infer", help="what the model is for; train: by AdamW from the disk")
 
 
@@ -36,7 +37,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from torchwrap.offload.config import Offload
     from torchwrap.offload.plan import plan_folder
 
-    given = {name: getattr(arguments, name) for name in ("device", "device_memory", "host_memory") if getattr(arguments, name) is not None}
+    named = ("device", "device_memory", "host_memory", "tile_above")
+    given = {name: getattr(arguments, name) for name in named if getattr(arguments, name) is not None}
     config = Offload(goal=arguments.goal, **{**arguments.budget, **given})
     subject = {"model": str(arguments.model), "goal": arguments.goal, "technique": "offload"}
     try:

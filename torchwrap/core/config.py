@@ -146,7 +146,7 @@ class Config:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             where = f"{type(self).__name__}.{field.name}"
-            if field.metadata.get("size") and value is not None:
+            if field.metadata.get("size") and (value is not None or not _accepts(hints.get(field.name, Any), None)):
                 value = parse_size(value, field=where)
             elif isinstance(value, os.PathLike):
                 value = os.fspath(value)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from torchwrap.activations.layers import ActivationLayer, RecomputeLayer
+from torchwrap.core import errors
 from torchwrap.core.technique import Handle, Place, Prepared, Technique
 from torchwrap.storage import aio
 from torchwrap.storage.limits import memory_available
@@ -144,13 +145,20 @@ class StreamingTechnique(Technique[S], Generic[S]):
             dtype: of the weights; None is what the folder says. Another one is written once to `path`.
 
         Raises:
+            ConfigError: `folder` is no path.
             UnsupportedModelError: no integration can build the model, or weights are missing.
             CorruptDataError: a file breaks a rule of its format.
             BudgetError: the budget is below what one unit needs.
 
         Cost: headers and resident weights are read; nothing is written unless the checkpoint has to be converted.
         """
-        return open_folder(Path(folder), self._settings(config, options), dtype)
+        try:
+            path = Path(folder)
+        except TypeError as error:
+            raise errors.ConfigError(
+                f"{self.name}: {folder!r} is no path", where="folder", fix="Name the folder of a checkpoint."
+            ) from error
+        return open_folder(path, self._settings(config, options), dtype)
 
 
 def activation_layers(config: Streaming, units: Iterable[Unit]) -> list[Place]:
