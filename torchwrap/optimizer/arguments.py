@@ -26,6 +26,8 @@ def check_arguments(
     wrong: tuple[str, str, str] | None = None
     if path is not None and not isinstance(path, str | os.PathLike):
         wrong = ("path", f"{path!r} is no folder", "Pass a path, or None.")
+    elif path is not None and "\0" in str(path):
+        wrong = ("path", f"no system has a folder with the name {str(path)!r}", "Pass a path without a null character, or None.")
     elif not isinstance(overlap, bool):
         wrong = ("overlap", f"{overlap!r} is neither True nor False", "Pass overlap=True or overlap=False.")
     elif max_grad_norm is not None and (isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, numbers.Real)):

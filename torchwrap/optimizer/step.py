@@ -149,6 +149,9 @@ class Step:
 
 
 def _same(left: Any, right: Any) -> bool:
+    """Equal, and not a number counts as equal to itself."""
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-        return torch.equal(left, right)
-    return bool(left == right)
+        return left.shape == right.shape and bool(((left == right) | ((left != left) & (right != right))).all())
+    if isinstance(left, tuple | list) and isinstance(right, tuple | list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return bool(left == right or (left != left and right != right))
