@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -103,6 +104,9 @@ def convert(
                     fix="Call torchwrap.unwrap(model) first.",
                 )
         _check_growth(handle, {dtype: result.dtype for dtype, result in after.items()})
+        for dtype in {piece.parameter.dtype for piece in owned}:
+            if (wanted := fn(torch.empty(0, dtype=dtype, device=handle.device)).dtype) != dtype:
+                _check_undriven(handle, module, dtype, wanted)
         if devices - {handle.device}:
             target = next(iter(devices - {handle.device}))
             if not is_root(handle, module):
@@ -124,6 +128,18 @@ def convert(
         if any(result.dtype != dtype for dtype, result in after.items()):
             handle.replan()
         return result
+
+
+def _check_undriven(handle: WeightsHandle, module: nn.Module, before: torch.dtype, after: torch.dtype) -> None:
+    """Refuse another type while an optimizer keeps weights and their state in this one."""
+    if handle.driven:
+        gc.collect()  # one that is only in a cycle drives nothing
+    if handle.driven:
+        raise errors.ConflictError(
+            f"{handle.config.technique}: conversion from {before} to {after} while an OffloadedOptimizer keeps the weights in {before}",
+            where=type(module).__name__,
+            fix="Call close() on the optimizer, convert the model, and make a new optimizer.",
+        )
 
 
 def _check_growth(handle: WeightsHandle, dtypes: dict[torch.dtype, torch.dtype]) -> None:

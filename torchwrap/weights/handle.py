@@ -183,6 +183,11 @@ class WeightsHandle(ManyCalls):
             for table in self.tables.values():
                 table.free()
 
+    @property
+    def driven(self) -> bool:
+        """Whether an `OffloadedOptimizer` that is not closed updates weights of this model."""
+        return bool(self.backward.listeners)
+
     # -- values ------------------------------------------------------------------------------------------------------------------
 
     @property

@@ -1,8 +1,9 @@
 """`state_dict` and `load_state_dict` of a model whose weights are away.
 
-Modules that own absent parameters get three hooks. When saving, placeholders are replaced by tensors over the stored bytes: nothing is
-read before it is used, so saving a model that does not fit needs no more memory than running it. When loading, a module's own values
-are made present just before torch copies into them and stored just after; a user's file is never written, changed pieces move to ours.
+Modules that own absent parameters get three hooks, and the model one that refuses to load in the middle of a step. When saving,
+placeholders are replaced by tensors over the stored bytes: nothing is read before it is used, so saving a model that does not fit needs
+no more memory than running it. When loading, a module's own values are made present just before torch copies into them and stored just
+after; a user's file is never written, changed pieces move to ours.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from torchwrap.core import errors
 from torchwrap.core.tensors import bind, data_of, set_holder
 from torchwrap.stream.pieces import check_untouched
 from torchwrap.stream.units import Piece
@@ -25,7 +27,7 @@ __all__ = ["hook_states", "unhook_states"]
 
 
 class _StateHook:
-    """Base of the three; found again by `unhook_states`, copied with the model by deepcopy."""
+    """Base of them all; found again by `unhook_states`, copied with the model by deepcopy."""
 
     def __init__(self, handle: WeightsHandle) -> None:
         self.handle = handle
@@ -68,6 +70,20 @@ class _BeforeLoad(_StateHook):
                 bind(piece.parameter, value)
 
 
+class _NotWithinStep(_StateHook):
+    """On the model itself, whose hook is the first to be called: nothing has been copied yet."""
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        self.handle.backward.settle()
+        if self.handle.stepping:
+            raise errors.ConflictError(
+                "torchwrap: load_state_dict() of the model between backward() and step(): the step has updated some weights already, and "
+                "would go on with others",
+                where="load_state_dict",
+                fix="Call optimizer.step() or rollback() first, or close() the optimizer and make a new one.",
+            )
+
+
 class _AfterLoad(_StateHook):
     def __call__(self, module: nn.Module, _: Any) -> None:
         # Only this module's own: torch calls this when the children are done, so an outer module's values are still on their way.
@@ -82,8 +98,9 @@ class _AfterLoad(_StateHook):
 
 
 def hook_states(model: nn.Module, handle: WeightsHandle) -> list[nn.Module]:
-    """Put the hooks and the holder on every module that owns an absent parameter; the modules that got them."""
+    """Put the hooks and the holder on every module that owns an absent parameter, and one hook on the model; the modules that own."""
     hooked = [module for module in model.modules() if handle.absent(module)]
+    model.register_load_state_dict_pre_hook(_NotWithinStep(handle))
     for module in hooked:
         set_holder(module, handle)
         module.register_state_dict_post_hook(_Save(handle))
