@@ -26,6 +26,7 @@ from torchwrap.optimizer.updates import Job, Updater
 from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.backward import Run, is_nested
 from torchwrap.stream.units import Unit
+from torchwrap.weights.stepping import refuse_others
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
@@ -221,6 +222,7 @@ class Gradients:
     @torch.no_grad()
     def _take(self, target: Target) -> None:
         if self.settings is None:
+            refuse_others((each.parameter for each in self._hooks), self._handle)  # before the first weight of the step is updated
             self.settings = [settings_of(group) for group in self._groups()]
         self._add_parked(target)
         self._used.add(target)

@@ -33,6 +33,7 @@ from torchwrap.optimizer.persist import check_same_run, warn_of_other_settings
 from torchwrap.optimizer.run import matched
 from torchwrap.optimizer.workshop import Site, Workshop
 from torchwrap.weights.handle import WeightsHandle
+from torchwrap.weights.stepping import warn_of_mixture
 from torchwrap.weights.training import Footprint
 
 __all__ = ["OffloadedOptimizer"]
@@ -64,7 +65,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     Raises:
         ConfigError: a class that is not elementwise, or a folder that holds something else.
-        ConflictError: another optimizer of this class, not closed, drives some of the parameters.
+        ConflictError: another optimizer of this class, not closed, drives some of the parameters; or parts of the model were wrapped by
+            themselves: make one optimizer for each.
         DiskFullError: the disk cannot take the state; raised here, not in the middle of training.
 
     Exactness: parameters and state bit-identical to `cls` on a model in memory, on the same device, dtype and number of threads.
@@ -84,8 +86,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         2
         >>> optimizer.close()
     """
-
-    steps_absent_weights = True  # see stepping.py
 
     def __init__(
         self,
@@ -138,8 +138,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as with any optimizer; room for their state is reserved at once."""
+        new = param_group["params"] = _listed(param_group["params"])
+        self._parameters.check_reachable(new)
         if hasattr(self, "_works"):
-            new = param_group["params"] = _listed(param_group["params"])
             self._parameters.check_free(new)
         super().add_param_group(param_group)
         number = len(self.param_groups) - 1
@@ -323,8 +324,19 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.zero_grad()
 
     def close(self) -> None:
-        """End the threads and let the folder go; nothing is committed. The model goes on working with the weights it has."""
+        """End the threads and let the folder go; nothing is committed. The model goes on working with the weights it has.
+
+        Warns if that is in the middle of a step: weights that backward has updated cannot be undone, and the rest of the step is lost.
+        """
+        mixture = self._shut.alive and self._works.step.changed
         self._shut()
+        if mixture:
+            fix = "Load a checkpoint before the weights are used. Call step() or rollback() before close() to have those of a step."
+            warn_of_mixture("close()", fix, stacklevel=2)
+
+    def steps_absent_weights(self, handle: WeightsHandle) -> bool:
+        """Whether this optimizer knows where the weights of that handle are; see stepping.py."""
+        return handle is self._handle
 
     def stats(self) -> dict[str, int | float]:
         """Bytes on the disk and moved since the start (weights, gradients, state), and seconds spent in the optimizer class."""
@@ -377,5 +389,7 @@ def _groups_of(optimizer: OffloadedOptimizer) -> Callable[[], list[dict[str, Any
     return groups
 
 
-def _listed(parameters: Any) -> list[Any]:
+def _listed(parameters: Any) -> Any:
+    if isinstance(parameters, set):
+        return parameters  # torch refuses it: a set has no order
     return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchwrap.core import errors
+from torchwrap.core.tensors import data_of, is_placeholder
 from torchwrap.optimizer.elementwise import Rule, settings_of
 from torchwrap.optimizer.targets import Target, can_stream
 from torchwrap.stream.units import Unit
@@ -71,6 +73,20 @@ class Parameters:
         return dict(self._rule.layout(settings_of(group), parameter.dtype, parameter.device))
 
     # -- who drives them -----------------------------------------------------------------------------------------------------------------
+
+    def check_reachable(self, parameters: Iterable[Any]) -> None:
+        """Raise `ConflictError` if the weight of one of these, or of a (name, parameter), is away and the handle does not know where."""
+        for number, entry in enumerate(parameters):
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if not isinstance(parameter, torch.Tensor) or not is_placeholder(data_of(parameter)):
+                continue
+            if self._handle is None or self._handle.piece_of(parameter) is None:
+                name = self._names.get(id(parameter)) or f"parameter {number}"
+                raise errors.ConflictError(
+                    f"OffloadedOptimizer: the weights of {name} are away, with another part of the model that was wrapped by itself",
+                    where=name,
+                    fix="Make one optimizer for each part: OffloadedOptimizer(part, ...). Or unwrap the parts and wrap the whole model.",
+                )
 
     def check_free(self, parameters: Iterable[Any]) -> None:
         """Raise `ConflictError` if another optimizer drives one of these parameters, or (name, parameter)."""

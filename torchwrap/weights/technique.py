@@ -33,6 +33,7 @@ from torchwrap.weights.folder import SOURCES, open_folder
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.place import Placed, place, take_back
 from torchwrap.weights.state import hook_states, unhook_states
+from torchwrap.weights.stepping import warn_of_mixture
 
 __all__ = ["StreamingTechnique", "activation_layers"]
 
@@ -123,12 +124,17 @@ class StreamingTechnique(Technique[S], Generic[S]):
 
         Raises:
             BudgetError: there is not enough memory for them; nothing is changed then.
+
+        Warns if an optimizer has updated some of them, and others not yet.
         """
         assert isinstance(handle, WeightsHandle)
         if not handle.mapped:
             needed = sum(piece.nbytes for piece in handle.pieces if not piece.resident)
             check_room(needed, memory_available() if handle.device.type == "cpu" else None, "unwrapping")
         handle.backward.settle()
+        if handle.stepping:
+            # From here through two decorators of torch, _take_off and unwrap to whoever called that.
+            warn_of_mixture("unwrap()", "Call step() of the optimizer to finish it, or load a checkpoint.", stacklevel=6)
         with handle.engine.exclusive() if handle.engine is not None else nullcontext():
             take_back(handle)
             unhook_states([*model.modules(), *handle.hooked])
