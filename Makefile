@@ -13,7 +13,8 @@ BENCH_STAMP := $(VENV)/.torchwrap-bench
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
-# One thread per test worker: two workers with two threads each on two cores are slower than two workers with one.
+# One thread per test worker: two workers with two threads each on two cores are slower than two workers with one. Three workers, because
+# tests wait for disks and child processes a quarter of the time.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .PHONY: help setup demo test check lint types imports docs bench clean
@@ -21,7 +22,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_
 
 help:
 	@echo "make demo   the main job on a real model: stream SmolLM2-135M under 40 % of its memory, compare, draw the memory timeline"
-	@echo "make test   all tests (two workers)"
+	@echo "make test   all tests (three workers)"
 	@echo "make check  ruff, mypy, public types, import directions, documentation build"
 	@echo "make bench  measure against accelerate, AirLLM and plain memory mapping; needs root for the memory limit"
 	@echo "make docs   build the documentation into site/"
@@ -46,7 +47,7 @@ demo: $(STAMP)
 	$(BIN)/python -m torchwrap.cli demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal --benchmark-disable $(PYTEST_ARGS) tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist worksteal --benchmark-disable $(PYTEST_ARGS) tests
 
 check: lint imports types docs
 

@@ -179,7 +179,7 @@ def _figures() -> dict[str, int]:
 
 
 @every_technique
-@models_named("llama-tied", "mlp")
+@models_named("mlp")  # tests/memory repeats it with a language model, in a process of its own
 @pytest.mark.slow
 def test_200_cycles_of_wrap_call_unwrap_grow_nothing(case: Case, fixture: ModelFixture) -> None:
     model, twin = fixture.build(), fixture.build()

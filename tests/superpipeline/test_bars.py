@@ -110,8 +110,8 @@ def test_sixty_per_cent_less_for_at_most_fifteen_per_cent_more_time(
     machine.check()
 
 
-@pytest.mark.parametrize("max_slowdown", [1.0, 1.02, 1.10, 1.25, 1.5, 3.0])
-@pytest.mark.parametrize("transfer_s", [0.1, 0.5, 0.9, 1.05, 1.3, 2.0, 4.0, 12.0])
+@pytest.mark.parametrize("max_slowdown", [1.02, 1.10, 1.5])
+@pytest.mark.parametrize("transfer_s", [0.1, 0.9, 1.3, 4.0])
 @pytest.mark.parametrize(("depth", "rest_s"), [(10, 0.0), (24, 3.0)], ids=["10", "24-rest"])
 def test_auto_meets_the_slowdown_it_was_given(
     patch: pytest.MonkeyPatch, depth: int, rest_s: float, transfer_s: float, max_slowdown: float

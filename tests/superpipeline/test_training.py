@@ -146,7 +146,7 @@ def test_knobs_turned_between_a_forward_and_its_backward(k: int, k_prime: int) -
     assert different_gradients(model, plain) == []
 
 
-@pytest.mark.parametrize(("k", "k_prime"), [(1, 1), (2, 1), (2, 2), (3, 2)], ids=lambda value: str(value))
+@pytest.mark.parametrize(("k", "k_prime"), [(1, 1), (3, 2)], ids=lambda value: str(value))
 @every_dtype
 @pytest.mark.parametrize("fixture", [by_name(name) for name in OPTIMIZED], ids=OPTIMIZED)
 def test_five_steps_of_adamw(fixture: ModelFixture, dtype: torch.dtype, k: int, k_prime: int) -> None:

@@ -365,8 +365,8 @@ def test_bytes_beside_a_slice_are_those_that_were_checked(monkeypatch: pytest.Mo
     settle(wrapped)
     fetch = Pool._fetch
 
-    def disturb(self: Pool, piece: Any, bounce: Any) -> None:
-        fetch(self, piece, bounce)
+    def disturb(self: Pool, ticket: Any, piece: Any, bounce: Any) -> Iterator[Any]:
+        yield from fetch(self, ticket, piece, bounce)
         first, last = piece.wanted()
         if piece.place is not None and "[" in "".join(part.name for part in piece.read.parts):
             piece.place[: first - piece.low] = b"\x01" * (first - piece.low)
@@ -383,14 +383,14 @@ def test_an_error_of_the_disk_leaves_the_model_usable(monkeypatch: pytest.Monkey
     settle(wrapped)
     fetch = Pool._fetch
 
-    def fails(self: Pool, piece: Any, bounce: Any) -> None:
+    def fails(self: Pool, ticket: Any, piece: Any, bounce: Any) -> Iterator[Any]:
         if "experts" in "".join(part.name for part in _parts(piece.read)):
             raise OSError(5, "injected")
-        fetch(self, piece, bounce)
+        yield from fetch(self, ticket, piece, bounce)
 
     with monkeypatch.context() as patch:
         patch.setattr(Pool, "_fetch", fails)
-        with pytest.raises(tw.StorageError):
+        with pytest.raises(tw.StorageError, match="injected"):
             logits(wrapped, token())
     assert torch.equal(logits(wrapped, token()), expected)
 
