@@ -14,7 +14,8 @@ class Kept:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         # A node that saves its own output and gets it back with its history is a cycle that no collector sees (RMSNorm, sdpa).
-        self.tensor, self.version = tensor.detach() if tensor.grad_fn is not None else tensor, tensor._version
+        self.tensor: torch.Tensor = tensor.detach() if tensor.grad_fn is not None else tensor
+        self.version: int = tensor._version
 
     def restore(self) -> torch.Tensor:
         """The tensor; raises torch's error if it was written to."""

@@ -25,11 +25,12 @@ class Measured:
     """
 
     def __init__(self, unit: int, device: torch.device, weights: set[int]) -> None:
-        self.unit, self._device, self._weights = unit, device, weights
-        self.found = _Counter()
+        self.unit: int = unit
+        self._device, self._weights = device, weights
+        self.found: _Counter = _Counter()
         self.input_bytes = 0
-        self.seconds = float("inf")
-        self.again = False
+        self.seconds: float = float("inf")
+        self.again: bool = False
         self._begun = False
 
     def run(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:

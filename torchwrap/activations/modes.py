@@ -75,11 +75,16 @@ class Activations:
         plan: ResidencyPlan,
         reserve: Callable[[], int],
     ) -> None:
-        self.config, self.units, self.device, self.plan, self._reserve = config, units, device, plan, reserve
+        self.config: Streaming = config
+        self.units: list[Unit] = units
+        self.device: torch.device = device
+        self.plan: ResidencyPlan = plan
+        self._reserve = reserve
         self.choices: dict[int, Choice] = {}
-        self.buffers = Buffers()
-        self.allowed = 0
-        self.timeline = timeline or (Timeline() if config.record and config.activations not in ("keep", "recompute") else None)
+        self.buffers: Buffers = Buffers()
+        self.allowed: int = 0
+        moves = config.activations not in ("keep", "recompute")
+        self.timeline: Timeline | None = timeline or (Timeline() if config.record and moves else None)
         self._swap: Swap | None = None
         self._costs: list[Measured] | None = [] if config.activations == "auto" else None
         self._uses: list[Cost] = []  # what was measured

@@ -31,7 +31,8 @@ class Use:
     __slots__ = ("__weakref__", "name", "previous", "records")
 
     def __init__(self, name: str, previous: weakref.ref[Use] | None) -> None:
-        self.name, self.previous = name, previous
+        self.name: str = name
+        self.previous: weakref.ref[Use] | None = previous
         self.records: list[weakref.ref[Record]] = []
 
     def living(self) -> list[Record]:
@@ -59,9 +60,12 @@ class Record:
 
     def __init__(self, memory: torch.Tensor, version: int, owner: Use, trash: deque[Place]) -> None:
         self.memory: torch.Tensor | None = memory
-        self.version, self.owner, self._trash = version, weakref.ref(owner), trash
+        self.version: int = version
+        self.owner: weakref.ref[Use] = weakref.ref(owner)
+        self._trash = trash
         self.alive: tuple[weakref.ref[torch.UntypedStorage], int] | None = None
-        self.begun = self.wanted = False
+        self.begun: bool = False
+        self.wanted: bool = False
         self.place: Place | None = None
         self.loading: Loading | None = None
         self.mark: Any = None

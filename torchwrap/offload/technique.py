@@ -34,6 +34,7 @@ from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_
 from torchwrap.weights.budget import Budget, weight_budget
 from torchwrap.weights.experts import ExpertsLayer, groups_of
 from torchwrap.weights.folder import SOURCES
+from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.layers import RootLayer, RowLayer, UnitLayer
 from torchwrap.weights.technique import StreamingTechnique, activation_layers
 from torchwrap.weights.tiled import TiledLayer
@@ -75,7 +76,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
     name = "offload"
     phase: ClassVar[int] = PHASES["offload"]
     config_class = Offload
-    handle_class = OffloadHandle
+    handle_class: ClassVar[type[WeightsHandle]] = OffloadHandle
 
     @torch.inference_mode(False)
     def prepare(self, model: nn.Module, config: Offload, integration: Integration) -> Prepared[Offload]:

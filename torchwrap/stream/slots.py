@@ -59,12 +59,16 @@ class Fetch:
     )
 
     def __init__(self, unit: Unit, slot: Slot, ticket: aio.Ticket | None) -> None:
-        self.unit, self.slot, self.ticket = unit, slot, ticket
-        self.users = 0
-        self.held = self.lent = False
+        self.unit: Unit = unit
+        self.slot: Slot = slot
+        self.ticket: aio.Ticket | None = ticket
+        self.users: int = 0
+        self.held: bool = False
+        self.lent: bool = False
         self.rows: dict[int, set[int]] | None = None
-        self.marked = self.spoiled = False
-        self.references = 0
+        self.marked: bool = False
+        self.spoiled: bool = False
+        self.references: int = 0
         self.versions: list[int] = []
         self.uploaded: threading.Event | None = None
         self.error: BaseException | None = None

@@ -33,6 +33,7 @@ from torchwrap.superpipeline.policy import Knobs
 from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_uninitialised
 from torchwrap.weights.budget import Budget, weight_budget
 from torchwrap.weights.folder import SOURCES
+from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.technique import StreamingTechnique, activation_layers
 
 __all__ = ["SuperpipelineTechnique", "superpipeline"]
@@ -85,7 +86,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
     name = "superpipeline"
     phase: ClassVar[int] = PHASES["superpipeline"]
     config_class = Superpipeline
-    handle_class = SuperpipelineHandle
+    handle_class: ClassVar[type[WeightsHandle]] = SuperpipelineHandle
 
     @torch.inference_mode(False)
     def prepare(self, model: nn.Module, config: Superpipeline, integration: Integration) -> Prepared[Superpipeline]:
