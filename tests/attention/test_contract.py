@@ -1,0 +1,72 @@
+"""Calls that do not fit together are refused before any work, with the shapes in the message."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from torchwrap.attention.contract import checked
+from torchwrap.core import errors
+
+
+def call(**changed: Any) -> Any:
+    given: dict[str, Any] = {"q": torch.zeros(2, 4, 3, 8), "k": torch.zeros(2, 2, 5, 8), "v": torch.zeros(2, 2, 5, 6)}
+    given.update(changed)
+    return checked(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        pytest.param({"q": torch.zeros(2, 3, 3, 8)}, r"3 query heads cannot share 2 key heads.*\[2, 3, 3, 8\]", id="heads"),
+        pytest.param({"q": torch.zeros(2, 4, 3, 7)}, r"different widths.*\[2, 4, 3, 7\].*\[2, 2, 5, 8\]", id="width"),
+        pytest.param({"q": torch.zeros(4, 3, 8)}, r"four dimensions.*\[4, 3, 8\]", id="dimensions"),
+        pytest.param({"q": torch.zeros(1, 4, 3, 8)}, r"batch sizes.*\[1, 4, 3, 8\]", id="batch"),
+        pytest.param({"v": torch.zeros(2, 2, 4, 8)}, r"k and v have different.*\[2, 2, 4, 8\]", id="lengths"),
+        pytest.param({"k": torch.zeros(2, 2, 5, 8, dtype=torch.bfloat16)}, "one floating dtype.*bfloat16", id="dtypes"),
+        pytest.param({name: torch.zeros(2, 2, 3, 8, dtype=torch.int32) for name in "qkv"}, "one floating dtype.*int32", id="integers"),
+        pytest.param({"softcap": 0.0}, "softcap is 0.0", id="softcap"),
+        pytest.param({"softcap": math.nan}, "softcap is nan", id="softcap nan"),
+        pytest.param({"scale": math.inf}, "scale is inf", id="scale"),
+        pytest.param({"dropout": 1.0}, "dropout is 1.0", id="dropout"),
+        pytest.param({"sinks": torch.zeros(2)}, r"sinks are \[2\].*4 heads", id="sinks"),
+        pytest.param({"bias": torch.zeros(4, 5, 3)}, r"bias is \[4, 5, 3\].*\(2, 4, 3, 5\)", id="bias"),
+        pytest.param({"bias": torch.zeros(3, 5, dtype=torch.int64)}, "bias is .*int64", id="bias dtype"),
+        pytest.param({"mask": torch.zeros(5, 3, dtype=torch.bool)}, r"mask is \[5, 3\]", id="mask"),
+        pytest.param({"mask": torch.zeros(3, 5, dtype=torch.int64)}, "mask is .*int64", id="mask dtype"),
+        pytest.param({"k": torch.zeros(2, 2, 5, 8, device="meta"), "v": torch.zeros(2, 2, 5, 6, device="meta")}, "k on meta", id="device"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_refused(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(errors.ConfigError, match=said) as raised:
+        call(**changed)
+    assert isinstance(raised.value, ValueError) and raised.value.fix
+
+
+def test_scale_defaults_to_the_root_of_the_width() -> None:
+    assert call().scale == 8**-0.5 and call(scale=0.0).scale == 0.0
+
+
+def test_a_bias_of_few_dimensions_gets_four() -> None:
+    assert call(bias=torch.zeros(3, 5)).bias.shape == (1, 1, 3, 5)
+
+
+def test_a_float_mask_is_added() -> None:
+    both = call(mask=torch.ones(3, 5), bias=torch.ones(4, 1, 5))
+    assert both.mask is None and torch.equal(both.bias, torch.full((1, 4, 3, 5), 2.0))
+
+
+def test_modes_and_sizes() -> None:
+    assert [call(q=torch.zeros(2, 4, rows, 8)).mode for rows in (1, 3, 5)] == ["decode", "chunked", "prefill"]
+    one = call()
+    sizes = one.batch, one.heads, one.kv_heads, one.group, one.q_length, one.kv_length, one.width, one.value_width
+    assert sizes == (2, 4, 2, 2, 3, 5, 8, 6)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_an_empty_result_has_the_shape_of_a_result(rows: int) -> None:
+    out, lse = call(q=torch.zeros(2, 4, rows, 8), sinks=torch.arange(4.0)).empty_result()
+    assert out.shape == (2, 4, rows, 6) and torch.equal(lse, torch.arange(4.0)[:, None].expand(2, 4, rows))

@@ -1,0 +1,268 @@
+"""What one call of attention consists of, checked before any work, and what every way to compute it must return.
+
+Letters: B batch, Hq query heads, Hkv key heads, G = Hq / Hkv, Sq and Sk query and key lengths, D and Dv widths of keys and of values.
+A call is `softmax(scores) @ v`, where `scores = cap(scale * q @ k^T) + bias` with `cap(s) = softcap * tanh(s / softcap)`, hidden keys are
+left out, and each head may have one more logit, its sink, that takes probability and gives nothing. Query head h reads key head h // G.
+
+A back end returns `out[B, Hq, Sq, Dv]` in the dtype of q and `lse[B, Hq, Sq]`: the natural logarithm of the sum of exponentials, sink
+included, in float32 (float64 for float64 inputs). A row that sees no key has out 0 and lse -inf (with a sink: lse = sink), and passes
+no gradient on. No back end but "eager" stores anything of Sq * Sk elements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from torchwrap.core import errors
+
+if TYPE_CHECKING:
+    from torchwrap.attention.mask import TileMask
+
+__all__ = ["Backend", "Call", "Gradients", "Mode", "checked"]
+
+Mode = Literal["decode", "chunked", "prefill"]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""Of q, k, v, the sinks and the bias; the last two are None where the call has none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Call:
+    """The arguments of one call, known to fit together.
+
+    Attributes:
+        q: `[B, Hq, Sq, D]`.
+        k: `[B, Hkv, Sk, D]`.
+        v: `[B, Hkv, Sk, Dv]`.
+        mask: what each query sees; None: everything.
+        scale: factor of the scores.
+        softcap: bound of the scaled scores, or None.
+        sinks: `[Hq]`, one logit for each head, or None.
+        bias: added to the scores after the cap; `[B | 1, Hq | 1, Sq | 1, Sk]`, or None.
+        dropout: probability with which a weight becomes 0 (the others grow by `1 / (1 - dropout)`).
+        seed: int64 scalar that picks the dropped weights; None without dropout.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: TileMask | None = None
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+    dropout: float = 0.0
+    seed: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.q.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Hq."""
+        return self.q.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        """Hkv."""
+        return self.k.shape[1]
+
+    @property
+    def group(self) -> int:
+        """G, query heads that share a key head."""
+        return self.heads // self.kv_heads if self.kv_heads else 1
+
+    @property
+    def q_length(self) -> int:
+        """Sq."""
+        return self.q.shape[2]
+
+    @property
+    def kv_length(self) -> int:
+        """Sk."""
+        return self.k.shape[2]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.q.shape[3]
+
+    @property
+    def value_width(self) -> int:
+        """Dv."""
+        return self.v.shape[3]
+
+    @property
+    def mode(self) -> Mode:
+        """One query ("decode"), several at the end of a longer row of keys ("chunked"), or neither ("prefill")."""
+        if self.q_length == 1:
+            return "decode"
+        return "chunked" if self.q_length < self.kv_length else "prefill"
+
+    @property
+    def accumulate(self) -> torch.dtype:
+        """The dtype of sums and of lse: float32, or float64 where the inputs are."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_empty(self) -> bool:
+        """There is nothing to add up: no row, no key or no width."""
+        return 0 in (*self.q.shape, *self.v.shape)
+
+    def empty_result(self) -> tuple[Tensor, Tensor]:
+        """What a call returns in which no row sees a key, with sinks counted.
+
+        Returns:
+            out `[B, Hq, Sq, Dv]` of zeros and lse `[B, Hq, Sq]` of -inf or of the sinks.
+        """
+        out = self.q.new_zeros(self.batch, self.heads, self.q_length, self.value_width)
+        lse = self.q.new_full(out.shape[:3], -math.inf, dtype=self.accumulate)
+        if self.sinks is not None:
+            lse.copy_(self.sinks.detach()[:, None])
+        return out, lse
+
+
+class Backend(Protocol):
+    """One way to compute a call.
+
+    Attributes:
+        name: what `attend(..., backend=)` calls it.
+    """
+
+    name: str
+
+    def refuses(self, call: Call) -> str | None:
+        """Why this call cannot be computed here: the failed check with its value, or None."""
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """The result.
+
+        Returns:
+            out `[B, Hq, Sq, Dv]` and lse `[B, Hq, Sq]`.
+        """
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """The gradients of everything.
+
+        Args:
+            call: as given to `forward`.
+            out: what `forward` returned.
+            lse: what `forward` returned.
+            grad_out: gradient of out.
+            grad_lse: gradient of lse; None: zeros.
+        """
+
+
+def checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: TileMask | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Call:
+    """The call, or an error that names what does not fit.
+
+    Args:
+        q: `[B, Hq, Sq, D]`, floating.
+        k: `[B, Hkv, Sk, D]`, Hq a multiple of Hkv.
+        v: `[B, Hkv, Sk, Dv]`.
+        mask: a `TileMask`, a bool tensor that broadcasts to `[B, Hq, Sq, Sk]` (True: visible), or a float one that is added to the scores.
+        scale: None: `1 / sqrt(D)`.
+        softcap: positive, or None.
+        sinks: `[Hq]`.
+        bias: broadcasts to `[B, Hq, Sq, Sk]`.
+        dropout: in [0, 1).
+
+    Raises:
+        ConfigError: shapes, dtypes or devices do not fit together, or a number is out of its range.
+    """
+    _check_tensors(q, k, v)
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise errors.ConfigError(f"softcap is {softcap}", where="attend", fix="Give a positive number, or None for no cap.")
+    if scale is not None and not math.isfinite(scale):
+        raise errors.ConfigError(f"scale is {scale}", where="attend", fix="Give a finite number, or None for 1 / sqrt(D).")
+    if not 0.0 <= dropout < 1.0:
+        raise errors.ConfigError(f"dropout is {dropout}", where="attend", fix="Give a probability in [0, 1).")
+    if sinks is not None:
+        if sinks.shape != (q.shape[1],) or not sinks.is_floating_point():
+            raise errors.ConfigError(
+                f"sinks are {_said(sinks)}, and q has {q.shape[1]} heads", where="attend", fix="Give one number for each query head."
+            )
+        _same_device(q, sinks, "sinks")
+    seen, added = _masks(mask, shape)
+    if bias is not None:
+        _check_added(bias, shape, "bias")
+        _same_device(q, bias, "bias")
+        added = bias if added is None else bias + added
+    return Call(
+        q=q, k=k, v=v, mask=seen, scale=max(q.shape[3], 1) ** -0.5 if scale is None else float(scale), softcap=softcap,
+        sinks=sinks, bias=None if added is None else added[(None,) * (4 - added.dim())], dropout=dropout,
+        seed=torch.randint(2**62, (), dtype=torch.int64) if dropout else None,
+    )  # fmt: skip
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    said = f"q {_said(q)}, k {_said(k)}, v {_said(v)}"
+    fix = "Shapes are q[B, Hq, Sq, D], k[B, Hkv, Sk, D], v[B, Hkv, Sk, Dv], of one floating dtype, on one device."
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise errors.ConfigError(f"q, k and v must have four dimensions: {said}", where="attend", fix=fix)
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise errors.ConfigError(f"q, k and v must be of one floating dtype: {said}", where="attend", fix=fix)
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise errors.ConfigError(f"q, k and v have different batch sizes: {said}", where="attend", fix=fix)
+    if k.shape[1:3] != v.shape[1:3]:
+        raise errors.ConfigError(f"k and v have different heads or lengths: {said}", where="attend", fix=fix)
+    if q.shape[3] != k.shape[3]:
+        raise errors.ConfigError(f"q and k have different widths: {said}", where="attend", fix=fix)
+    if q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]:
+        raise errors.ConfigError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly: {said}", where="attend", fix=fix)
+    _same_device(q, k, "k")
+    _same_device(q, v, "v")
+
+
+def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int]) -> tuple[TileMask | None, Tensor | None]:
+    """What hides keys, and what is added to scores."""
+    if mask is None:
+        return None, None
+    from torchwrap.attention.mask import TileMask  # here, so that calls without a mask need nothing of it
+
+    if isinstance(mask, TileMask):
+        fits = mask.shape[0] in (1, shape[0]) and mask.shape[1] in (1, shape[1]) and mask.shape[2:] == shape[2:]
+        if not fits:
+            raise errors.ConfigError(
+                f"the mask is {tuple(mask.shape)} and the scores are {shape}", where="attend", fix="Build the mask for these lengths."
+            )
+        return mask, None
+    _check_added(mask, shape, "mask")
+    mask = mask[(None,) * (4 - mask.dim())]
+    return (TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None) if mask.dtype == torch.bool else (None, mask)
+
+
+def _check_added(given: Tensor, shape: tuple[int, int, int, int], name: str) -> None:
+    fits = given.dim() <= 4 and all(size in (1, full) for size, full in zip(reversed(given.shape), reversed(shape), strict=False))
+    floating = given.is_floating_point() or (name == "mask" and given.dtype == torch.bool)
+    if not fits or not floating:
+        raise errors.ConfigError(
+            f"the {name} is {_said(given)} and the scores are {shape}", where="attend", fix="Each size must be 1 or that of the scores."
+        )
+
+
+def _same_device(q: Tensor, other: Tensor, name: str) -> None:
+    if q.device != other.device:
+        raise errors.ConfigError(f"q is on {q.device} and {name} on {other.device}", where="attend", fix=f"Move {name} to {q.device}.")
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
