@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.attention.masks import whole
 from torchwrap.attention.mask import TileMask
 from torchwrap.core.errors import ConfigError, TorchwrapWarning
 
@@ -35,10 +36,6 @@ def by_definition(mask: TileMask) -> torch.Tensor:
                     and (mask.q_segments is None or bool(mask.q_segments[b, i] == mask.k_segments[b, j]))  # type: ignore[index]
                 )
     return dense
-
-
-def whole(mask: TileMask) -> torch.Tensor:
-    return mask.rectangles((0, mask.shape[2]), (0, mask.shape[3]))
 
 
 def int32(*values: Any) -> torch.Tensor:

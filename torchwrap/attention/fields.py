@@ -5,43 +5,18 @@ Only shapes, dtypes and devices are checked, never values: a mask is made once p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from torchwrap.attention.dictionary import TileDictionary
 from torchwrap.core.errors import ConfigError
 
-__all__ = ["FIELDS", "TENSOR_FIELDS", "Dictionary", "check", "device_of", "inside"]
+__all__ = ["FIELDS", "TENSOR_FIELDS", "check", "device_of", "inside"]
 
 TENSOR_FIELDS = ("shift", "kv_start", "kv_end", "key_mask", "q_segments", "k_segments")
 FIELDS = ("right", "left", "chunk", *TENSOR_FIELDS, "dictionary", "q_offset", "kv_offset")
-
-
-class Dictionary(Protocol):
-    """A condition without a closed form, kept as distinct tiles."""
-
-    @property
-    def heads(self) -> int:
-        """1 if all heads share the mask, else their number."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where its tensors are."""
-        ...
-
-    def rectangles(self, batch: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
-        """bool [batch rows or 1, heads, rows, columns]."""
-        ...
-
-    def sub(self, batch: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]) -> Dictionary:
-        """A rectangle of it, with indices of its own."""
-        ...
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Dictionary:
-        """The same with every tensor changed."""
-        ...
 
 
 def check(batch: int, q_length: int, kv_length: int, values: Mapping[str, Any]) -> None:
@@ -71,6 +46,9 @@ def check(batch: int, q_length: int, kv_length: int, values: Mapping[str, Any]) 
         raise ConfigError("q_segments and k_segments come together", where="TileMask", fix="Give both, or neither.")
     if values["shift"] is not None and values["chunk"] is None:
         raise ConfigError("shift without chunk", where="TileMask shift", fix="shift says where chunks begin; give chunk as well.")
+    if values["dictionary"] is not None and not isinstance(values["dictionary"], TileDictionary):
+        what = f"dictionary is a {type(values['dictionary']).__name__}"
+        raise ConfigError(what, where="TileMask dictionary", fix="Use TileMask.from_function or TileMask.from_dense.")
     _check_offset(values["q_offset"])
 
 

@@ -2,9 +2,7 @@
 
 The mask is kept as what it means: how far a query looks left and right (causal, window), where a row's keys begin and end (padding), which
 tokens belong together (packed sequences), and, for what has no such form, a dictionary of distinct tiles. A rectangle of it is computed
-when it is asked for. It is a `torch.Tensor` without storage because frameworks treat masks as tensors: generation with static caches
-calls `.contiguous()` on them, device maps call `.to()`. Operations that only pass the mask on give a mask; any other gives a dense
-tensor, warns, and is counted in `TileMask.materialisations`.
+when it is asked for. It is a `torch.Tensor` without storage (see `lazy.py`), because frameworks treat masks as tensors.
 Source: H. Lin et al., "FastAttention: Extend FlashAttention2 to NPUs and Low-resource GPUs", 2024, the tiling-mask strategy (block masks
 as shifted windows of one small triangle); padding, packing, chunks and the dictionary are ours.
 Letters: B batch, H heads (1 when all heads share the mask), Sq queries, Sk keys.
@@ -12,25 +10,29 @@ Letters: B batch, H heads (1 when all heads share the mask), Sq queries, Sk keys
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from torchwrap.attention.fields import FIELDS, TENSOR_FIELDS, Dictionary, check, device_of, inside
-from torchwrap.core.errors import ConfigError, TorchwrapWarning
+from torchwrap.attention import packing
+from torchwrap.attention.blocks import block_mask
+from torchwrap.attention.dictionary import MaskFunction, compiled, of_dense
+from torchwrap.attention.fields import FIELDS, TENSOR_FIELDS, check, device_of, inside
+from torchwrap.attention.lazy import LazyMask, made_dense
+from torchwrap.attention.tiles import Spans, Tiles, live_rows, spans, tiles
+from torchwrap.attention.triangle import EDGE, band_tile
+from torchwrap.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["TileMask"]
 
-_aten = torch.ops.aten
-# Operations that hand the mask on as it is; `contiguous` never arrives here, since the strides already are.
-_PASSING = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh.default}
+T = TypeVar("T")
 
 
-class TileMask(torch.Tensor):
+class TileMask(LazyMask):
     """Which key columns each query row may see, as conditions that are evaluated tile by tile.
 
     Query row i stands at position `q_offset + i`, key column j at `kv_offset + j`. In batch row b the query sees the key if every given
@@ -56,8 +58,6 @@ class TileMask(torch.Tensor):
     Cost: the tensors given, 4 to 16 bytes per token; nothing of Sq x Sk.
     """
 
-    materialisations: ClassVar[int] = 0
-
     right: int | None
     left: int | None
     chunk: int | None  # type: ignore[assignment]  # Tensor.chunk has no meaning for a mask without storage
@@ -67,10 +67,8 @@ class TileMask(torch.Tensor):
     key_mask: torch.Tensor | None
     q_segments: torch.Tensor | None
     k_segments: torch.Tensor | None
-    dictionary: Dictionary | None
     q_offset: int | torch.Tensor
     kv_offset: int
-    _found: dict[Any, Any]
 
     @staticmethod
     def __new__(
@@ -85,17 +83,6 @@ class TileMask(torch.Tensor):
         values = {**dict.fromkeys(FIELDS), **conditions, "q_offset": q_offset, "kv_offset": kv_offset}
         check(batch, q_length, kv_length, values)
         return cls._of((batch, q_length, kv_length), values, torch.device(device_of(values, device)))
-
-    @classmethod
-    def _of(cls, lengths: tuple[int, int, int], values: dict[str, Any], device: torch.device) -> TileMask:
-        batch, q_length, kv_length = lengths
-        dictionary = values["dictionary"]
-        shape = (batch, 1 if dictionary is None else dictionary.heads, q_length, kv_length)
-        mask: TileMask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        for name, value in values.items():
-            setattr(mask, name, value)
-        mask._found = {}
-        return mask
 
     # Making one
 
@@ -116,9 +103,7 @@ class TileMask(torch.Tensor):
         Raises:
             ConfigError: `window` is no positive integer.
         """
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            raise ConfigError(f"A window of {window!r} keys", where="TileMask.window", fix="Give a positive number of keys.")
-        return cls(batch, q_length, kv_length, right=0, left=window - 1, **options)
+        return cls(batch, q_length, kv_length, right=0, left=_left(window), **options)
 
     @classmethod
     def padded(
@@ -140,6 +125,96 @@ class TileMask(torch.Tensor):
         start, end = (end - numbers, end) if side == "left" else (zero, numbers)
         return cls(len(numbers), q_length, kv_length, right=0 if causal else None, kv_start=start, kv_end=end, **options)
 
+    @classmethod
+    def from_cu_seqlens(
+        cls, q_lengths: torch.Tensor, k_lengths: torch.Tensor | None = None, *, q_length: int | None = None, kv_length: int | None = None,
+        causal: bool = True, window: int | None = None,
+    ) -> TileMask:
+        """Sequences one after the other in one row: B = 1, each sees itself alone; causal rows end where their keys end.
+
+        Args:
+            q_lengths: integers [N + 1], cumulative lengths of the queries, from 0.
+            k_lengths: those of the keys; None: the same.
+            q_length: Sq, if the row is longer than the sequences; what is left over sees nothing.
+            kv_length: Sk likewise.
+            causal: no query sees a later key of its sequence.
+            window: keys that a query sees, its own included.
+
+        Raises:
+            ConfigError: not cumulative, or of different count.
+        """
+        left = None if window is None else _left(window)
+        found = packing.of_cumulative(q_lengths, k_lengths, q_length, kv_length, causal, left)
+        function, lengths = found.pop("function", None), (found.pop("q_length"), found.pop("kv_length"))
+        if function is not None:
+            return cls.from_function(function, 1, *lengths, q_offset=0, device=q_lengths.device, **found)
+        return cls(1, *lengths, q_offset=0, **found)
+
+    @classmethod
+    def from_position_ids(cls, positions: torch.Tensor, *, causal: bool = True, window: int | None = None) -> TileMask:
+        """Rows whose positions begin anew with each packed sequence.
+
+        Args:
+            positions: integers [B, S]; a position that is not the one before plus 1 begins a sequence.
+            causal: no query sees a later key.
+            window: keys that a query sees, its own included.
+
+        Raises:
+            ConfigError: not integers of two dimensions.
+        """
+        numbers = packing.position_segments(positions)
+        batch, length = positions.shape
+        return cls(
+            batch, length, length, right=0 if causal else None, left=None if window is None else _left(window), q_segments=numbers,
+            k_segments=numbers, device=positions.device,
+        )
+
+    @classmethod
+    def from_function(
+        cls, function: MaskFunction, batch: int, q_length: int, kv_length: int, *, heads: int = 1, vmap: bool = False,
+        q_offset: int | torch.Tensor | None = None, kv_offset: int = 0, device: torch.device | str | None = None, **conditions: Any,
+    ) -> TileMask:
+        """Any rule, evaluated once on every pair of positions and kept as distinct tiles.
+
+        Args:
+            function: of batch row, head, query position and key position, integer tensors that broadcast; True: visible.
+            batch: B.
+            q_length: Sq.
+            kv_length: Sk.
+            heads: H, if the rule looks at the head.
+            vmap: call the function on single positions under `torch.vmap`, if it does not broadcast.
+            q_offset: as for `TileMask`.
+            kv_offset: as for `TileMask`.
+            device: where to evaluate.
+            conditions: others that have to hold as well, as for `TileMask`.
+
+        Raises:
+            ConfigError: the function returns no booleans of such a shape.
+
+        Cost: time O(B * H * Sq * Sk) once; memory 2 bytes per tile of 128 x 128 and 2 KiB per distinct one.
+        """
+        outline = cls(batch, q_length, kv_length, q_offset=q_offset, kv_offset=kv_offset, device=device, **conditions)
+        queries = torch.arange(q_length, device=outline.device) + outline.q_offset
+        keys = torch.arange(kv_length, device=outline.device) + outline.kv_offset
+        values = outline._conditions() | {"dictionary": compiled(function, batch, heads, queries, keys, vmap=vmap)}
+        return cls._of((batch, q_length, kv_length), values, outline.device)
+
+    @classmethod
+    def from_dense(cls, mask: torch.Tensor) -> TileMask:
+        """A mask that exists, kept as distinct tiles.
+
+        Args:
+            mask: [B or 1, H or 1, Sq, Sk]: bool (True: visible), or floating with nothing but 0 (visible) and -inf or the least number of
+                its dtype (hidden).
+
+        Raises:
+            ConfigError: not of four dimensions, integers, or other numbers, which are a bias.
+
+        Cost: reads the mask once; at most an eighth of its size as booleans, less where tiles repeat.
+        """
+        dictionary = of_dense(mask)
+        return cls(mask.shape[0], mask.shape[2], mask.shape[3], dictionary=dictionary, device=mask.device)
+
     # Reading it
 
     @property
@@ -153,18 +228,14 @@ class TileMask(torch.Tensor):
 
     def first_query(self) -> int:
         """Position of query row 0 as an integer; read from the device once if it is a tensor."""
-        if "first_query" not in self._found:
-            self._found["first_query"] = int(self.q_offset)
-        return int(self._found["first_query"])
+        return self._once("first_query", lambda: int(self.q_offset))
 
     def key_range(self, b: int) -> tuple[int, int]:
         """Columns [first, end) of batch row b outside which no query sees a key; (0, 0) if there is none.
 
         Cost: read from the device once for all rows.
         """
-        if "key_ranges" not in self._found:
-            self._found["key_ranges"] = self._key_ranges()
-        ranges: list[tuple[int, int]] = self._found["key_ranges"]
+        ranges = self._once("key_ranges", self._key_ranges)
         return ranges[b if len(ranges) > 1 else 0]
 
     def _key_ranges(self) -> list[tuple[int, int]]:
@@ -202,18 +273,12 @@ class TileMask(torch.Tensor):
         """As `rectangle`, of the batch rows [batch[0], batch[1]) (None: all): bool [rows of the batch, 1 or H, rows, columns]."""
         chosen = inside("batch", batch or (0, self.shape[0]), self.shape[0])
         (r0, r1), (c0, c1) = inside("rows", rows, self.shape[2]), inside("columns", columns, self.shape[3])
-        queries = (torch.arange(r0, r1, device=self.device) + self.q_offset)[:, None]
-        keys = torch.arange(c0, c1, device=self.device) + self.kv_offset
-        visible = torch.ones((1, 1, r1 - r0, c1 - c0), dtype=torch.bool, device=self.device)
-        if self.right is not None:
-            visible = visible & (keys <= queries + self.right)
-        if self.left is not None:
-            visible = visible & (keys >= queries - self.left)
+        visible, column = self._band((r0, r1), (c0, c1))[None, None], torch.arange(c0, c1, device=self.device)
         if self.chunk is not None:
             start = 0 if self.shift is None else _rows(self.shift, chosen)[:, None, None, None]
-            chunk_of_key = torch.div(keys - start, self.chunk, rounding_mode="floor")
-            visible = visible & (chunk_of_key == torch.div(queries - start, self.chunk, rounding_mode="floor"))
-        column = torch.arange(c0, c1, device=self.device)
+            queries = torch.arange(r0, r1, device=self.device)[:, None] + self.q_offset - start
+            of_key = torch.div(column + self.kv_offset - start, self.chunk, rounding_mode="floor")
+            visible = visible & (of_key == torch.div(queries, self.chunk, rounding_mode="floor"))
         if self.kv_start is not None:
             visible = visible & (column >= _rows(self.kv_start, chosen)[:, None, None, None])
         if self.kv_end is not None:
@@ -226,6 +291,22 @@ class TileMask(torch.Tensor):
         if self.dictionary is not None:
             visible = visible & self.dictionary.rectangles(chosen, (r0, r1), (c0, c1))
         return visible.expand(chosen[1] - chosen[0], -1, -1, -1)
+
+    def _band(self, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
+        """The conditions `right` and `left` alone: bool [rows, columns]."""
+        (r0, r1), (c0, c1) = rows, columns
+        if isinstance(self.q_offset, int) and max(r1 - r0, c1 - c0) <= EDGE:
+            delta = c0 + self.kv_offset - r0 - self.q_offset
+            tile = band_tile(delta, r1 - r0, c1 - c0, right=self.right, left=self.left, device=self.device)
+            return tile.clone() if self.left is None else tile  # the triangle is shared
+        queries = (torch.arange(r0, r1, device=self.device) + self.q_offset)[:, None]
+        keys = torch.arange(c0, c1, device=self.device) + self.kv_offset
+        visible = torch.ones((r1 - r0, c1 - c0), dtype=torch.bool, device=self.device)
+        if self.right is not None:
+            visible &= keys <= queries + self.right
+        if self.left is not None:
+            visible &= keys >= queries - self.left
+        return visible
 
     def sub(  # type: ignore[override]  # Tensor.sub: booleans cannot be subtracted
         self, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None, batch: tuple[int, int] | None = None
@@ -253,59 +334,54 @@ class TileMask(torch.Tensor):
         values["q_offset"], values["kv_offset"] = self.q_offset + r0, self.kv_offset + c0
         return self._of((b1 - b0, r1 - r0, c1 - c0), values, self.device)
 
+    def spans(self) -> Spans:
+        """The columns of each row as intervals, worked out once; see `Spans`."""
+        return self._once("spans", lambda: spans(self))
+
+    def tiles(self, bm: int, bn: int) -> Tiles:
+        """Which tiles of `bm` rows by `bn` columns are empty, full or partial, worked out once for each size; see `Tiles`.
+
+        Raises:
+            ConfigError: a size below 1.
+        """
+        return self._once(("tiles", bm, bn), lambda: tiles(self, bm, bn))
+
+    def live_rows(self) -> torch.Tensor:
+        """bool [B or 1, Sq]: rows that see at least one key (in any head); worked out once."""
+        return self._once("live_rows", lambda: live_rows(self))
+
+    def to_cu_seqlens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cumulative lengths of queries and keys, int32 [N + 1] each; bands (causal, window) stay with the caller.
+
+        Raises:
+            ConfigError: the mask does not consist of whole sequences one after the other.
+        """
+        return packing.cumulative_lengths(self)
+
+    def to_block_mask(self, block: int = 128) -> BlockMask:
+        """The mask for `torch.nn.attention.flex_attention`, in blocks of `block` x `block`; see `block_mask`.
+
+        Raises:
+            ConfigError: `block` is below 1.
+        """
+        return block_mask(self, block)
+
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> torch.Tensor:
         """The whole mask as a tensor of B x H x Sq x Sk elements; warns and is counted. For tests and for code that knows no better."""
-        return _dense(self, "to_dense", dtype or torch.bool)
+        return made_dense(self, "to_dense").to(dtype or torch.bool)
 
-    # Being a tensor
+    def _once(self, name: object, work: Callable[[], T]) -> T:
+        if name not in self._found:
+            self._found[name] = work()
+        value: T = self._found[name]
+        return value
 
-    def _conditions(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in FIELDS}
+    def _cut(self, dim: int, first: int, end: int) -> TileMask | None:
+        axis = {0: "batch", 2: "rows", 3: "columns"}.get(dim)
+        return None if axis is None else self.sub(**{axis: (first, end)})
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> TileMask:
-        """This mask with every tensor in it changed."""
-        values = self._conditions()
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                values[name] = change(value)
-            elif name == "dictionary" and value is not None:
-                values[name] = value.map(change)
-        return self._of((self.shape[0], self.shape[2], self.shape[3]), values, device)
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # printing must not make the mask dense
-        values = {name: value for name, value in self._conditions().items() if value is not None}
-        tensors = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
-        given = [f"{name}={value}" for name, value in values.items() if name not in tensors]
-        return f"TileMask({list(self.shape)}, {', '.join(given + tensors)})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TileMask:
-        return self._map(lambda tensor: copy.deepcopy(tensor, memo), self.device)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _restore, ((self.shape[0], self.shape[2], self.shape[3]), self._conditions(), self.device)
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        options = kwargs or {}
-        mask = args[0] if args else None
-        if isinstance(mask, TileMask):
-            if func in _PASSING:
-                return mask._map(lambda tensor: tensor, mask.device)
-            if func is _aten._to_copy.default and options.get("dtype") in (None, torch.bool):
-                device = torch.device(options.get("device") or mask.device)
-                return mask._map(lambda tensor: tensor.to(device, non_blocking=options.get("non_blocking", False)), device)
-            if func is _aten.slice.Tensor and (part := _sliced(mask, *args[1:])) is not None:
-                return part
-        leaves, layout = tree_flatten((args, options))
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, TileMask):
-                leaves[index] = _dense(leaf, str(func), torch.bool)
-        args, options = tree_unflatten(leaves, layout)
-        return func(*args, **options)
+    def _whole(self) -> torch.Tensor:
+        return self.rectangles((0, self.shape[2]), (0, self.shape[3]))
 
 
 def _rows(tensor: torch.Tensor, batch: tuple[int, int]) -> torch.Tensor:
@@ -313,23 +389,7 @@ def _rows(tensor: torch.Tensor, batch: tuple[int, int]) -> torch.Tensor:
     return tensor if tensor.shape[0] == 1 else tensor[batch[0] : batch[1]]
 
 
-def _sliced(mask: TileMask, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> TileMask | None:
-    """`mask[..., start:end]` as a mask, so that models that cut masks to the cache's length keep them; None along the heads."""
-    axis = {0: "batch", 2: "rows", 3: "columns"}.get(dim % 4)
-    if axis is None or step != 1:
-        return None
-    first, last, _ = slice(start, end).indices(mask.shape[dim])
-    return mask.sub(**{axis: (first, max(first, last))})
-
-
-def _dense(mask: TileMask, operation: str, dtype: torch.dtype) -> torch.Tensor:
-    TileMask.materialisations += 1
-    warnings.warn(
-        f"{operation} on a TileMask made the whole mask, {list(mask.shape)} elements. Pass the mask on as it is, or read "
-        "mask.rectangle(...) tile by tile.", TorchwrapWarning, stacklevel=3,
-    )
-    return mask.rectangles((0, mask.shape[2]), (0, mask.shape[3])).to(dtype)
-
-
-def _restore(lengths: tuple[int, int, int], values: dict[str, Any], device: torch.device) -> TileMask:
-    return TileMask._of(lengths, values, device)
+def _left(window: int) -> int:
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ConfigError(f"A window of {window!r} keys", where="TileMask window", fix="Give a positive number of keys.")
+    return window - 1

@@ -1,0 +1,135 @@
+"""A tensor that has a shape and no storage: what passes it on gets it back, whatever else touches it gets a dense one, with a warning.
+
+Frameworks treat masks as tensors: generation with static caches calls `.contiguous()` on them, device maps call `.to()`, models cut
+them to the length of the cache. A wrapper subclass answers these without making the mask.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from torchwrap.attention.dictionary import TileDictionary
+from torchwrap.attention.fields import FIELDS
+from torchwrap.core.errors import TorchwrapWarning
+
+__all__ = ["LazyMask", "made_dense"]
+
+Self = TypeVar("Self", bound="LazyMask")
+
+_aten = torch.ops.aten
+# Operations that hand the mask on as it is; `contiguous` never arrives here, since the strides already are.
+_PASSING = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh.default}
+
+
+class LazyMask(torch.Tensor):
+    """A bool tensor [B, 1 or H, Sq, Sk] that consists of its conditions; see `TileMask`, the only class made of it.
+
+    Attributes:
+        materialisations: how often a dense mask was made in this process, for tests.
+    """
+
+    materialisations: ClassVar[int] = 0
+
+    dictionary: TileDictionary | None
+    _found: dict[Any, Any]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def _of(cls: type[Self], lengths: tuple[int, int, int], values: dict[str, Any], device: torch.device) -> Self:
+        batch, q_length, kv_length = lengths
+        dictionary = values["dictionary"]
+        shape = (batch, 1 if dictionary is None else dictionary.heads, q_length, kv_length)
+        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        for name, value in values.items():
+            setattr(mask, name, value)
+        mask._found = {}
+        return mask
+
+    @property
+    def _lengths(self) -> tuple[int, int, int]:
+        return self.shape[0], self.shape[2], self.shape[3]
+
+    def _conditions(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in FIELDS}
+
+    def _map(self: Self, change: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> Self:
+        """This mask with every tensor in it changed."""
+        values = self._conditions()
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                values[name] = change(value)
+            elif isinstance(value, TileDictionary):
+                values[name] = value.map(change)
+        return self._of(self._lengths, values, device)
+
+    def _cut(self: Self, dim: int, first: int, end: int) -> Self | None:
+        """The part [first, end) of one dimension as a mask; None if there is no such mask."""
+        raise NotImplementedError
+
+    def _whole(self) -> torch.Tensor:
+        """The dense mask."""
+        raise NotImplementedError
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # printing must not make the mask dense
+        values = {name: value for name, value in self._conditions().items() if value is not None}
+        tensors = [name for name, value in values.items() if isinstance(value, torch.Tensor)]
+        given = [f"{name}={value}" for name, value in values.items() if name not in tensors]
+        return f"TileMask({list(self.shape)}, {', '.join(given + tensors)})"
+
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        return self._map(lambda tensor: copy.deepcopy(tensor, memo), self.device)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _restore, (type(self), self._lengths, self._conditions(), self.device)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        mask = args[0] if args else None
+        if isinstance(mask, LazyMask):
+            if func in _PASSING:
+                same = mask._map(lambda tensor: tensor, mask.device)
+                same._found = mask._found
+                return same
+            if func is _aten._to_copy.default and options.get("dtype") in (None, torch.bool):
+                device = torch.device(options.get("device") or mask.device)
+                return mask._map(lambda tensor: tensor.to(device, non_blocking=options.get("non_blocking", False)), device)
+            if func is _aten.slice.Tensor and (part := _sliced(mask, *args[1:])) is not None:
+                return part
+        leaves, layout = tree_flatten((args, options))
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, LazyMask):
+                leaves[index] = made_dense(leaf, str(func))
+        args, options = tree_unflatten(leaves, layout)
+        return func(*args, **options)
+
+
+def _sliced(mask: LazyMask, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> LazyMask | None:
+    """`mask[..., start:end]` as a mask, for models that cut masks to the cache's length."""
+    first, last, _ = slice(start, end).indices(mask.shape[dim])
+    return mask._cut(dim % 4, first, max(first, last)) if step == 1 else None
+
+
+def made_dense(mask: LazyMask, operation: str) -> torch.Tensor:
+    """The dense mask, with a warning that names the operation, and counted."""
+    LazyMask.materialisations += 1
+    warnings.warn(
+        f"{operation} on a TileMask made the whole mask, {list(mask.shape)} elements. Pass the mask on as it is, or read "
+        "mask.rectangle(...) tile by tile.", TorchwrapWarning, stacklevel=3,
+    )
+    return mask._whole()
+
+
+def _restore(cls: type[LazyMask], lengths: tuple[int, int, int], values: dict[str, Any], device: torch.device) -> LazyMask:
+    return cls._of(lengths, values, device)
