@@ -20,6 +20,7 @@ __all__ = [
     "TorchwrapWarning",
     "UnsafePathError",
     "UnsupportedModelError",
+    "WorkError",
 ]
 
 
@@ -70,7 +71,7 @@ class NotAppliedError(TorchwrapError, LookupError):
 
 
 class PlanError(TorchwrapError, ValueError):
-    """A plan file is malformed, newer than this library, or names an unknown technique."""
+    """A plan file is malformed, newer than this library, or names an unknown technique; or what is to be planned fits nowhere."""
 
 
 class BudgetError(TorchwrapError, MemoryError):
@@ -119,6 +120,10 @@ class CorruptDataError(StorageError):
 
 class UnsafePathError(StorageError):
     """A path leaves its root, is a symbolic link, or belongs to or is writable by somebody else."""
+
+
+class WorkError(TorchwrapError, RuntimeError):
+    """Work handed to another thread or another process failed, or did not end in time."""
 
 
 class TorchwrapWarning(UserWarning):

@@ -1,0 +1,1 @@
+"""Keys and values in two memories, attended where they lie: a host beside a device."""
