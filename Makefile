@@ -27,7 +27,7 @@ help:
 	@echo "make bench  measure against accelerate, AirLLM and plain memory mapping; needs root for the memory limit"
 	@echo "make docs   build the documentation into site/"
 
-$(STAMP): pyproject.toml constraints.txt requirements/no-deps.txt requirements/vision-no-deps.txt
+$(STAMP): pyproject.toml setup.py $(wildcard torchwrap/native/src/*) constraints.txt requirements/no-deps.txt requirements/vision-no-deps.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10 or newer is needed and none was found; say PYTHON=/path/to/python3" >&2; exit 1; }
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77'
@@ -58,7 +58,7 @@ imports: $(STAMP)
 	$(BIN)/lint-imports
 
 types: $(STAMP)
-	$(BIN)/mypy -p torchwrap.core -p torchwrap.storage -p torchwrap.stream -p torchwrap.activations -p torchwrap.weights -p torchwrap.optimizer -p torchwrap.offload -p torchwrap.superpipeline -p torchwrap.attention -p torchwrap.fast_attention -p torchwrap.trace -p torchwrap.cli -p torchwrap.demo
+	$(BIN)/mypy -p torchwrap.core -p torchwrap.storage -p torchwrap.stream -p torchwrap.activations -p torchwrap.weights -p torchwrap.optimizer -p torchwrap.offload -p torchwrap.superpipeline -p torchwrap.native -p torchwrap.attention -p torchwrap.fast_attention -p torchwrap.trace -p torchwrap.cli -p torchwrap.demo
 	$(BIN)/python .ci/public_types.py
 
 docs: $(STAMP)
@@ -68,4 +68,4 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider -p no:xdist $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist site demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) build dist site demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info torchwrap/native/*.so

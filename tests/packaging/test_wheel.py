@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -32,21 +33,46 @@ sys.meta_path.insert(0, OnlyDependencies())
 """
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    hidden = shutil.ignore_patterns("__pycache__", "*.egg-info")
+def copy_tree(to: Path) -> None:
+    """What a checkout holds, without what was built in it."""
+    to.mkdir()
+    hidden = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
     for name in ("torchwrap", "integrations"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=hidden)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    # Without isolation: the test has to work without a network, and setuptools is one of the development requirements.
-    build = "from setuptools import build_meta; import sys; print(build_meta.build_wheel(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", build, str(folder)], cwd=source, capture_output=True, text=True, check=False)
+        shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=hidden)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, to / name)
+
+
+def build(what: str, source: Path, into: Path, **environment: str) -> Path:
+    """Without isolation: the test has to work without a network, and setuptools is one of the development requirements."""
+    code = f"from setuptools import build_meta; import sys; print(build_meta.build_{what}(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(into)]
+    done = subprocess.run(command, cwd=source, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return next(folder.glob("torchwrap-*.whl"))
+    return into / done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    copy_tree(folder / "source")
+    return build("sdist", folder / "source", folder)
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the sdist, so that whatever the sdist lacks is missing here too."""
+    folder = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return build("wheel", next(folder.iterdir()), folder)
+
+
+@pytest.fixture(scope="module")
+def wheel_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uncompiled")
+    copy_tree(folder / "source")
+    return build("wheel", folder / "source", folder, CC="/nonexistent/cc", CXX="/nonexistent/c++")
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +93,48 @@ def run(installed: Path, code: str) -> str:
     return done.stdout
 
 
-def test_wheel_holds_every_module_of_the_tree(wheel: Path) -> None:
+def modules_of(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if name.endswith(".py")}
+
+
+def test_wheel_holds_every_module_of_the_tree(wheel: Path, wheel_without_compiler: Path) -> None:
     tree = {path.relative_to(ROOT).as_posix() for path in (ROOT / "torchwrap").rglob("*.py")}
     tree = {name for name in tree if not name.startswith("torchwrap/integrations")}
     tree |= {"torchwrap/" + path.relative_to(ROOT).as_posix() for path in (ROOT / "integrations").rglob("*.py")}
+    assert modules_of(wheel) == tree
+    assert modules_of(wheel_without_compiler) == tree
+    assert "torchwrap/integrations/transformers/__init__.py" in tree
+
+
+def test_sdist_holds_the_sources_of_the_kernels(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        shipped = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "torchwrap" / "native" / "src").iterdir()}
+    assert sources | {"setup.py", "torchwrap/native/library.py"} <= shipped
+    assert not any(name.endswith(".so") for name in shipped)
+
+
+KERNELS = "torchwrap/native/kernels.native.so"
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="no C++ compiler")
+def test_wheel_carries_the_kernels_and_is_tagged_for_the_platform_but_no_python(wheel: Path, installed: Path) -> None:
+    assert wheel.name.split("-", 2)[2].startswith("py3-none-linux_")
     with zipfile.ZipFile(wheel) as archive:
-        shipped = {name for name in archive.namelist() if name.endswith(".py")}
-    assert shipped == tree
-    assert "torchwrap/integrations/transformers/__init__.py" in shipped
+        assert KERNELS in archive.namelist()
+    assert run(installed, "from torchwrap import native; print(native.available())").split() == ["True"]
+
+
+def test_wheel_made_without_a_compiler_is_for_any_platform_and_says_why_it_has_no_kernels(
+    wheel_without_compiler: Path, tmp_path: Path
+) -> None:
+    assert wheel_without_compiler.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel_without_compiler) as archive:
+        assert KERNELS not in archive.namelist()
+        archive.extractall(tmp_path)
+    said = run(tmp_path, "from torchwrap import native; print(native.available(), native.reason())")
+    assert said.startswith("False it was not built")
 
 
 def test_wheel_holds_no_symbolic_link_and_is_typed(wheel: Path) -> None:

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, memory and its limit, disk and copy speeds, and which integrations load.
+"""What this machine offers: versions, devices, memory and its limit, disk and copy speeds, compiled kernels, and which integrations load.
 
 The disk speed is measured, not looked up: a temporary file is written into --path and read back past the page cache with the same reader
 that `offload` uses. The other figures come from the kernel. Exit status 1 when something will make `offload` slow or impossible.
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
         "memory": _memory(),
         "disk": _disk(folder, arguments.bytes, measure=not arguments.no_measure),
         "copies": {} if arguments.no_measure else _copies(),
+        "native": _native(),
         "integrations": _integrations(),
     }
     problems = _problems(data)
@@ -148,6 +149,12 @@ def _best(action: Callable[[], object], repeats: int = 5) -> float:
     return min(times)
 
 
+def _native() -> dict[str, object]:
+    from torchwrap.native import describe
+
+    return describe()
+
+
 def _integrations() -> list[dict[str, object]]:
     import importlib
     from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -187,11 +194,11 @@ def _problems(data: dict[str, object]) -> list[str]:
 def _text(data: dict[str, object], problems: list[str]) -> str:
     from torchwrap.core.config import format_bytes
 
-    versions, machine, memory, disk, copies, integrations = (
-        data[key] for key in ("versions", "machine", "memory", "disk", "copies", "integrations")
+    versions, machine, memory, disk, copies, native, integrations = (
+        data[key] for key in ("versions", "machine", "memory", "disk", "copies", "native", "integrations")
     )
     assert isinstance(versions, dict) and isinstance(machine, dict) and isinstance(memory, dict)
-    assert isinstance(disk, dict) and isinstance(copies, dict) and isinstance(integrations, list)
+    assert isinstance(disk, dict) and isinstance(copies, dict) and isinstance(native, dict) and isinstance(integrations, list)
 
     def amount(value: object) -> str:
         return format_bytes(int(value)) if isinstance(value, (int, float)) else "unknown"
@@ -212,6 +219,8 @@ def _text(data: dict[str, object], problems: list[str]) -> str:
         rows.append(("", f"reads {amount(disk['read_bytes_per_s'])}/s ({how})"))
         rows.append(("", f"writes {amount(disk['write_bytes_per_s'])}/s with checksums"))
     rows += [("copy", f"{name.removesuffix('_bytes_per_s').replace('_', ' ')}: {amount(value)}/s") for name, value in copies.items()]
+    compiled = "no ({reason})" if "reason" in native else "{instruction_set}, {compiler}, threads of {threads}"
+    rows.append(("native", compiled.format(**native)))
     for found in integrations:
         said = f"not loaded, {found['reason']}"
         if found["loads"]:

@@ -1,0 +1,212 @@
+"""Attention of a few rows of queries against a long cache of keys and values: the step of token generation.
+
+The rows that share a key/value head (its group of query heads, times the query tokens) go through the cache together, so it is read
+from memory once. The keys are cut into pieces that depend on the sizes alone; partial results are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from torchwrap.core.errors import ConfigError, UnsupportedModelError
+from torchwrap.native.library import instruction_sets, library
+from torchwrap.native.reference import decode_reference
+
+__all__ = ["MAX_ROWS", "MAX_WIDTH", "decode"]
+
+MAX_ROWS, MAX_WIDTH = 64, 512
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None = None,
+    end: Tensor | None = None,
+    limits: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of R rows per key/value head over S keys, with the log-sum-exp that merging needs.
+
+    A row sees column j when `first[b] <= j < end[b]` and `limits[b, r, 0] <= j < limits[b, r, 1]`; what is outside [0, S) is cut off. Keys
+    and values that no row sees are never read.
+
+    Args:
+        q: rows of queries.
+        k: keys.
+        v: values.
+        first: first column of each batch entry that holds a key; None: 0.
+        end: the column behind its last key; None: S.
+        limits: first visible column and the one behind the last, per row; None: all.
+        scale: factor of the scores.
+        softcap: scores become `softcap * tanh(score / softcap)`; None: they stay.
+
+    Returns:
+        `(out, lse)`, both float32: rows without a visible key have out 0 and lse -inf; lse is the natural logarithm.
+
+    Raises:
+        ConfigError: shapes, types, devices or strides are not as below.
+        UnsupportedModelError: the native library is not available.
+
+    Shapes: q (B, Hkv, R, D), k (B, Hkv, S, D), v (B, Hkv, S, Dv), all float32, bfloat16 or float16 on the CPU, any strides but the last
+        dimension contiguous; R <= 64, D and Dv <= 512. first, end (B,) int32; limits (B, R, 2) int32. out (B, Hkv, R, Dv),
+        lse (B, Hkv, R).
+
+    Exactness: products and sums in float32, weights never rounded to a half type. Independent of the number of threads and of strides,
+        not of the instruction set: sums are in another order.
+
+    Cost: reads K and V once; `R * (Dv + 2) * 4` bytes for each piece of at least 256 keys. Threads: as torch.get_num_threads().
+
+    Source: Tri Dao and others, "Flash-Decoding for long-context inference", 2023.
+    """
+    _check(q, k, v, first, end, limits, softcap)
+    out: Tensor
+    lse: Tensor
+    out, lse = _decode_op(q, k, v, first, end, limits, scale, softcap or 0.0)
+    return out, lse
+
+
+def _refuse(what: str, fix: str) -> ConfigError:
+    return ConfigError(what, where="torchwrap.native.decode", fix=fix)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, end: Tensor | None, limits: Tensor | None, softcap: float | None) -> None:
+    """All that the C++ side takes for granted: it gets addresses."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise _refuse(f"{name} has shape {tuple(tensor.shape)}", "Give four dimensions: batch, key/value heads, rows or keys, width.")
+        if tensor.device.type != "cpu":
+            raise _refuse(f"{name} is on {tensor.device}", "The kernel runs on the CPU.")
+        if tensor.dtype != q.dtype or tensor.dtype not in _DTYPES:
+            raise _refuse(f"{name} is {tensor.dtype}, q {q.dtype}", "Give all three in one of float32, bfloat16, float16.")
+        if tensor.stride(3) != 1 and tensor.shape[3] > 1:
+            raise _refuse(f"{name} has strides {tensor.stride()}", "Its last dimension has to be contiguous.")
+    (batch, heads, rows, width), keys, value_width = q.shape, k.shape[2], v.shape[3]
+    if k.shape != (batch, heads, keys, width) or v.shape[:3] != k.shape[:3]:
+        raise _refuse(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together",
+            "Give (B, Hkv, R, D), (B, Hkv, S, D) and (B, Hkv, S, Dv).",
+        )
+    if rows > MAX_ROWS or not 0 < width <= MAX_WIDTH or not 0 < value_width <= MAX_WIDTH:
+        raise _refuse(
+            f"{rows} rows of width {width} and values of width {value_width}",
+            f"At most {MAX_ROWS} rows; widths from 1 to {MAX_WIDTH}.",
+        )
+    if keys >= 2**31:
+        raise _refuse(f"{keys} keys", "Columns are int32: at most 2**31 - 1 keys.")
+    if softcap is not None and not softcap > 0:
+        raise _refuse(f"softcap is {softcap}", "Give a positive number, or None.")
+    for name, columns, shape in (("first", first, (batch,)), ("end", end, (batch,)), ("limits", limits, (batch, rows, 2))):
+        if columns is None:
+            continue
+        if columns.shape != shape or columns.dtype != torch.int32 or columns.device.type != "cpu":
+            raise _refuse(
+                f"{name} is {columns.dtype} of shape {tuple(columns.shape)} on {columns.device}", f"Give int32 of shape {shape} on the CPU."
+            )
+
+
+class _Call(ctypes.Structure):
+    """`DecodeCall` of src/call.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "first", "end", "limits", "out", "lse")),
+        *((name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "keys", "width", "value_width")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int32) for name in ("dtype", "threads", "instruction_set")),
+    )
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    end: Tensor | None,
+    limits: Tensor | None,
+    scale: float,
+    softcap: float,
+    instruction_set: str | None = None,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The call itself, after the checks; instruction set and threads are chosen by tests and measurements only."""
+    loaded = library()
+    batch, heads, rows, width = q.shape
+    keys, value_width = k.shape[2], v.shape[3]
+    out = torch.empty(batch, heads, rows, value_width)
+    lse = torch.empty(batch, heads, rows)
+    # Held in a list until the call is over: a copy made here has no other owner.
+    ranges = [None if tensor is None else tensor.contiguous() for tensor in (first, end, limits)]
+    call = _Call(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        *(None if tensor is None else tensor.data_ptr() for tensor in ranges),
+        out.data_ptr(),
+        lse.data_ptr(),
+        *(tensor.stride()[:3] for tensor in (q, k, v)),
+        *(batch, heads, rows, keys, width, value_width),
+        *(scale, softcap),
+        *(_DTYPES[q.dtype], threads or torch.get_num_threads(), -1 if instruction_set is None else instruction_sets()[instruction_set]),
+    )
+    status = loaded.torchwrap_decode(ctypes.addressof(call))
+    if status == 1:
+        raise MemoryError("torchwrap.native.decode: no memory for partial results")
+    if status:
+        raise UnsupportedModelError(f"this processor cannot run {instruction_set}", where="torchwrap.native.decode")
+    return out, lse
+
+
+@torch.library.custom_op("torchwrap::decode", mutates_args=(), device_types="cpu")
+def _decode_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    end: Tensor | None,
+    limits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    return run(q, k, v, first, end, limits, scale, softcap)
+
+
+@_decode_op.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    end: Tensor | None,
+    limits: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, rows, _ = q.shape
+    return q.new_empty(batch, heads, rows, v.shape[3], dtype=torch.float32), q.new_empty(batch, heads, rows, dtype=torch.float32)
+
+
+def _keep(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: object) -> None:
+    *tensors, scale, softcap = inputs
+    ctx.save_for_backward(*tensors)  # type: ignore[arg-type]
+    ctx.scalars = (scale, softcap)  # type: ignore[attr-defined]
+
+
+def _gradient(ctx: torch.autograd.function.FunctionCtx, of_out: Tensor, of_lse: Tensor) -> tuple[Tensor | None, ...]:
+    """Through the reference: generation needs no gradients, correctness does not depend on that."""
+    q, k, v, first, end, limits = ctx.saved_tensors  # type: ignore[attr-defined]
+    scale, softcap = ctx.scalars  # type: ignore[attr-defined]
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        outputs = decode_reference(leaves[0], leaves[1], leaves[2], first, end, limits, scale=scale, softcap=softcap or None)
+        gradients = torch.autograd.grad(outputs, leaves, (of_out, of_lse))
+    return (*gradients, None, None, None, None, None)
+
+
+_decode_op.register_autograd(_gradient, setup_context=_keep)

@@ -1,0 +1,80 @@
+"""The shared library: where it is, whether it can be used here, and what it says of itself.
+
+It has a plain C interface and is loaded through ctypes, which releases the interpreter's lock during a call. It holds the kernels for
+several instruction sets and chooses the best that the processor has; the choice can be narrowed for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+from torchwrap.core.errors import UnsupportedModelError
+
+__all__ = ["available", "describe", "instruction_sets", "library", "reason"]
+
+PATH = Path(__file__).with_name("kernels.native.so")
+INTERFACE = 1  # TORCHWRAP_INTERFACE in src/call.h
+BUILD = "install a C++17 compiler and build again: pip install -e .  or  python setup.py build_ext --inplace"
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    if not PATH.exists():
+        return None, "it was not built: no C++ compiler was found when torchwrap was installed"
+    try:
+        loaded = ctypes.CDLL(str(PATH))
+    except OSError as error:
+        return None, f"it cannot be loaded: {error}"
+    found = loaded.torchwrap_interface()
+    if found != INTERFACE:
+        return None, f"it was built from other sources (interface {found}, needed {INTERFACE})"
+    loaded.torchwrap_compiler.restype = ctypes.c_char_p
+    loaded.torchwrap_threads.restype = ctypes.c_char_p
+    loaded.torchwrap_instruction_set.restype = ctypes.c_char_p
+    loaded.torchwrap_decode.argtypes = [ctypes.c_void_p]
+    return loaded, ""
+
+
+def available() -> bool:
+    """Whether the kernels can be called in this process."""
+    return _load()[0] is not None
+
+
+def reason() -> str:
+    """Why the kernels cannot be called; empty when they can."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        UnsupportedModelError: it is not there; the message says why.
+    """
+    loaded, why = _load()
+    if loaded is None:
+        raise UnsupportedModelError(f"the native kernels are not available: {why}", where=str(PATH), fix=BUILD)
+    return loaded
+
+
+def instruction_sets() -> dict[str, int]:
+    """What the library holds and this processor can run, best first: name to number. Empty when it is not available."""
+    if not available():
+        return {}
+    names = {number: library().torchwrap_instruction_set(number) for number in range(library().torchwrap_instruction_sets())}
+    return {name.decode(): number for number, name in names.items() if name is not None}
+
+
+def describe() -> dict[str, object]:
+    """What a report shows: path, and either compiler, chosen instruction set, source of threads, or the reason."""
+    if not available():
+        return {"path": str(PATH), "reason": reason()}
+    loaded = library()
+    return {
+        "path": str(PATH),
+        "compiler": loaded.torchwrap_compiler().decode(),
+        "instruction_set": next(iter(instruction_sets())),
+        "threads": loaded.torchwrap_threads().decode(),
+    }

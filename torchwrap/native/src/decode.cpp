@@ -1,0 +1,143 @@
+// Shares a call of `decode` out over pieces of keys, lets threads take them in turn, and merges the pieces of each (batch, head).
+//
+// The pieces depend on the sizes alone and are merged in their order, so the result does not depend on the number of threads.
+// Merge: with maxima m_i (base 2), sums l_i and values a_i of the pieces, m = max m_i, weight w_i = 2^(m_i - m),
+// out = sum w_i a_i / sum w_i l_i, lse = m ln 2 + ln(sum w_i l_i).
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <new>
+
+#include "call.h"
+#include "parallel.h"
+
+namespace {
+
+struct Choice {
+    const char *name;
+    const Kernel *kernel;
+    bool (*runs)();
+};
+
+// Best first.
+const Choice choices[] = {
+#if defined(WITH_AVX512_BF16)
+    {"avx512_bf16", &kernel_avx512_bf16,
+     [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }},
+#endif
+#if defined(WITH_AVX512)
+    {"avx512", &kernel_avx512,
+     [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }},
+#endif
+#if defined(WITH_AVX2)
+    {"avx2", &kernel_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+#endif
+    {"baseline", &kernel_baseline, [] { return true; }},
+};
+constexpr int CHOICES = sizeof choices / sizeof choices[0];
+
+constexpr int64_t PIECES = 128, SHORTEST = 256, LONGEST = 4096;
+constexpr int64_t ALONE = 1 << 17;  // bytes of K and V below which waking a second thread costs more than it brings (chosen)
+
+// Memory of this call, aligned to cache lines and given back when the call ends.
+struct Memory {
+    void *at;
+    explicit Memory(size_t bytes) : at(aligned_alloc(64, (bytes + 64) / 64 * 64)) {}
+    ~Memory() { free(at); }
+};
+
+struct Work {
+    const DecodeCall &call;
+    const Kernel &kernel;
+    int64_t length, splits, tasks;      // keys per piece, pieces per (batch, head), pieces in all
+    float *values, *maximum, *sum;      // (tasks, R, V), (tasks, R), (tasks, R)
+    std::atomic<int> *left;             // (batch * head): pieces not finished
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> no_memory{false};
+
+    void merge(int64_t pair) const {
+        const int64_t rows = call.rows, width = call.value_width;
+        for (int64_t r = 0; r < rows; r++) {
+            float *out = call.out + (pair * rows + r) * width, top = -INFINITY, total = 0;
+            memset(out, 0, width * sizeof(float));
+            const int64_t from = pair * splits;
+            for (int64_t i = from; i < from + splits; i++)
+                if (maximum[i * rows + r] > top) top = maximum[i * rows + r];
+            const float origin = top == -INFINITY ? 0 : top;
+            for (int64_t i = from; i < from + splits; i++) {
+                const float part = sum[i * rows + r];
+                if (part == 0) continue;  // sees no key of this piece; NaN is not equal to zero
+                const float weight = maximum[i * rows + r] == -INFINITY ? 1 : exp2f(maximum[i * rows + r] - origin);
+                const float *from_piece = values + (i * rows + r) * width;
+                total += weight * part;
+                for (int64_t c = 0; c < width; c++) out[c] += weight * from_piece[c];
+            }
+            if (total == 0) {
+                call.lse[pair * rows + r] = -INFINITY;
+                memset(out, 0, width * sizeof(float));
+                continue;
+            }
+            for (int64_t c = 0; c < width; c++) out[c] /= total;
+            call.lse[pair * rows + r] = (float)(origin * 0.69314718055994530942 + log((double)total));
+        }
+    }
+
+    void run() {
+        const Memory scratch(kernel.scratch_bytes(call));
+        if (!scratch.at) {
+            no_memory = true;
+            return;
+        }
+        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+            const int64_t pair = task / splits, begin = task % splits * length, rows = call.rows;
+            const int64_t end = begin + length < call.keys ? begin + length : call.keys;
+            kernel.piece(call, {pair / call.heads, pair % call.heads, begin, end, maximum + task * rows, sum + task * rows,
+                                values + task * rows * call.value_width}, scratch.at);
+            if (left[pair].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(pair);
+        }
+    }
+};
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int torchwrap_interface() { return TORCHWRAP_INTERFACE; }
+EXPORT const char *torchwrap_compiler() {
+#if defined(__clang__)
+    return "clang " __clang_version__;
+#else
+    return "gcc " __VERSION__;
+#endif
+}
+EXPORT const char *torchwrap_threads() { return torchwrap::thread_source(); }
+EXPORT int torchwrap_instruction_sets() { return CHOICES; }
+EXPORT const char *torchwrap_instruction_set(int index) { return index < 0 || index >= CHOICES || !choices[index].runs() ? nullptr : choices[index].name; }
+
+// 0: done. 1: no memory. 2: the instruction set cannot run here.
+EXPORT int torchwrap_decode(const DecodeCall *asked) {
+    const DecodeCall &call = *asked;
+    int chosen = call.instruction_set;
+    if (chosen < 0)
+        for (chosen = 0; !choices[chosen].runs();) chosen++;
+    if (chosen >= CHOICES || !choices[chosen].runs()) return 2;
+    const int64_t pairs = call.batch * call.heads, rows = call.rows;
+    int64_t length = (pairs * call.keys / PIECES + 63) / 64 * 64;
+    length = length < SHORTEST ? SHORTEST : length > LONGEST ? LONGEST : length;
+    const int64_t splits = call.keys > length ? (call.keys + length - 1) / length : 1, tasks = pairs * splits;
+
+    const Memory parts(tasks * rows * (call.value_width + 2) * sizeof(float)), counters(pairs * sizeof(std::atomic<int>));
+    if (!parts.at || !counters.at) return 1;
+    float *values = (float *)parts.at, *maximum = values + tasks * rows * call.value_width;
+    Work work{call, *choices[chosen].kernel, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)counters.at};
+    for (int64_t pair = 0; pair < pairs; pair++) new (work.left + pair) std::atomic<int>((int)splits);
+
+    const int64_t bytes = pairs * call.keys * (call.width + call.value_width) * (call.dtype == FLOAT32 ? 4 : 2);
+    int64_t threads = bytes * rows < ALONE ? 1 : call.threads;
+    if (threads > tasks) threads = tasks;
+    torchwrap::on_threads((int)threads, [](void *argument) { ((Work *)argument)->run(); }, &work);
+    // A thread without memory leaves its share to the others; only when all of them had none is something missing.
+    return work.next.load() < tasks && work.no_memory ? 1 : 0;
+}

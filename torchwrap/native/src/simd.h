@@ -1,0 +1,221 @@
+// One vocabulary for vectors of float, whatever the processor: W lanes, loads that widen halves, and the few functions softmax needs.
+//
+// A *pair* is 2 * W consecutive elements of a row as two vectors. For bfloat16 the first holds the even and the second the odd elements,
+// because a shift and a mask then widen 2 * W of them from one load. Sums over a row do not care about the order; results are put
+// in order once, by `store_pair`.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "call.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+
+constexpr int W = 16, REGISTERS = 32;
+using Vector = __m512;
+
+INLINE Vector zeros() { return _mm512_setzero_ps(); }
+INLINE Vector all(float x) { return _mm512_set1_ps(x); }
+INLINE Vector load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void store(float *p, Vector a) { _mm512_storeu_ps(p, a); }
+INLINE Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+INLINE Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
+INLINE Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+INLINE Vector div(Vector a, Vector b) { return _mm512_div_ps(a, b); }
+INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+// The second argument is the answer when one is not a number: values go second, so that NaN survives.
+INLINE Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+INLINE Vector smaller(Vector a, Vector b) { return _mm512_min_ps(a, b); }
+INLINE Vector nearest(Vector a) { return _mm512_roundscale_ps(a, 0); }
+INLINE Vector zero_below(Vector x, float bound, Vector value) {
+    return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, all(bound), _CMP_LT_OQ), zeros());
+}
+INLINE Vector two_to(Vector whole) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127)), 23));
+}
+INLINE float sum(Vector a) { return _mm512_reduce_add_ps(a); }
+
+INLINE void load_pair(const float *p, Vector &a, Vector &b) { a = load(p), b = load(p + W); }
+INLINE void load_pair(const Float16 *p, Vector &a, Vector &b) {
+    a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+    b = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p + W)));
+}
+INLINE void widen(__m512i bits, Vector &even, Vector &odd) {
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
+}
+INLINE void load_pair(const BFloat16 *p, Vector &a, Vector &b) { widen(_mm512_loadu_si512(p), a, b); }
+
+// Lane i of the result is the sum of all lanes of a[i].
+INLINE Vector sums(const Vector *a) {
+    Vector quarter[4];
+    for (int i = 0; i < 4; i++) {
+        const Vector *g = a + 4 * i;
+        Vector lower = add(_mm512_unpacklo_ps(g[0], g[1]), _mm512_unpackhi_ps(g[0], g[1]));
+        Vector upper = add(_mm512_unpacklo_ps(g[2], g[3]), _mm512_unpackhi_ps(g[2], g[3]));
+        __m512d low = _mm512_castps_pd(lower), high = _mm512_castps_pd(upper);
+        quarter[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+    }
+    Vector left = add(_mm512_shuffle_f32x4(quarter[0], quarter[1], 0x88), _mm512_shuffle_f32x4(quarter[0], quarter[1], 0xdd));
+    Vector right = add(_mm512_shuffle_f32x4(quarter[2], quarter[3], 0x88), _mm512_shuffle_f32x4(quarter[2], quarter[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(left, right, 0x88), _mm512_shuffle_f32x4(left, right, 0xdd));
+}
+
+#elif defined(__AVX2__)
+
+constexpr int W = 8, REGISTERS = 16;
+using Vector = __m256;
+
+INLINE Vector zeros() { return _mm256_setzero_ps(); }
+INLINE Vector all(float x) { return _mm256_set1_ps(x); }
+INLINE Vector load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void store(float *p, Vector a) { _mm256_storeu_ps(p, a); }
+INLINE Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+INLINE Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
+INLINE Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+INLINE Vector div(Vector a, Vector b) { return _mm256_div_ps(a, b); }
+INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+// The second argument is the answer when one is not a number: values go second, so that NaN survives.
+INLINE Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+INLINE Vector smaller(Vector a, Vector b) { return _mm256_min_ps(a, b); }
+INLINE Vector nearest(Vector a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Vector zero_below(Vector x, float bound, Vector value) { return _mm256_andnot_ps(_mm256_cmp_ps(x, all(bound), _CMP_LT_OQ), value); }
+INLINE Vector two_to(Vector whole) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23));
+}
+
+INLINE void load_pair(const float *p, Vector &a, Vector &b) { a = load(p), b = load(p + W); }
+INLINE void load_pair(const Float16 *p, Vector &a, Vector &b) {
+    a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+    b = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + W)));
+}
+INLINE void load_pair(const BFloat16 *p, Vector &even, Vector &odd) {
+    __m256i bits = _mm256_loadu_si256((const __m256i *)p);
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff0000)));
+}
+
+// Lane i of the result is the sum of all lanes of a[i].
+INLINE Vector sums(const Vector *a) {
+    Vector low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    Vector high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+INLINE float sum(Vector a) {
+    Vector copies[W] = {a, zeros(), zeros(), zeros(), zeros(), zeros(), zeros(), zeros()};
+    return _mm256_cvtss_f32(sums(copies));
+}
+
+#else
+
+// Four lanes in the compiler's own vectors: SSE2 on any x86-64, NEON on any aarch64.
+constexpr int W = 4, REGISTERS = 16;
+typedef float Vector __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+
+INLINE Vector zeros() { return Vector{}; }
+INLINE Vector all(float x) { return Vector{x, x, x, x}; }
+INLINE Vector load(const float *p) { Vector a; memcpy(&a, p, sizeof a); return a; }
+INLINE void store(float *p, Vector a) { memcpy(p, &a, sizeof a); }
+INLINE Vector add(Vector a, Vector b) { return a + b; }
+INLINE Vector sub(Vector a, Vector b) { return a - b; }
+INLINE Vector mul(Vector a, Vector b) { return a * b; }
+INLINE Vector div(Vector a, Vector b) { return a / b; }
+INLINE Vector fma(Vector a, Vector b, Vector c) { return a * b + c; }
+INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
+// Adding and taking away 1.5 * 2^23 leaves the nearest whole number, for what is smaller than 2^22.
+INLINE Vector nearest(Vector a) { return (a + 12582912.f) - 12582912.f; }
+INLINE Vector zero_below(Vector x, float bound, Vector value) { return x < all(bound) ? zeros() : value; }
+INLINE Vector two_to(Vector whole) { return (Vector)((__builtin_convertvector(whole, decltype(whole < whole)) + 127) << 23); }
+INLINE float sum(Vector a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+INLINE Vector sums(const Vector *a) { return Vector{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])}; }
+
+INLINE float widen(Float16 x) {
+    // The exponent's bias differs by 112; a product with 2^112 also makes normal numbers of the small ones.
+    uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = (uint32_t)(x.bits & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &rest, sizeof value);
+    value *= 0x1p112f;
+    memcpy(&rest, &value, sizeof rest);
+    if ((x.bits & 0x7c00) == 0x7c00) rest |= 0x7f800000;
+    rest |= sign;
+    memcpy(&value, &rest, sizeof value);
+    return value;
+}
+INLINE void load_pair(const float *p, Vector &a, Vector &b) { a = load(p), b = load(p + W); }
+INLINE void load_pair(const Float16 *p, Vector &a, Vector &b) {
+    a = Vector{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+    b = Vector{widen(p[4]), widen(p[5]), widen(p[6]), widen(p[7])};
+}
+INLINE void load_pair(const BFloat16 *p, Vector &even, Vector &odd) {
+    Bits bits;
+    memcpy(&bits, p, sizeof bits);
+    even = (Vector)(bits << 16), odd = (Vector)(bits & 0xffff0000u);
+}
+
+#endif
+
+// The first `count` elements of a pair; what lies behind them in memory is not touched, and counts as zero.
+template <class T> INLINE void load_pair(const T *p, int count, Vector &a, Vector &b) {
+    T whole[2 * W];
+    memset((void *)whole, 0, sizeof whole);
+    memcpy((void *)whole, p, count * sizeof(T));
+    load_pair(whole, a, b);
+}
+
+INLINE void store_pair(const float *, Vector a, Vector b, float *to) { store(to, a), store(to + W, b); }
+INLINE void store_pair(const Float16 *, Vector a, Vector b, float *to) { store(to, a), store(to + W, b); }
+INLINE void store_pair(const BFloat16 *, Vector a, Vector b, float *to) {
+    float even[W], odd[W];
+    store(even, a), store(odd, b);
+    for (int i = 0; i < W; i++) to[2 * i] = even[i], to[2 * i + 1] = odd[i];
+}
+
+// (2^t - 1) for |t| <= 1/2, by the series of exp(t * ln 2): the first term left out is below 6e-9 of the result.
+INLINE Vector power_series(Vector t) {
+    Vector x = mul(t, all(0.693147181f)), y = all(1.f / 5040);
+    y = fma(y, x, all(1.f / 720));
+    y = fma(y, x, all(1.f / 120));
+    y = fma(y, x, all(1.f / 24));
+    y = fma(y, x, all(1.f / 6));
+    y = fma(y, x, all(.5f));
+    y = fma(y, x, all(1.f));
+    return mul(x, y);
+}
+
+// 2^x for x <= 0; exactly zero below 2^-126 and for -inf.
+INLINE Vector exp2(Vector x) {
+    Vector inside = larger(all(-126.f), x), whole = nearest(inside);
+    Vector power = two_to(whole);
+    return zero_below(x, -126.f, fma(power, power_series(sub(inside, whole)), power));
+}
+
+// With e = exp(2 x) - 1 the hyperbolic tangent is e / (e + 2), accurate also where it is small.
+INLINE Vector tanh(Vector x) {
+    Vector inside = smaller(all(40.f), larger(all(-40.f), mul(x, all(2.88539008f)))), whole = nearest(inside);
+    Vector power = two_to(whole), e = fma(power, power_series(sub(inside, whole)), sub(power, all(1.f)));
+    return div(e, add(e, all(2.f)));
+}
+
+INLINE float largest(Vector a) {
+    float lanes[W], found = -INFINITY;
+    store(lanes, a);
+    for (int i = 0; i < W; i++) found = lanes[i] > found ? lanes[i] : found;
+    return found;
+}
+
+}  // namespace
