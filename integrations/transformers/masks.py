@@ -1,0 +1,216 @@
+"""Turns the mask functions of transformers into masks that are rules, and any other function into a dictionary of tiles.
+
+transformers 5.23 describes a mask by closures: `causal_mask_function`, `and_masks(...)` over a window, chunks or packed sequences, and asks
+the function registered beside an attention implementation to make a tensor of them. Closures that are known are read, not called: by the
+name of the function that made them and by what they hold. Whatever is not known, by a user or by a later version, is evaluated stripe by
+stripe; the result is the same, only the way there is longer. Held by tests/integrations/test_masks.py, which fails if a name changes.
+Letters: B batch, Sq queries, Sk keys, S both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers.masking_utils import causal_mask_function
+
+from torchwrap.attention.mask import TileMask
+from torchwrap.attention.packing import key_conditions
+from torchwrap.core.errors import ConfigError
+
+__all__ = ["recognised", "tile_mask", "user_mask"]
+
+_MODULE = "transformers.masking_utils"
+Conditions = dict[str, Any]
+
+
+def tile_mask(
+    *, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, use_vmap: bool = False,
+    device: torch.device | str = "cpu", **_: Any,
+) -> TileMask:
+    """What transformers' `AttentionMaskInterface` calls: the same mask as its `sdpa_mask` gives, never skipped, never dense.
+
+    Args:
+        batch_size: B.
+        q_length: Sq.
+        kv_length: Sk.
+        q_offset: position of the first query; a 0-dim tensor with static caches.
+        kv_offset: position of the first key.
+        mask_function: of batch row, head, query position and key position.
+        attention_mask: bool or integer [B, positions], which positions hold tokens; what it is too short for holds none.
+        use_vmap: the function may not broadcast.
+        device: of the mask.
+        **_: `allow_is_causal_skip`, `local_size`, `dtype` and others that only dense masks need.
+
+    Raises:
+        ConfigError: an attention mask that is not of two dimensions, or of another batch.
+
+    Cost: O(B * (Sq + Sk)); for unknown functions the time, not the memory, of B * Sq * Sk.
+    """
+    where = _Place(batch_size, q_length, kv_length, q_offset, kv_offset)
+    offsets: Conditions = {"q_offset": q_offset, "kv_offset": kv_offset, "device": device}
+    padding = {} if attention_mask is None else where.padding(attention_mask)
+    known = None if use_vmap else recognised(mask_function, where)
+    known = None if known is None else _both(known, padding)
+    if known is not None:
+        return TileMask(batch_size, q_length, kv_length, **known, **offsets)
+    return TileMask.from_function(mask_function, batch_size, q_length, kv_length, vmap=use_vmap, **padding, **offsets)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Which part of all positions a mask covers."""
+
+    batch: int
+    q_length: int
+    kv_length: int
+    q_offset: int | Tensor
+    kv_offset: int
+
+    def padding(self, valid: Tensor) -> Conditions:
+        """Conditions of a mask over all positions, for the key columns of this one."""
+        if valid.dim() == 2:
+            valid = valid[:, self.kv_offset : self.kv_offset + self.kv_length]
+            valid = torch.nn.functional.pad(valid, (0, self.kv_length - valid.shape[1]))
+        return dict(key_conditions(valid))
+
+
+def recognised(function: Callable[..., Any], where: Any) -> Conditions | None:
+    """The conditions that a mask function of transformers stands for, or None if it is not known.
+
+    Args:
+        function: of batch row, head, query position and key position.
+        where: the part of all positions to describe.
+    """
+    name = getattr(function, "__qualname__", "").replace(".<locals>.", ".")
+    if getattr(function, "__module__", None) != _MODULE or name not in _READERS:
+        return None
+    return _READERS[name](_held(function), where)
+
+
+def _held(function: Any) -> dict[str, Any]:
+    """What a closure holds, by name."""
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)}
+
+
+def _both(one: Conditions, other: Conditions) -> Conditions | None:
+    """Conditions that hold if both do; None if no mask has them together."""
+    merged = dict(one)
+    for name, value in other.items():
+        if name in ("right", "left") and name in merged:
+            merged[name] = min(merged[name], value)
+        elif name in merged:
+            return None
+        else:
+            merged[name] = value
+    return merged
+
+
+def _all_of(held: dict[str, Any], where: _Place) -> Conditions | None:
+    functions = held["mask_functions"]
+    remapped = [function for function in functions if _maker(function) == "remap_positions_for_packed_sequence.inner_mask"]
+    if remapped:
+        others = [function for function in functions if function not in remapped]
+        return _packed(others, remapped, where)
+    found: Conditions | None = {}
+    for function in functions:
+        one = recognised(function, where)
+        found = None if found is None or one is None else _both(found, one)
+    return found
+
+
+def _maker(function: Any) -> str:
+    same = getattr(function, "__module__", None) == _MODULE
+    return str(getattr(function, "__qualname__", "")).replace(".<locals>.", ".") if same else ""
+
+
+def _packed(others: list[Any], remapped: list[Any], where: _Place) -> Conditions | None:
+    """A rule on positions within packed sequences: within a sequence positions differ as indices do, so that bands are the same bands."""
+    if len(others) != 1 or len(remapped) != 1 or _maker(others[0]) != "packed_sequence_mask_function.inner_mask":
+        return None
+    found, held = recognised(others[0], where), _held(remapped[0])
+    inner, positions = recognised(held["mask_function"], where), held["position_ids"]
+    if found is None or inner is None or not set(inner) <= {"right", "left", "chunk", "shift"}:
+        return None
+    if tuple(positions.shape) != (where.batch, where.q_length):
+        return None
+    numbers = found["q_segments"]
+    anew = numbers[:, 1:] != numbers[:, :-1]
+    follows = positions[:, 1:] == positions[:, :-1] + 1
+    # Sequences that come back, or that skip positions, are no runs.
+    if not bool(((numbers[:, 1:] >= numbers[:, :-1]) & (anew | follows)).all()):
+        return None
+    if "chunk" in inner:
+        shift = inner["shift"][:, None]
+        of_token = torch.div(positions - shift, inner["chunk"], rounding_mode="floor")
+        begins = torch.zeros_like(numbers)
+        begins[:, 1:] = anew | (of_token[:, 1:] != of_token[:, :-1])
+        numbers = begins.cumsum(1, dtype=torch.int32)
+    return {"q_segments": numbers, "k_segments": numbers} | {name: inner[name] for name in ("right", "left") if name in inner}
+
+
+def _segments(held: dict[str, Any], where: _Place) -> Conditions | None:
+    numbers = held["packed_sequence_mask"]
+    # It is indexed by position, and transformers makes it for rows without a cache only.
+    at_start = isinstance(where.q_offset, int) and where.q_offset == where.kv_offset == 0
+    if not at_start or tuple(numbers.shape) != (where.batch, where.q_length) or where.q_length != where.kv_length:
+        return None
+    return {"q_segments": numbers.int(), "k_segments": numbers.int()}
+
+
+def _window(held: dict[str, Any], where: _Place) -> Conditions | None:
+    return {"left": held["sliding_window"] - 1} if _counts(held["sliding_window"]) else None
+
+
+def _window_both_sides(held: dict[str, Any], where: _Place) -> Conditions | None:
+    width = held["sliding_window"]
+    return {"left": width, "right": width} if _counts(width) or width == 0 else None
+
+
+def _chunks(held: dict[str, Any], where: _Place) -> Conditions | None:
+    if not _counts(held["chunk_size"]) or tuple(held["left_padding"].shape) != (where.batch,):
+        return None
+    return {"chunk": held["chunk_size"], "shift": held["left_padding"].int()}
+
+
+def _counts(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+
+
+_READERS: dict[str, Callable[[dict[str, Any], _Place], Conditions | None]] = {
+    "causal_mask_function": lambda held, where: {"right": 0},
+    "bidirectional_mask_function": lambda held, where: {},
+    "and_masks.and_mask": _all_of,
+    "sliding_window_overlay.inner_mask": _window,
+    "sliding_window_bidirectional_overlay.inner_mask": _window_both_sides,
+    "chunked_overlay.inner_mask": _chunks,
+    "packed_sequence_mask_function.inner_mask": _segments,
+    "padding_mask_function.inner_mask": lambda held, where: where.padding(held["padding_mask"]),
+}
+
+_seen = WeakTensorKeyDictionary()
+
+
+def user_mask(mask: Tensor) -> TileMask | Tensor:
+    """A mask of four dimensions that the user gave, once for all layers: as tiles, or as it is if it holds other numbers than 0 and -inf.
+
+    Args:
+        mask: [B or 1, H or 1, Sq, Sk], bool or floating.
+
+    Cost: reads the mask once, as long as it is the same tensor and nobody writes to it.
+    """
+    if mask.dim() != 4 or isinstance(mask, TileMask):
+        return mask
+    version, made = _seen.get(mask, (None, None))
+    if version != mask._version:
+        try:
+            made = TileMask.from_dense(mask)
+        except ConfigError:
+            made = None  # numbers that are added to scores
+        _seen[mask] = (mask._version, made)
+    return mask if made is None else made
