@@ -1,0 +1,153 @@
+"""The CPU back end against the definition in float64: out, lse and gradients of every kind of call."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.attention.cases import DTYPES, EXTRAS, MASKS, WIDTHS, assert_correct, largest_tensor, make
+from torchwrap.attention.contract import checked
+from torchwrap.attention.cpu import decode
+from torchwrap.attention.cpu.backend import Composed
+from torchwrap.attention.mask import TileMask
+from torchwrap.attention.reference import attention
+
+CPU = Composed()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_is_as_exact_as_the_definition(mask: str, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        call, what = make(seed, mask=mask, extra="plain", dtype=dtype)
+        assert_correct(CPU, call, what)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_every_extra_is_as_exact_as_the_definition(extra: str) -> None:
+    for seed in range(8):
+        call, what = make(100 + seed, extra=extra)
+        assert_correct(CPU, call, what, with_lse=extra == "gradient of lse")
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_every_extra_in_half_dtypes(extra: str, dtype: torch.dtype) -> None:
+    for seed in range(2):
+        call, what = make(200 + seed, extra=extra, dtype=dtype, width=64)
+        assert_correct(CPU, call, what, with_lse=extra == "gradient of lse")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_width(width: int) -> None:
+    call, what = make(width, width=width, q_length=64, past=0, mask="window 7", extra="plain")
+    assert_correct(CPU, call, what)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padded left", "window 7", "chunks"])
+@pytest.mark.parametrize("keys", [1, 300, 2048, 4096, 5000])
+def test_one_query_over_pieces_of_the_keys(mask: str, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "native_refuses", lambda call: "the composition is under test")
+    call, what = make(keys, heads=(8, 2), width=16, q_length=1, past=keys - 1, mask=mask, extra="sinks")
+    assert decode.refuses(call) is None
+    assert_correct(CPU, call, what)
+
+
+@pytest.mark.parametrize(
+    "mask", ["none", "causal", "top left", "window 1", "window 128", "both ways", "chunks", "padded left", "padded right"]
+)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_few_queries_by_the_native_kernel(mask: str, queries: int) -> None:
+    call, what = make(queries, heads=(8, 2), q_length=queries, past=333, mask=mask, extra="softcap")
+    reason = decode.native_refuses(call)
+    if reason is not None:
+        pytest.skip(reason)
+    assert_correct(CPU, call, what)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 5), (2, 4, 0, 5), (2, 4, 3, 0), (2, 0, 3, 5)], ids=["B=0", "Sq=0", "Sk=0", "H=0"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 1.0}, {"sinks": True}, {"bias": True}], ids=str)
+def test_nothing_to_attend_to(shape: tuple[int, int, int, int], options: dict[str, Any]) -> None:
+    batch, heads, sq, sk = shape
+    q, k = torch.randn(batch, heads, sq, 8), torch.randn(batch, heads, sk, 8)
+    made: dict[str, Any] = {**options}
+    if "sinks" in options:
+        made["sinks"] = torch.ones(heads)
+    if "bias" in options:
+        made["bias"] = torch.zeros(sq, sk)
+    call = checked(q, k, k, **made)
+    out, lse = CPU.forward(call)
+    assert out.shape == q.shape and not out.any()
+    assert lse.shape == q.shape[:3] and bool((lse == (1.0 if "sinks" in options else -math.inf)).all())
+    dq, dk, dv, _, _ = CPU.backward(call, out, lse, torch.ones_like(out), None)
+    assert not dq.any() and not dk.any() and not dv.any() and dk.shape == k.shape
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "window 7", "padded left", "dense"])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_reaches_the_result_where_it_is_seen(mask: str, where: str, value: float) -> None:
+    call, _ = make(7, mask=mask, extra="plain", q_length=64, past=0, batch=3)
+    getattr(call, where)[0, 0, 40, 3] = value
+    expected, _ = attention(call)
+    out, _ = CPU.forward(call)
+    # Keys that nobody sees are not read, where the definition multiplies them by 0 and gets NaN.
+    hidden = ~attention_without(call, where)
+    assert torch.equal(out.isfinite() | hidden, expected.isfinite() | hidden)
+    assert (~out.isfinite()).any()
+
+
+def attention_without(call: Any, where: str) -> torch.Tensor:
+    """bool as out: rows that see key 40 of the first batch row, or are row 40."""
+    from torchwrap.attention.reference import visible
+
+    seen = torch.zeros(call.batch, call.heads, call.q_length, dtype=torch.bool)
+    if where == "q":
+        return torch.ones_like(seen)[..., None].expand(-1, -1, -1, call.value_width)
+    mask = visible(call)
+    column = torch.ones(1, 1, call.q_length, dtype=torch.bool) if mask is None else mask[..., 40]
+    return (seen | column)[..., None].expand(-1, -1, -1, call.value_width)
+
+
+BIG = 2048
+LARGE: dict[str, Any] = {
+    "none": None,
+    "causal": TileMask.causal(1, BIG, BIG),
+    "window": TileMask.window(1, BIG, BIG, 200),
+    "padded": TileMask.padded([BIG, 700], BIG, BIG),
+    "padded window": TileMask.padded([BIG, 700], BIG, BIG, left=100),
+    "packed": TileMask.from_cu_seqlens(torch.tensor([0, 500, 1400, BIG], dtype=torch.int32)),
+    "chunks": TileMask(1, BIG, BIG, chunk=300, right=0),
+    "holes": TileMask(1, BIG, BIG, right=0, key_mask=torch.arange(BIG)[None] % 7 != 0),
+    "function": TileMask.from_function(lambda b, h, q, k: (k <= q) & (k % 5 != 0), batch=1, q_length=BIG, kv_length=BIG),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sinks": True}, {"bias": True}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("mask", LARGE)
+def test_nothing_grows_with_the_square_of_the_length(mask: str, options: dict[str, Any]) -> None:
+    made: dict[str, Any] = {**options}
+    if "sinks" in options:
+        made["sinks"] = torch.zeros(2)
+    if "bias" in options:
+        made["bias"] = torch.zeros(2, 1, BIG)
+    batch = 2 if mask.startswith("padded") else 1
+    q, k = torch.randn(batch, 2, BIG, 16), torch.randn(batch, 1, BIG, 16)
+    call = checked(q, k, k, mask=LARGE[mask], **made)
+    with largest_tensor() as forward:
+        out, lse = CPU.forward(call)
+    grad = torch.randn_like(out)
+    with largest_tensor() as backward:
+        CPU.backward(call, out, lse, grad, None)
+    assert 0 < forward.elements < BIG * BIG // 2, forward.operation
+    assert 0 < backward.elements < BIG * BIG // 2, backward.operation
+
+
+def test_the_watch_sees_the_definition_make_squares() -> None:
+    call = checked(torch.randn(1, 1, 256, 8), torch.randn(1, 1, 256, 8), torch.randn(1, 1, 256, 8))
+    with largest_tensor() as seen:
+        attention(call)
+    assert seen.elements >= 256 * 256

@@ -1,0 +1,124 @@
+"""`attend`: attention as one function, with gradients, by whatever computes it best here.
+
+Without gradients it is the back end's forward and nothing else. With them it is one node of autograd that saves the inputs, out and lse,
+and whose backward is the back end's. Under `torch.compile` it is one operator, `torchwrap::attend`, with the mask as its tensors and
+numbers, so that no graph is broken; masks themselves are made outside of compiled code. Second derivatives are not defined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from torchwrap.attention import operator
+from torchwrap.attention.contract import Call, checked
+from torchwrap.attention.dispatch import choose
+
+if TYPE_CHECKING:
+    from torchwrap.attention.mask import TileMask
+
+__all__ = ["attend"]
+
+
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str = ..., return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: TileMask | Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention: `softmax(cap(scale * q @ k^T) + bias) @ v` over the keys that each query sees.
+
+    Args:
+        q: queries.
+        k: keys; each serves Hq / Hkv query heads and is never copied for them.
+        v: values.
+        mask: what each query sees: a `TileMask`, a bool tensor that broadcasts to (B, Hq, Sq, Sk), or a float tensor, which is added.
+        scale: factor of the scores; None: `1 / sqrt(D)`.
+        softcap: scores are bounded to it by `softcap * tanh(score / softcap)`.
+        sinks: a logit for each query head that takes probability and gives nothing.
+        bias: added to the scores.
+        dropout: probability with which a weight is dropped, by torch's default generator.
+        backend: "auto", or a name of `dispatch.BACKENDS`.
+        return_lse: return lse as well.
+
+    Returns:
+        out, or (out, lse). Rows that see no key: out 0, lse -inf (with a sink: lse = sink).
+
+    Raises:
+        ConfigError: shapes, dtypes or numbers do not fit together; nothing was computed.
+        UnsupportedModelError: the back end that was asked for cannot compute this call.
+
+    Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), sinks (Hq), bias (B | 1, Hq | 1, Sq | 1, Sk | 1); out (B, Hq, Sq, Dv)
+        in the dtype of q; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
+
+    Exactness: no farther from float64 than twice torch's own error in the same dtype, gradients included.
+
+    Cost: memory grows with Sq + Sk, forward and backward, unless the back end is "eager" or "sdpa".
+
+    Source: Tri Dao, "FlashAttention-2", 2023; H. Lin et al., "FastAttention", 2024.
+
+    Example:
+        >>> q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+        >>> attend(q, k, k).shape
+        torch.Size([1, 4, 6, 8])
+    """
+    call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
+    if torch.compiler.is_compiling():
+        out, lse = operator.apply(call, backend)
+    elif _needs_grad(call):
+        out, lse = _Attend.apply(call, backend, q, k, v, sinks, call.bias)  # type: ignore[no-untyped-call]
+    else:
+        out, lse = choose(call, backend).backend.forward(call)
+    return (out, lse) if return_lse else out
+
+
+def _needs_grad(call: Call) -> bool:
+    tensors = (call.q, call.k, call.v, call.sinks, call.bias)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class _Attend(torch.autograd.Function):
+    """One node: the call is rebuilt from what autograd saved, so that changes in place are noticed."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.backend = choose(call, backend).backend
+        out, lse = ctx.backend.forward(call)
+        ctx.save_for_backward(*tensors, call.seed, out, lse)
+        ctx.rest = replace(call, q=call.q[:0], k=call.k[:0], v=call.v[:0], sinks=None, bias=None)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        q, k, v, sinks, bias, seed, out, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 7
+        call = replace(ctx.rest, q=q, k=k, v=v, sinks=sinks, bias=bias, seed=seed)
+        return None, None, *ctx.backend.backward(call, out, lse, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse)

@@ -1,0 +1,40 @@
+"""The back end "cpu": which of the compositions computes a call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchwrap.attention.contract import Call, Gradients
+from torchwrap.attention.cpu import compose, decode, tiled
+
+__all__ = ["Composed"]
+
+
+class Composed:
+    """Compositions of torch's fused kernel, and tiles of our own for what it lacks."""
+
+    name = "cpu"
+
+    def refuses(self, call: Call) -> str | None:
+        """Whether the tensors are on a CPU, in a dtype that is computed here."""
+        if call.q.device.type != "cpu":
+            return f"tensors are on {call.q.device}, this back end computes on CPUs"
+        if call.q.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            return f"dtype {call.q.dtype} is none of float32, bfloat16, float16, float64"
+        return None
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Out and lse."""
+        if call.is_empty:
+            return call.empty_result()
+        if compose.refuses(call) is not None:
+            return tiled.forward(call)
+        return decode.forward(call) if decode.refuses(call) is None else compose.forward(call)
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """Gradients of everything."""
+        tile = compose.refuses(call) is not None or call.is_empty or (call.bias is not None and call.bias.requires_grad)
+        if tile or (grad_lse is not None and bool(grad_lse.any())):
+            return tiled.backward(call, out, lse, grad_out, grad_lse)
+        return compose.backward(call, out, lse, grad_out)

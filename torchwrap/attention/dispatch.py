@@ -1,0 +1,99 @@
+"""Which back end computes a call, and why.
+
+Every back end says of a call why it cannot compute it, or nothing. Of those that can, the first of a list is taken; the list depends on the
+device. On CPUs "cpu" comes first: its compositions use torch's kernel for what torch does well, so there is nothing that torch alone does
+faster but by the cost of Python around it (see `cpu.backend` for the choice among compositions, and docs/results for measurements).
+"eager", which stores all scores, comes last.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+
+from torchwrap.attention.contract import Backend, Call
+from torchwrap.core import errors
+
+__all__ = ["BACKENDS", "Choice", "backend", "choose", "order"]
+
+BACKENDS = {
+    "cpu": "torchwrap.attention.cpu.backend:Composed",
+    "triton": "torchwrap.attention.triton.backend:Triton",
+    "cuda_mma": "torchwrap.attention.cuda.backend:CudaMma",
+    "sdpa": "torchwrap.attention.sdpa:TorchSdpa",
+    "eager": "torchwrap.attention.reference:Eager",
+}
+"""Where each back end is defined; loaded when it is first asked for."""
+
+_ORDER = {"cpu": ("cpu", "sdpa", "eager"), "cuda": ("triton", "cuda_mma", "sdpa", "eager")}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A back end and the reason for it.
+
+    Attributes:
+        backend: computes the call.
+        reason: why this one: what was asked for, or why those before it cannot.
+    """
+
+    backend: Backend
+    reason: str
+
+
+def choose(call: Call, name: str = "auto") -> Choice:
+    """The back end for a call.
+
+    Args:
+        call: the call.
+        name: "auto", or one of `BACKENDS`.
+
+    Raises:
+        ConfigError: there is no back end of that name.
+        UnsupportedModelError: it cannot compute this call; the message has the check that failed and a back end that can.
+    """
+    if name != "auto":
+        return Choice(_forced(call, name), f"{name}: asked for")
+    refused: list[str] = []
+    for candidate in order(call):
+        found = backend(candidate)
+        why_not = found.refuses(call)
+        if why_not is None:
+            return Choice(found, "; ".join([f"{candidate}: first that can, on {call.q.device.type}", *refused]))
+        refused.append(f"not {candidate}: {why_not}")
+    raise errors.UnsupportedModelError("no back end can compute this call: " + "; ".join(refused), where="attend")
+
+
+def order(call: Call) -> tuple[str, ...]:
+    """Names of the back ends in the order in which they are asked."""
+    return _ORDER.get(call.q.device.type, ("sdpa", "eager"))
+
+
+@functools.cache
+def backend(name: str) -> Backend:
+    """The back end of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in BACKENDS:
+        raise errors.ConfigError(
+            f"backend={name!r} is unknown", where="attend", fix=f'Choose "auto" or one of {", ".join(map(repr, BACKENDS))}.'
+        )
+    module, _, cls = BACKENDS[name].partition(":")
+    found: Backend = getattr(importlib.import_module(module), cls)()
+    return found
+
+
+def _forced(call: Call, name: str) -> Backend:
+    found = backend(name)
+    why_not = found.refuses(call)
+    if why_not is not None:
+        nearest = next(other for other in (*order(call), "eager") if other != name and backend(other).refuses(call) is None)
+        raise errors.UnsupportedModelError(
+            f"backend={name!r} cannot compute this call: {why_not}",
+            where="attend",
+            fix=f'Use backend="auto", or backend={nearest!r}, which can.',
+        )
+    return found
