@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from torchwrap.attention.contract import checked
+from torchwrap.attention.attend import attend
 from torchwrap.attention.cooperative.machine import Machine
 from torchwrap.attention.cooperative.planner import Plan
 from torchwrap.attention.cooperative.step import Attend, HostError, Query, Staging, Workers, attend_tiers
@@ -55,7 +55,7 @@ class TieredCache:
         self.layers = [TieredLayer(index, machine, room) for index, room in enumerate(rooms)]
         self._staging, self._workers = Staging(machine, chunk_tokens), Workers(workers)
         self._partial = partial or _attend
-        self._fresh: tuple[int, Tensor, Tensor] | None = None
+        self._fresh: tuple[int, int, Tensor, Tensor] | None = None  # layer, its version, keys and values of its last append
         weakref.finalize(self, self._workers.close)
 
     @classmethod
@@ -125,7 +125,7 @@ class TieredCache:
                     where=f"layer {index}",
                     fix="The cache holds the tokens before this pass. Free memory and repeat it, or crop the cache.",
                 ) from error
-        self._fresh = (index, keys.detach(), values.detach())
+        self._fresh = (index, layer.version, keys.detach(), values.detach())
 
     def attend(
         self, index: int, q: Tensor, *, mask: TileMask | None = None, scale: float | None = None, softcap: float | None = None,
@@ -160,7 +160,7 @@ class TieredCache:
             try:
                 return attend_tiers(
                     layer, query, staging=self._staging, workers=self._workers, streamed=self.streamed,
-                    fresh=fresh[1:] if fresh and fresh[0] == index else None,
+                    fresh=fresh[2:] if fresh and fresh[:2] == (index, layer.version) else None,
                 )  # fmt: skip
             except HostError as error:
                 raise errors.WorkError(
@@ -171,13 +171,11 @@ class TieredCache:
 
     def crop(self, length: int) -> None:
         """Forget tokens from `length` on, in every layer that has them."""
-        self._fresh = None
         for layer in self.layers:
             layer.crop(length)
 
     def select(self, index: Tensor) -> None:
         """Rows `index` of the batch in place of all, in every layer. Shapes: index (B',)."""
-        self._fresh = None
         for layer in self.layers:
             layer.select(index)
 
@@ -200,5 +198,4 @@ class TieredCache:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: TileMask | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-    from torchwrap.attention.reference import attention
-    return attention(checked(q, k, v, mask=mask, scale=scale, softcap=softcap))
+    return attend(q, k, v, mask=mask, scale=scale, softcap=softcap, return_lse=True)

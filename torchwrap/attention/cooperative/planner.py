@@ -7,9 +7,9 @@ N bytes the host holds the share f, and the device reads the share g of N over t
     seconds of a layer = max(N (1 - f + g) / Wd,  N (f - g) / Wc + tau,  N g / Wl)
 
 All three ways to divide a cache are cases of it. "token": every layer has the same f, so device and host work in every layer. "layer": f
-is 0 for some layers and 1 for the others, as in "FastAttention: Extend FlashAttention2 to NPUs and Low-resource GPUs", 2024, section on the
-cooperative strategy: while one works the other idles. "upload": g = f, the host only stores. With x = f - g, the share attended on the
-host, the time is convex and piecewise linear in x, so the best x is at an end or where two of the lines cross; f = max(f_min, x).
+is 0 for some layers and 1 for the others, as in the cooperative strategy of H. Lin et al., "FastAttention: Extend FlashAttention2 to NPUs
+and Low-resource GPUs", 2024: while one works the other idles. "upload": g = f, the host only stores. With x = f - g, the share attended on
+the host, the time is convex and piecewise linear in x, so the best x is at an end or where two of the lines cross; f = max(f_min, x).
 """
 
 from __future__ import annotations

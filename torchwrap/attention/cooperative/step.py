@@ -6,8 +6,8 @@ results return, `[B, Hq, Sq, Dv]` numbers and their lse. Many queries (a prompt)
 has the bandwidth for one query's reading and not the arithmetic for thousands. The chunks pass through two buffers in turn.
 
 Exact: partials over disjoint keys merge to the result over all of them, up to rounding (merge.py). Masks are cut, not changed.
-Source: "FastAttention: Extend FlashAttention2 to NPUs and Low-resource GPUs", 2024, has the host compute whole layers; working on both
-sides within a layer, and the streamed share, are ours.
+Source: H. Lin et al., "FastAttention: Extend FlashAttention2 to NPUs and Low-resource GPUs", 2024, has the host compute whole layers;
+working on both sides within a layer, and the streamed share, are ours.
 
 Letters: B sequences, Hq and Hkv query and key heads, Sq queries, D and Dv widths.
 """

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.cooperative.machine import Machine, Mark
+from torchwrap.core import errors
 
 __all__ = ["Arena", "Piece", "Room", "Tier", "TieredLayer"]
 
@@ -106,6 +107,7 @@ class TieredLayer:
         first: tokens `[0, first)` are on the device, at the beginning of its arena.
         recent: the last tokens, on the device behind those. What is between is on the host.
         previous: tokens held before the last `append`.
+        version: changes whenever the tokens do.
         spilled: mark after the last copy to the host; the host's tokens are complete once it is reached.
 
     Cost: `device_bytes` and `host_bytes`. An append copies the new tokens once, and now and then the recent ones. A device arena that was
@@ -114,7 +116,7 @@ class TieredLayer:
 
     def __init__(self, index: int, machine: Machine, room: Room) -> None:
         self.index, self.machine, self.room = index, machine, room
-        self.first = self.recent = self.previous = 0
+        self.first = self.recent = self.previous = self.version = 0
         self.spilled: Mark = None
         self.near: Arena | None = None
         self.far: list[Arena] = []
@@ -125,6 +127,11 @@ class TieredLayer:
     def length(self) -> int:
         """Tokens held."""
         return self.first + self.host_tokens + self.recent
+
+    @property
+    def batch(self) -> int:
+        """B; 0 before there is memory."""
+        return self.near.shape[0] if self.near is not None else 0
 
     @property
     def host_tokens(self) -> int:
@@ -163,12 +170,20 @@ class TieredLayer:
             values: `[B, Hkv, n, Dv]`.
 
         Raises:
+            ConfigError: other batch size, heads or widths than before.
             MemoryError: the host has no memory for what must move there. The layer holds what it held.
             torch.OutOfMemoryError: the device has none and nothing may go to the host. The layer holds what it held.
         """
         new, length = keys.shape[2], self.length
+        shape = keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3]
         if self.near is None:
-            self.reserve(keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, whole=False)
+            self.reserve(*shape, keys.dtype, whole=False)
+        elif self.near.shape != shape:
+            raise errors.ConfigError(
+                f"new tokens have (batch, heads, width of keys, width of values) {shape}, the cache {self.near.shape}",
+                where=f"layer {self.index}",
+                fix="Make the cache for this model and batch size; beams and returned sequences count as batch.",
+            )
         near = self._grown(min(self.first + self.recent + new, self._limit))
         first = min(new, self._first_limit - self.first) if length == self.first else 0
         over = self.recent + new - first - (self._limit - self._first_limit)
@@ -185,6 +200,7 @@ class TieredLayer:
         self._spill(keys[:, :, first:direct], values[:, :, first:direct])
         _write(near, start + self.recent - old, keys[:, :, direct:], values[:, :, direct:])
         self.first, self.recent, self.previous = start, self.recent - old + new - direct, length
+        self.version += 1
 
     def pieces(self, end: int | None = None) -> list[Piece]:
         """Where tokens `[0, end)` lie, in order; `end` None: all."""
@@ -215,6 +231,7 @@ class TieredLayer:
             behind -= gone
         self.first -= behind
         self.previous = min(self.previous, length)
+        self.version += 1
 
     def select(self, index: Tensor) -> None:
         """Rows `index` of the batch in place of all, as beam search and dropping finished sequences need it.
@@ -232,6 +249,7 @@ class TieredLayer:
         for position, arena in enumerate(self.far):
             self.far[position] = _selected(self.machine, "host", arena, arena.count, rows)
             self._release(arena)
+        self.version += 1
 
     def release(self) -> None:
         """Give all memory back and hold nothing."""
@@ -239,7 +257,10 @@ class TieredLayer:
             self.machine.now()
         for arena in self.far:
             self._release(arena)
-        self.__init__(self.index, self.machine, self.room)  # type: ignore[misc]
+        self.first = self.recent = self.previous = 0
+        self.spilled, self.near, self.far = None, None, []
+        self._limit, self._first_limit = self.room.device, max(0, self.room.device - self.room.recent)
+        self.version += 1
 
     def _grown(self, needed: int) -> Arena:
         """The device's arena with room for `needed` tokens, or as it is where the device has no memory and the host may help."""

@@ -1,0 +1,1 @@
+"""Attention over several processes: heads divided among them, or the sequence."""

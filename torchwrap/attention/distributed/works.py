@@ -1,0 +1,125 @@
+"""Collective operations that are under way: started in order, waited for in order, and none left behind when something fails.
+
+A process that leaves a collective half-way lets the others wait for ever, or match its next one with their last. So whatever happens,
+everything that was started is waited for, and the error says which block it was about.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from torchwrap.core import errors
+
+__all__ = ["Group", "Outstanding", "Work", "exchange", "group_size", "start_sum"]
+
+Group = Any  # torch.distributed.ProcessGroup, or None for the default one
+
+
+class Work(Protocol):
+    """Something under way, as torch.distributed returns it."""
+
+    def wait(self, timeout: timedelta = ...) -> Any:
+        """Block until it is done; raises if it failed."""
+        ...
+
+
+class Outstanding:
+    """Works under way, as a context: leaving it waits for all of them.
+
+    Args:
+        what: the operation, for messages.
+        timeout_s: longest wait for one work in seconds; None: what the process group allows.
+
+    Raises:
+        WorkError: on leaving the context or in `wait`: a work failed or did not end in time. The message names the first such block.
+    """
+
+    def __init__(self, what: str, *, timeout_s: float | None = None) -> None:
+        self.what, self.timeout_s = what, timeout_s
+        self._works: list[tuple[int, Work]] = []
+
+    def start(self, block: int, launch: Callable[[], Work | Sequence[Work]]) -> None:
+        """Start what belongs to a block."""
+        try:
+            works = launch()
+        except RuntimeError as error:
+            raise self._failed(block, error) from error
+        self._works += [(block, work) for work in (works if isinstance(works, Sequence) else (works,))]
+
+    def wait(self, block: int | None = None) -> None:
+        """Wait for the works of a block and of all started before it; None: for all."""
+        while self._works and (block is None or any(one == block for one, _ in self._works)):
+            number, work = self._works.pop(0)
+            try:
+                self._wait(work, self.timeout_s)
+            except Exception as error:  # whatever a back end raises for a peer that is gone
+                raise self._failed(number, error) from error
+
+    def __enter__(self) -> Outstanding:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            try:
+                self.wait()
+            except errors.WorkError:
+                self._wait_for_the_rest()
+                raise
+        else:
+            self._wait_for_the_rest()
+
+    def _wait_for_the_rest(self) -> None:
+        """After a failure: let everything end. Together they get the time of one."""
+        deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
+        works, self._works = self._works, []
+        for _, work in works:
+            try:
+                self._wait(work, None if deadline is None else max(0.001, deadline - time.monotonic()))
+            except Exception:  # the first failure is already on its way to the caller, and these follow from it
+                continue
+
+    def _wait(self, work: Work, timeout_s: float | None) -> None:
+        if timeout_s is None:
+            work.wait()
+        else:
+            work.wait(timedelta(seconds=timeout_s))
+
+    def _failed(self, block: int, error: Exception) -> errors.WorkError:
+        return errors.WorkError(
+            f"{self.what} of block {block} failed: {error}",
+            where=f"block {block}",
+            fix="Look at the other processes first: one that left or is late fails all others. The process group must be made anew.",
+        )
+
+
+def group_size(group: Group) -> tuple[int, int]:
+    """Number of this process in the group, and how many there are.
+
+    Raises:
+        ConfigError: torch.distributed has no process group.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise errors.ConfigError("there is no process group", where="group", fix="Call torch.distributed.init_process_group(...) first.")
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def start_sum(tensor: Tensor, group: Group) -> Work:
+    """Begin to add up `tensor` over the group, in place."""
+    work: Work = dist.all_reduce(tensor, group=group, async_op=True)
+    return work
+
+
+def exchange(out: Sequence[Tensor], into: Sequence[Tensor], group: Group) -> list[Work]:
+    """Begin to send `out` to the next process of the group and to receive `into` from the one before."""
+    rank, size = group_size(group)
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    after, before = ranks[(rank + 1) % size], ranks[(rank - 1) % size]
+    sends = [dist.P2POp(dist.isend, one, after, group) for one in out]
+    return list(dist.batch_isend_irecv([*sends, *(dist.P2POp(dist.irecv, one, before, group) for one in into)]))
