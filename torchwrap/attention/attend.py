@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchwrap.attention import operator
 from torchwrap.attention.contract import Call, checked
+from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import choose
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def attend(
         >>> attend(q, k, k).shape
         torch.Size([1, 4, 6, 8])
     """
+    if isinstance(k, TieredTensor):  # part of the keys is on the host
+        out, lse = k.attend(q, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
+        return (out, lse) if return_lse else out
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
     if torch.compiler.is_compiling():
         out, lse = operator.apply(call, backend)

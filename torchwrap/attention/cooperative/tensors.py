@@ -97,6 +97,11 @@ class TieredTensor(torch.Tensor):
         self.cache.machine.now()  # every copy has ended
         return torch.cat([getattr(piece, self.kind).to(self.device) for piece in layer.pieces()], 2)
 
+    def _again(self) -> TieredTensor:
+        made = TieredTensor(self.cache, self.layer_index, self.kind)
+        made.version = self.version
+        return made
+
     def _check_current(self) -> None:
         if self.version != self.cache.layers[self.layer_index].version:
             raise errors.ConfigError(
@@ -116,7 +121,7 @@ class TieredTensor(torch.Tensor):
         options = kwargs or {}
         tensor = args[0] if args else None
         if isinstance(tensor, TieredTensor) and (func in _PASSING or _is_whole_slice(func, tensor, args)):
-            return tensor
+            return tensor._again()  # autograd does not take the same object back
         leaves, layout = tree_flatten((args, options))
         leaves = [leaf._gathered(str(func)) if isinstance(leaf, TieredTensor) else leaf for leaf in leaves]
         args, options = tree_unflatten(leaves, layout)
@@ -127,5 +132,6 @@ def _is_whole_slice(func: Any, tensor: TieredTensor, args: tuple[Any, ...]) -> b
     """`tensor[..., 0:all]`, which models write to be rid of what a static cache has behind its tokens."""
     if func is not _aten.slice.Tensor:
         return False
-    dim, start, end, step = [*args[1:], *[0, None, None, 1][len(args) - 1 :]]
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    dim, start, end, step = (*args[1:], *defaults[len(args) - 1 :])
     return (start or 0) == 0 and step == 1 and (end is None or end >= tensor.shape[dim])
