@@ -214,22 +214,31 @@ def checked(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    said = f"q {_said(q)}, k {_said(k)}, v {_said(v)}"
-    fix = "Shapes are q[B, Hq, Sq, D], k[B, Hkv, Sk, D], v[B, Hkv, Sk, Dv], of one floating dtype, on one device."
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise errors.ConfigError(f"q, k and v must have four dimensions: {said}", where="attend", fix=fix)
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise errors.ConfigError(f"q, k and v must be of one floating dtype: {said}", where="attend", fix=fix)
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
-        raise errors.ConfigError(f"q, k and v have different batch sizes: {said}", where="attend", fix=fix)
-    if k.shape[1:3] != v.shape[1:3]:
-        raise errors.ConfigError(f"k and v have different heads or lengths: {said}", where="attend", fix=fix)
-    if q.shape[3] != k.shape[3]:
-        raise errors.ConfigError(f"q and k have different widths: {said}", where="attend", fix=fix)
-    if q.shape[1] % k.shape[1] if k.shape[1] else q.shape[1]:
-        raise errors.ConfigError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads evenly: {said}", where="attend", fix=fix)
+    wrong = _mismatch(q, k, v)
+    if wrong:
+        raise errors.ConfigError(
+            f"{wrong}: q {_said(q)}, k {_said(k)}, v {_said(v)}",
+            where="attend",
+            fix="Shapes are q[B, Hq, Sq, D], k[B, Hkv, Sk, D], v[B, Hkv, Sk, Dv], of one floating dtype, on one device.",
+        )
     _same_device(q, k, "k")
     _same_device(q, v, "v")
+
+
+def _mismatch(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return "q, k and v must have four dimensions"
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        return "q, k and v must be of one floating dtype"
+    (batch, heads, _, width), key_shape, value_shape = q.shape, k.shape, v.shape
+    if not batch == key_shape[0] == value_shape[0]:
+        return "q, k and v have different batch sizes"
+    if key_shape[1:3] != value_shape[1:3]:
+        return "k and v have different heads or lengths"
+    if width != key_shape[3]:
+        return "q and k have different widths"
+    kv_heads = key_shape[1]
+    return f"{heads} query heads cannot share {kv_heads} key heads evenly" if (heads % kv_heads if kv_heads else heads) else None
 
 
 def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int]) -> tuple[TileMask | None, Tensor | None]:

@@ -28,9 +28,10 @@ class Composed:
         """Out and lse."""
         if call.is_empty:
             return call.empty_result()
-        if compose.refuses(call) is not None:
-            return tiled.forward(call)
-        return decode.forward(call) if decode.refuses(call) is None else compose.forward(call)
+        few = decode.form(call)
+        if few is not None:
+            return decode.forward(call, few)
+        return compose.forward(call) if compose.refuses(call) is None else tiled.forward(call)
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of everything."""

@@ -138,20 +138,27 @@ def _block_backward(call: Call, block: Block, out: Tensor, lse: Tensor, grad_out
 
 def _added(call: Call, block: Block, part: Part) -> tuple[Tensor | None, Tensor | None]:
     """What to add to the scores of a part, and which rows see a key in it (None: all)."""
-    added = seen = None
-    if part.form == "masked":
-        assert call.mask is not None
-        seen = call.mask.rectangle(block.batch[0], block.rows, part.columns)
+    if part.form in ("full", "causal") and call.bias is None:
+        return None, None
+    seen = _seen(call, block, part)
     if call.bias is not None:
         added = _bias(call.bias, block.batch, block.rows, part.columns)
         added = added.to(_added_dtype(call)) if seen is None else torch.where(seen, added, -math.inf).to(_added_dtype(call))
-        live = (added.amax(-1) != -math.inf) if added.shape[-1] else None
-    elif seen is not None:
-        added, live = _additive(seen, call.q.dtype), seen.any(-1)
+        live = added.amax(-1) != -math.inf
     else:
-        return None, None
+        assert seen is not None
+        added, live = _additive(seen, call.q.dtype), seen.any(-1)
     shape = block.batch[1] - block.batch[0], call.heads, block.rows[1] - block.rows[0], part.columns[1] - part.columns[0]
-    return added.expand(shape), None if live is None or bool(live.all()) else live
+    return added.expand(shape), None if bool(live.all()) else live
+
+
+def _seen(call: Call, block: Block, part: Part) -> Tensor | None:
+    mask = call.mask
+    if mask is None or part.form in ("full", "causal"):
+        return None
+    if part.form == "masked":
+        return mask.rectangle(block.batch[0], block.rows, part.columns)
+    return mask.rectangles(block.rows, part.columns)
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

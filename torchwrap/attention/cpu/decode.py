@@ -8,8 +8,8 @@ tasks, too few for the cores, and pieces make more of them; their results are me
 from __future__ import annotations
 
 import functools
-import importlib
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,47 +19,57 @@ from torchwrap.attention.cpu import kernel
 from torchwrap.attention.cpu.parts import Block, plan
 from torchwrap.attention.merge import merge, merge_stack, with_sinks
 
-__all__ = ["PIECE", "forward", "native_refuses", "refuses"]
+if TYPE_CHECKING:
+    from torchwrap.attention.mask import TileMask
+
+__all__ = ["PIECE", "Form", "form", "forward", "native_refuses"]
 
 PIECE = 2048
 """Keys of one piece. Measured on two cores: 1024 to 4096 are within noise of each other, see docs/results."""
 MOST_ROWS, MOST_WIDTH = 64, 512
-_NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Form = Literal["native", "pieces"]
 
 
-def refuses(call: Call) -> str | None:
-    """Why this is no work for `forward`, or None."""
-    if native_refuses(call) is None:
+def form(call: Call) -> Form | None:
+    """How to compute a call that nothing of torch's kernel is missing for: "native", "pieces", or None: not as a few queries."""
+    mask, one = call.mask, call.q_length == 1
+    if not one and call.group * call.q_length > MOST_ROWS:
         return None
-    if call.q_length != 1:
-        return f"{call.q_length} queries"
-    mask = call.mask
-    if call.bias is not None or call.softcap is not None or call.dropout:
-        return "bias, softcap or dropout"
-    if mask is not None and (mask.dictionary is not None or mask.key_mask is not None or mask.q_segments is not None):
-        return "the mask is not one range of keys"
-    return None
+    if call.bias is not None or call.dropout or (mask is not None and not _is_ranges(mask)):
+        return None
+    if native_refuses(call) is None:
+        return "native"
+    return "pieces" if one and call.softcap is None and not _is_one_tile(call) else None
+
+
+def _is_one_tile(call: Call) -> bool:
+    """Batch rows see different keys, and so few that one call with a mask is better than one call for each."""
+    return any(isinstance(block, Block) and block.parts[0].form == "each" for block in plan(call))
 
 
 def native_refuses(call: Call) -> str | None:
-    """Why the native kernel cannot compute this call, or None."""
-    if not _native_is_there():
-        return "the native kernels were not built"
-    mask = call.mask
-    if call.bias is not None or call.dropout:
-        return "bias or dropout"
-    if mask is not None and (mask.dictionary is not None or mask.key_mask is not None or mask.q_segments is not None):
-        return "the mask is not one range of keys for each row"
+    """Why the native kernel cannot compute a call whose mask is a range of keys for each row, or None."""
+    native = _native()
+    if isinstance(native, str):
+        return native
     if call.group * call.q_length > MOST_ROWS:
         return f"{call.group} heads of a group times {call.q_length} queries are more than {MOST_ROWS} rows"
-    if call.q.dtype not in _NATIVE or max(call.width, call.value_width) > MOST_WIDTH:
+    if call.q.dtype not in _DTYPES or call.width > MOST_WIDTH or call.value_width > MOST_WIDTH:
         return f"{call.q.dtype} of width {call.width}"
     return None
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Out and lse, as in `contract`."""
-    out, lse = _native(call) if native_refuses(call) is None else _fused(call)
+def _is_ranges(mask: TileMask) -> bool:
+    """Each query sees all keys from a first to a last one."""
+    if mask.dictionary is not None or mask.key_mask is not None:
+        return False
+    return mask.q_segments is None or mask.spans().exact
+
+
+def forward(call: Call, form: Form) -> tuple[Tensor, Tensor]:
+    """Out and lse, as in `contract`, by the form of that name."""
+    out, lse = _by_native(call) if form == "native" else _by_pieces(call)
     shape = call.batch, call.heads, call.q_length
     out, lse = with_sinks(out.reshape(*shape, call.value_width), lse.reshape(shape), call.sinks)
     return out.to(call.q.dtype), lse
@@ -70,51 +80,39 @@ def _folded(call: Call) -> Tensor:
     return call.q.reshape(call.batch, call.kv_heads, call.group * call.q_length, call.width)
 
 
-def _native_room() -> Any:
-    try:
-        return importlib.import_module("torchwrap.native")  # on first use: looks for a library file
-    except ModuleNotFoundError:
-        return None
-
-
 @functools.cache
-def _native_is_there() -> bool:
-    native = _native_room()
-    return native is not None and bool(native.available())
+def _native() -> Callable[..., tuple[Tensor, Tensor]] | str:
+    """The native kernel behind its checks, which the contract has made already; or why there is none."""
+    from torchwrap import native  # on first use: looks for a library file
+    from torchwrap.native.decode import run
+
+    return run if native.available() else native.reason()
 
 
-def _native(call: Call) -> tuple[Tensor, Tensor]:
-    native = _native_room()
-    first, end, limits = _limits(call)
+def _by_native(call: Call) -> tuple[Tensor, Tensor]:
+    native = _native()
+    assert not isinstance(native, str)
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (_folded(call), call.k, call.v))
-    out, lse = native.decode(q, k, v, first, end, limits, scale=call.scale, softcap=call.softcap)
-    return out, lse
+    return native(q, k, v, None, None, _limits(call), call.scale, call.softcap or 0.0)
 
 
-def _limits(call: Call) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """First and last column of each batch row, and of each row of `_folded`, as far as the mask has such."""
+def _limits(call: Call) -> Tensor | None:
+    """First and last column of each row of `_folded`, int32 `[B, G * Sq, 2]`; None: all."""
     mask = call.mask
-    if mask is None:
-        return None, None, None
-    first, end = (None if bound is None else bound.expand(call.batch).contiguous() for bound in (mask.kv_start, mask.kv_end))
-    place = mask.first_query() - mask.kv_offset
-    if mask.chunk is None and (mask.right is None or place + mask.right >= call.kv_length - 1) and mask.left is None:
-        return first, end, None
-    rows = torch.arange(place, place + call.q_length).expand(call.batch, -1)
-    low, high = torch.zeros_like(rows), torch.full_like(rows, call.kv_length)
-    if mask.right is not None:
-        high = torch.minimum(high, rows + (mask.right + 1))
-    if mask.left is not None:
-        low = torch.maximum(low, rows - mask.left)
-    if mask.chunk is not None:
-        shift = -mask.kv_offset if mask.shift is None else mask.shift.to(torch.int64)[:, None] - mask.kv_offset
-        start = torch.div(rows - shift, mask.chunk, rounding_mode="floor") * mask.chunk + shift
-        low, high = torch.maximum(low, start), torch.minimum(high, start + mask.chunk)
-    both = torch.stack([low.clamp(min=0), torch.maximum(high, low).clamp(0, call.kv_length)], -1).to(torch.int32)
-    return first, end, both[:, None].expand(-1, call.group, -1, -1).reshape(call.batch, -1, 2)
+    if mask is None or mask.plain == "full" or (call.q_length == 1 and mask.plain == "causal" and _at_end(mask)):
+        return None
+    spans = mask.spans()
+    both = torch.stack([spans.first, torch.maximum(spans.first, spans.end)], -1)
+    both = both[:, None].expand(call.batch, call.group, call.q_length, 2)
+    return both.reshape(call.batch, call.group * call.q_length, 2)
 
 
-def _fused(call: Call) -> tuple[Tensor, Tensor]:
+def _at_end(mask: TileMask) -> bool:
+    """The last query is at the last key, or after it."""
+    return mask.first_query() + mask.shape[2] >= mask.kv_offset + mask.shape[3]
+
+
+def _by_pieces(call: Call) -> tuple[Tensor, Tensor]:
     """By torch's kernel, for one query: a block of the plan is some batch rows and a range of columns."""
     q = _folded(call)
     blocks = plan(call)

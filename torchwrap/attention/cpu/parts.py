@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,11 @@ GENERIC = (128, 128)
 WIDEST = 2048
 """Columns of one additive mask, so that its memory does not grow with the length."""
 
+SMALL = 1 << 14
+"""Pairs of rows and columns up to which everything is one tile, with a mask for each batch row: calls of the kernel would cost more."""
+
 Span = tuple[int, int]
+Form = Literal["full", "causal", "masked", "each"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +48,12 @@ class Part:
 
     Attributes:
         columns: first and end.
-        form: every row sees every column ("full"), row i the columns 0 to i ("causal"), or what the mask says ("masked").
+        form: every row sees every column ("full"), row i the columns 0 to i ("causal"), what the mask says of the first batch row of the
+            block ("masked"), or what it says of each ("each").
     """
 
     columns: Span
-    form: str
+    form: Form
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +91,30 @@ class Strip:
 
 
 def plan(call: Call) -> list[Block | Strip]:
-    """The blocks of a call. Rows that see no key are in none."""
-    mask, rows, columns = call.mask, (0, call.q_length), (0, call.kv_length)
+    """The blocks of a call. Rows that see no key are in none.
+
+    Cost: worked out once for each mask, then looked up: the layers of a model share their masks.
+    """
     if call.is_empty:
         return []
+    mask, has_bias = call.mask, call.bias is not None
     if mask is None:
-        return [Block((0, call.batch), rows, (Part(columns, "full"),))]
-    one = mask.shape[0] == 1
-    if call.bias is not None or mask.dictionary is not None or mask.key_mask is not None:
-        return list(_by_tiles(mask, (0, call.batch) if one else None))
+        return [Block((0, call.batch), (0, call.q_length), (Part((0, call.kv_length), "full"),))]
+    return mask._once(("parts", call.batch, has_bias), lambda: _plan(mask, call.batch, has_bias))
+
+
+def _plan(mask: TileMask, batch: int, has_bias: bool) -> list[Block | Strip]:
+    if has_bias or mask.dictionary is not None or mask.key_mask is not None:
+        return list(_by_tiles(mask, (0, batch) if mask.shape[0] == 1 else None))
     found: list[Block | Strip] = []
-    for batch, ranges in _alike(mask, call.batch):
-        boxes = _boxes(mask, batch[0], ranges)
+    for span, columns in _alike(mask, batch):
+        boxes = _boxes(mask, span[0], columns)
         if boxes is None:
-            found.extend(_by_tiles(mask, batch))
-            continue
-        for box in boxes:
-            found.extend(_band(mask, batch, *box))
+            found.extend(_by_tiles(mask, span))
+        else:
+            found.extend(piece for box in boxes for piece in _band(mask, span, *box))
+    if len(found) > 1 and mask.shape[2] * mask.shape[3] <= SMALL:
+        return [Block((0, batch), (0, mask.shape[2]), (Part((0, mask.shape[3]), "each"),))]
     return found
 
 
@@ -196,7 +208,7 @@ def _triangle(batch: Span, rows: Span, columns: Span, above: int) -> Iterator[Bl
         yield Block(batch, (r0 + diagonal, r1), (Part((first, whole), "full"),))
 
 
-def _narrow(columns: Span, form: str) -> Iterator[Part]:
+def _narrow(columns: Span, form: Form) -> Iterator[Part]:
     step = WIDEST if form == "masked" else columns[1] - columns[0]
     for left in range(*columns, max(step, 1)):
         yield Part((left, min(left + step, columns[1])), form)
@@ -211,7 +223,7 @@ def _by_tiles(mask: TileMask, batch: Span | None) -> Iterator[Block]:
         for tile, (lo, hi, full_lo, full_hi) in enumerate(bounds[b if len(bounds) > 1 else 0]):
             if full_lo >= full_hi:
                 full_lo = full_hi = hi
-            spans = [((lo, full_lo), "masked"), ((full_lo, full_hi), "full"), ((full_hi, hi), "masked")]
+            spans: list[tuple[Span, Form]] = [((lo, full_lo), "masked"), ((full_lo, full_hi), "full"), ((full_hi, hi), "masked")]
             parts = [
                 part
                 for (left, right), form in spans

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torchwrap.attention.contract import Call, Gradients
 from torchwrap.attention.cpu.parts import Block, Span, Strip, plan
 from torchwrap.attention.dropout import factors
 from torchwrap.attention.merge import grad_of_sinks, with_sinks
+
+if TYPE_CHECKING:
+    from torchwrap.attention.mask import TileMask
 
 __all__ = ["backward", "forward"]
 
@@ -32,7 +36,8 @@ WIDTH = 512
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Rows of some batch rows, and the columns they see with their masks (`[1 | Hq, rows, columns]`; None: all visible)."""
+    """Rows of some batch rows, and the columns they see with their masks: `[1 | Hq, rows, columns]`, or one such for each batch row, or
+    None where everything is visible."""
 
     batch: Span
     rows: Span
@@ -181,9 +186,9 @@ def _of_block(call: Call, block: Block, batch: Span, height: int) -> Iterator[_T
         columns: list[tuple[Span, Tensor | None]] = []
         for part in block.parts:
             first, end = part.columns
-            if part.form == "masked":
+            if part.form in ("masked", "each"):
                 assert call.mask is not None
-                columns += [(span, call.mask.rectangle(batch[0], rows, span)) for span in _cut(part.columns)]
+                columns += [(span, _seen(call.mask, part.form, batch, rows, span)) for span in _cut(part.columns)]
                 continue
             if part.form == "causal":
                 corner = first + top - block.rows[0]
@@ -192,6 +197,12 @@ def _of_block(call: Call, block: Block, batch: Span, height: int) -> Iterator[_T
                 end = corner
             columns += [(span, None) for span in _cut((first, end))]
         yield _Tile(batch, rows, tuple(columns))
+
+
+def _seen(mask: TileMask, form: str, batch: Span, rows: Span, columns: Span) -> Tensor:
+    if form == "masked" or mask.shape[0] == 1:
+        return mask.rectangle(batch[0], rows, columns)
+    return mask.rectangles(rows, columns, batch=batch)
 
 
 def _cut(columns: Span) -> Iterator[Span]:
