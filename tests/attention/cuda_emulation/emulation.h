@@ -101,6 +101,7 @@ inline int block_y() { return emulation::block[1]; }
 inline int block_z() { return emulation::block[2]; }
 inline float infinity() { return INFINITY; }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline unsigned pack(float low, float high) { return emulation::bits(low) | static_cast<unsigned>(emulation::bits(high)) << 16; }
 
 inline void barrier() {

@@ -109,12 +109,12 @@ def run_forward(call: Call, machine: Machine, family: Family) -> tuple[Tensor, T
     out = torch.empty_like(call.q, memory_format=torch.contiguous_format)
     lse = call.q.new_empty(out.shape[:3], dtype=torch.float32)
     params.out, params.lse = rows_of(out), lse.data_ptr()
-    rows = call.group * call.q_length
+    rows, capped = call.group * call.q_length, call.softcap is not None
     if rows > _FOLDED:
-        variant = variants.forward(family, call.width)
+        variant = variants.forward(family, call.width, capped)
         machine.launch(variant, (-(-call.q_length // variant.rows), call.heads, call.batch), params)
         return out, lse
-    variant = variants.split(family, call.width)
+    variant = variants.split(family, call.width, capped)
     tiles = -(-rows // variant.rows)
     wanted = -(-2 * machine.multiprocessors // (call.batch * call.kv_heads * tiles))
     params.splits = max(1, min(wanted, -(-call.kv_length // _LEAST_KEYS)))
@@ -145,9 +145,10 @@ def run_backward(
     kept += [grad_out, lse, delta]
     params.grad_out, params.lse, params.delta = rows_of(grad_out), lse.data_ptr(), delta.data_ptr()
     params.grad_q, params.grad_k, params.grad_v = (rows_of(grad) for grad in grads)
-    of_q = variants.backward_rows(family, call.width)
+    capped = call.softcap is not None
+    of_q = variants.backward_rows(family, call.width, capped)
     machine.launch(of_q, (-(-call.q_length // of_q.rows), call.heads, call.batch), params)
-    for variant in variants.backward_keys(family, call.width):
+    for variant in variants.backward_keys(family, call.width, capped):
         machine.launch(variant, (-(-call.kv_length // variant.rows), call.kv_heads, call.batch), params)
     return grads[0], grads[1], grads[2], grad_sinks, None
 

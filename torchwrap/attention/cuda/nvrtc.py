@@ -1,11 +1,11 @@
 """Kernels compiled when they are first needed, by NVRTC through ctypes, and kept on disk for the next process.
 
 `torch.cuda._compile_kernel` is not used: it gives no binary to keep, passes Python floats as doubles, and needs a card where the tests have
-none. The library is the one torch has loaded, else that of the wheel `nvidia-cuda-nvrtc-cu12`, else the system's. No CUDA headers are
-needed: the sources have their own (kernels/shim.cuh).
+none. The library is the one torch has loaded, else that of the wheel `nvidia-cuda-nvrtc-cu12`, else the system's. CUDA's headers
+are not needed: the sources have their own (kernels/shim.cuh).
 
-The cache is `$TORCHWRAP_CACHE`, else `~/.cache/torchwrap`, folder `cubin`, private to the user: what lies there is run. A file is named by a
-hash of all sources, options, target and compiler version and starts with the hash of its content.
+The cache is `$TORCHWRAP_CACHE`, else `~/.cache/torchwrap`, folder `cubin`, private to the user: what lies there is run. A file is named by
+a hash of all sources, options, target and compiler version and starts with the hash of its content.
 Source: NVIDIA, NVRTC documentation, release 12.9.
 """
 
@@ -26,7 +26,7 @@ from torchwrap.attention.cuda.variants import Variant
 from torchwrap.core.errors import StorageError, TorchwrapError
 from torchwrap.storage.atomic import atomic_write, private_folder
 
-__all__ = ["Binary", "CompileError", "binary", "compile_variant", "unavailable"]
+__all__ = ["Binary", "CompileError", "binary", "compile_source", "compile_variant", "unavailable"]
 
 KERNELS = Path(__file__).parent / "kernels"
 _SONAMES = ("libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so.11.2", "libnvrtc.so")
@@ -93,32 +93,40 @@ def compile_variant(variant: Variant, arch: int) -> Binary:
     Raises:
         CompileError: as in `binary`.
     """
+    return compile_source(variant.file, _sources()[variant.file], arch, variant.definitions)
+
+
+def compile_source(name: str, source: bytes, arch: int, definitions: tuple[str, ...]) -> Binary:
+    """Any source that includes the headers of `kernels/`, compiled for one target.
+
+    Raises:
+        CompileError: as in `binary`; the message holds the compiler's log.
+    """
     reason = unavailable(arch)
     library = _library()
     if reason is not None or library is None:
-        raise CompileError(f"cannot compile {variant.entry}: {reason}", where=variant.file)
-    sources = _sources()
-    headers = [name for name in sources if name.endswith(".cuh")]
+        raise CompileError(f"cannot compile: {reason}", where=name)
+    headers = {header: text for header, text in _sources().items() if header.endswith(".cuh")}
     program = ctypes.c_void_p()
     code = library.nvrtcCreateProgram(
-        ctypes.byref(program), sources[variant.file], variant.file.encode(), len(headers),
-        _strings([sources[name] for name in headers]), _strings([name.encode() for name in headers]),
+        ctypes.byref(program), source, name.encode(), len(headers),
+        _strings(list(headers.values())), _strings([header.encode() for header in headers]),
     )  # fmt: skip
     if code:
-        raise CompileError(f"nvrtcCreateProgram returned {code}", where=variant.file)
+        raise CompileError(f"nvrtcCreateProgram returned {code}", where=name)
     try:
-        options = _options(variant, arch)
+        options = _options(arch, definitions)
         code = library.nvrtcCompileProgram(program, len(options), _strings([option.encode() for option in options]))
         log = _fetch(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if code:
-            raise CompileError(f"sm_{arch}, {' '.join(variant.definitions)}: {log}", where=variant.file)
+            raise CompileError(f"sm_{arch}, {' '.join(definitions)}: {log}", where=name)
         return Binary(_fetch(library, program, "CUBIN"), log)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _options(variant: Variant, arch: int) -> list[str]:
-    return [f"--gpu-architecture=sm_{arch}", "--std=c++17", "--ptxas-options=-v", *variant.definitions]
+def _options(arch: int, definitions: tuple[str, ...]) -> list[str]:
+    return [f"--gpu-architecture=sm_{arch}", "--std=c++17", "--ptxas-options=-v", *definitions]
 
 
 def _strings(values: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:
@@ -175,7 +183,7 @@ def _targets(library: ctypes.CDLL) -> list[int]:
 
 def _key(variant: Variant, arch: int) -> str:
     library = _library()
-    hashed = hashlib.sha256(repr((_options(variant, arch), library and _version(library))).encode())
+    hashed = hashlib.sha256(repr((variant.file, _options(arch, variant.definitions), library and _version(library))).encode())
     for name, source in _sources().items():
         hashed.update(name.encode() + b"\0" + source + b"\0")
     return hashed.hexdigest()

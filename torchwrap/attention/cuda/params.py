@@ -23,13 +23,13 @@ _LOG2E = math.log2(math.e)
 class Rows(ctypes.Structure):
     """fp16 rows `[B, H, S, D]`: address and strides in elements."""
 
-    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_longlong), ("head", ctypes.c_longlong), ("row", ctypes.c_longlong)]  # noqa: RUF012
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_longlong), ("head", ctypes.c_longlong), ("row", ctypes.c_longlong)]
 
 
 class Params(ctypes.Structure):
     """Every argument of every kernel; a kernel reads those it needs."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, Rows) for name in ("q", "k", "v", "out", "grad_out", "grad_q", "grad_k", "grad_v")),
         *((name, ctypes.c_void_p) for name in ("lse", "delta", "sinks", "kv_start", "kv_end", "partial_out", "partial_lse")),
         *((name, ctypes.c_int) for name in ("batch", "heads", "kv_heads", "group", "q_length", "kv_length", "lower", "upper")),
@@ -41,7 +41,7 @@ class Params(ctypes.Structure):
 def aligned(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it whose rows can be read 16 bytes at a time."""
     fits = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
-    return tensor if fits else tensor.contiguous()
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def rows_of(tensor: Tensor) -> Rows:

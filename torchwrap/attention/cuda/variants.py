@@ -25,6 +25,7 @@ class Variant:
         entry: the kernel in it.
         family: whose tensor-core instructions it uses.
         width: D, elements of a head.
+        capped: whether scores are soft-capped; without, the code for it would cost the main loop registers.
         row_warps: warps that share the rows of a block.
         key_warps: warps that share each moving tile.
         keys: rows of a moving tile.
@@ -36,6 +37,7 @@ class Variant:
     entry: str
     family: Family
     width: int
+    capped: bool = False
     row_warps: int = 4
     key_warps: int = 1
     keys: int = 64
@@ -60,8 +62,11 @@ class Variant:
     @property
     def definitions(self) -> tuple[str, ...]:
         """Options of the compiler that make this variant of the source."""
-        sizes = {"HEAD": self.width, "ROW_WARPS": self.row_warps, "KEY_WARPS": self.key_warps, "KEYS": self.keys, "OUTPUTS": self.outputs}
-        return (f"-D{self.family.upper()}", *(f"-D{name}={value}" for name, value in sizes.items()))
+        values = {
+            "HEAD": self.width, "ROW_WARPS": self.row_warps, "KEY_WARPS": self.key_warps, "KEYS": self.keys, "OUTPUTS": self.outputs,
+            "SOFTCAP": int(self.capped),
+        }  # fmt: skip
+        return (f"-D{self.family.upper()}", *(f"-D{name}={value}" for name, value in values.items()))
 
 
 def family_of(capability: tuple[int, int]) -> Family | None:
@@ -70,15 +75,18 @@ def family_of(capability: tuple[int, int]) -> Family | None:
     return "turing" if capability >= (7, 5) else "volta" if capability >= (7, 0) else None
 
 
-def forward(family: Family, width: int) -> Variant:
+def forward(family: Family, width: int, capped: bool) -> Variant:
     """A tile of queries of one head in each block."""
-    return Variant(file="forward.cu", entry="attention", family=family, width=width, keys=64 if width == 64 else 32)
+    keys = 64 if width == 64 else 32
+    return Variant(file="forward.cu", entry="attention", family=family, width=width, capped=capped, keys=keys)
 
 
-def split(family: Family, width: int) -> Variant:
+def split(family: Family, width: int, capped: bool) -> Variant:
     """Few queries, their group of heads folded into rows, and the keys shared among blocks and warps."""
     keys = 32 if (family, width) == ("volta", 128) else 64
-    return Variant(file="forward.cu", entry="attention", family=family, width=width, row_warps=1, key_warps=4, keys=keys)
+    return Variant(
+        file="forward.cu", entry="attention", family=family, width=width, capped=capped, row_warps=1, key_warps=4, keys=keys
+    )
 
 
 def combine(family: Family, width: int) -> Variant:
@@ -86,17 +94,20 @@ def combine(family: Family, width: int) -> Variant:
     return Variant(file="combine.cu", entry="combine", family=family, width=width, tiles=0)
 
 
-def backward_rows(family: Family, width: int) -> Variant:
+def backward_rows(family: Family, width: int, capped: bool) -> Variant:
     """Gradient of q."""
-    return Variant(file="backward_rows.cu", entry="backward_rows", family=family, width=width, tiles=2, **_backward(family, width))
+    sizes = _backward(family, width)
+    return Variant(file="backward_rows.cu", entry="backward_rows", family=family, width=width, capped=capped, tiles=2, **sizes)
 
 
-def backward_keys(family: Family, width: int) -> tuple[Variant, ...]:
+def backward_keys(family: Family, width: int, capped: bool) -> tuple[Variant, ...]:
     """Gradients of k and v: one launch, or two where the sums of both would not fit into registers."""
     launches = (1, 2) if (family, width) == ("volta", 128) else (3,)
     sizes = _backward(family, width)
     return tuple(
-        Variant(file="backward_keys.cu", entry="backward_keys", family=family, width=width, outputs=outputs, tiles=2, **sizes)
+        Variant(
+            file="backward_keys.cu", entry="backward_keys", family=family, width=width, capped=capped, outputs=outputs, tiles=2, **sizes
+        )
         for outputs in launches
     )
 

@@ -17,7 +17,7 @@ constexpr int TILES = WARP_KEYS / 8;
 // Raw products to logits in base 2, soft-capped. The factors are arguments: computed here they would take registers of the main loop.
 DEVICE void to_logits(float (&s)[TILES][VALUES], const Params& p) {
     UNROLL for (int n = 0; n < TILES; ++n) UNROLL for (int i = 0; i < VALUES; ++i) s[n][i] *= p.inner;
-    if (p.softcap > 0.0f) {
+    if (SOFTCAP) {
         UNROLL for (int n = 0; n < TILES; ++n) UNROLL for (int i = 0; i < VALUES; ++i) s[n][i] = p.outer * tanh_fast(s[n][i]);
     }
 }
@@ -70,14 +70,14 @@ KERNEL(THREADS) attention(const Params p) {
         k_next.store(k_tile);
         v_next.store(v_tile);
         barrier();
-        if (tile + 1 < tile_end) {
-            k_next.fetch(p.k, batch, kv_head, (tile + 1) * KEYS, start, end);
-            v_next.fetch(p.v, batch, kv_head, (tile + 1) * KEYS, start, end);
-        }
-        if (row >= row_count) continue;
-
+        const bool more = tile + 1 < tile_end, works = row < row_count;  // works: the same for all lanes of a warp
+        if (more) k_next.fetch(p.k, batch, kv_head, (tile + 1) * KEYS, start, end);
         float s[TILES][VALUES] = {};
-        multiply_rows(s, q_tile, row - block_row, k_tile, key_warp * WARP_KEYS);
+        if (works) multiply_rows(s, q_tile, row - block_row, k_tile, key_warp * WARP_KEYS);
+        // Here and not with K: two stages beside sums and scores do not fit into the registers of Volta at HEAD = 128.
+        if (more) v_next.fetch(p.v, batch, kv_head, (tile + 1) * KEYS, start, end);
+        if (!works) continue;
+
         to_logits(s, p);
         if (tile < full_first || full_end <= tile) {
             const int column = tile * KEYS + key_warp * WARP_KEYS;
@@ -110,8 +110,8 @@ KERNEL(THREADS) attention(const Params p) {
         multiply_values(sums, s, v_tile, key_warp * WARP_KEYS);
     }
 
+    UNROLL for (int slot = 0; slot < 2; ++slot) total[slot] = row_sum(total[slot]);
     UNROLL for (int slot = 0; slot < 2; ++slot) {
-        total[slot] = row_sum(total[slot]);
         if (!SPLIT && p.sinks) {
             const float sink = p.sinks[block_y()] * LOG2E, largest = fmaxf(maximum[slot], sink);
             const float base = largest == -infinity() ? 0.0f : largest, correction = exp2_fast(maximum[slot] - base);
@@ -122,7 +122,7 @@ KERNEL(THREADS) attention(const Params p) {
             maximum[slot] = largest;
         }
         // Compared with zero, not "greater than": a NaN total has to reach the result.
-        const float inverse = total[slot] == 0.0f ? 0.0f : 1.0f / total[slot];
+        const float inverse = total[slot] == 0.0f ? 0.0f : reciprocal_fast(total[slot]);
         const float lse = total[slot] == 0.0f ? -infinity() : (maximum[slot] + log2f(total[slot])) * LN2;
         const int r = row + row_of(slot);
         UNROLL for (int n = 0; n < UNITS; ++n) UNROLL for (int i = 0; i < VALUES; ++i) {

@@ -7,7 +7,7 @@
 // In: the raw product q.k and dp = grad_out.v. Out: p and dx.
 DEVICE void gradient(float& product, float& dp, const Params& p, bool visible, float lse, float delta) {
     float x = product * p.inner, slope = 1.0f;
-    if (p.softcap > 0.0f) {
+    if (SOFTCAP) {
         const float t = tanh_fast(x);
         x = p.outer * t;
         slope = 1.0f - t * t;

@@ -37,6 +37,12 @@ DEVICE float exp2_fast(float x) {
     return y;
 }
 
+DEVICE float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 #if defined(VOLTA)
 #define MMA_884(layout)                                                                                                               \
     asm("mma.sync.aligned.m8n8k4.row." layout ".f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, "             \

@@ -1,6 +1,7 @@
 // What forward and backward share: which columns a row sees, moving tiles from global to shared memory, logits, storing sums.
 //
-// Set at compile time: VOLTA or TURING, HEAD (64 or 128), ROW_WARPS x KEY_WARPS warps of a block, KEYS rows of a moving tile.
+// Set at compile time: VOLTA or TURING, HEAD (64 or 128), ROW_WARPS x KEY_WARPS warps of a block, KEYS rows of a moving tile,
+// SOFTCAP 0 or 1.
 #pragma once
 #include "params.cuh"
 #if defined(VOLTA)
@@ -67,8 +68,8 @@ DEVICE void load_tile(uint4* tile, const Rows& x, int batch, int head, int first
     }
 }
 
-// tanh through one exponential: its absolute error, 1e-7, is what a capped logit needs.
-DEVICE float tanh_fast(float x) { return 1.0f - 2.0f / (exp2_fast(2.0f * LOG2E * x) + 1.0f); }
+// tanh through one exponential: a capped logit needs a small absolute error, and this one is a few 1e-7.
+DEVICE float tanh_fast(float x) { return 1.0f - 2.0f * reciprocal_fast(exp2_fast(2.0f * LOG2E * x) + 1.0f); }
 
 // Rows of sums, rounded to fp16, written by the lanes that hold them.
 DEVICE void store_rows(const Rows& x, int batch, int head, int first, int end, const float (&sums)[UNITS][VALUES], float factor) {

@@ -34,7 +34,7 @@ template <int N>
 DEVICE void multiply_rows(float (&acc)[N][VALUES], const uint4* a, int a_row, const uint4* b, int b_row) {
     static_assert(N % 2 == 0, "two tiles share a load");
     const int lane = lane_id();
-    UNROLL for (int unit = 0; unit < UNITS; unit += 2) {
+    _Pragma("unroll 2") for (int unit = 0; unit < UNITS; unit += 2) {  // all of them at once would spill registers
         unsigned left[4];
         ldmatrix_x4(left, a + unit_at(a_row + (lane & 15), unit + (lane >> 4)));
         UNROLL for (int n = 0; n < N; n += 2) {

@@ -36,7 +36,7 @@ DEVICE void multiply_rows(float (&acc)[N][VALUES], const uint4* a, int a_row, co
     const int lane = lane_id();
     const int column = (lane & 3) + 4 * (lane >> 4);
     const int row = a_row + 2 * (lane & 12) + column;
-    _Pragma("unroll 2") for (int unit = 0; unit < UNITS; ++unit) {  // all of them would be loaded ahead and spill registers
+    _Pragma("unroll 2") for (int unit = 0; unit < UNITS; ++unit) {  // all of them at once would spill registers
         const uint4 left = a[unit_at(row, unit)];
         UNROLL for (int n = 0; n < N; ++n) {
             const uint4 right = b[unit_at(b_row + 8 * n + column, unit)];
