@@ -17,6 +17,8 @@ from torchwrap.core.errors import TorchwrapError
 
 __all__ = ["Card", "LaunchError"]
 
+_LIBRARY = "libcuda.so.1"
+
 
 class LaunchError(TorchwrapError, RuntimeError):
     """The driver could not load or launch a kernel."""
@@ -36,7 +38,9 @@ class Card:
         self.multiprocessors: int = properties.multi_processor_count
         # Without asking for more; every kernel here stays within it.
         self.shared_bytes: int = getattr(properties, "shared_memory_per_block", 48 << 10)
-        self._driver = ctypes.CDLL("libcuda.so.1")
+        self._driver = ctypes.CDLL(_LIBRARY)
+        pointer, number = ctypes.c_void_p, ctypes.c_uint
+        self._driver.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
         self._loaded: dict[Variant, ctypes.c_void_p] = {}
         self._lock = threading.Lock()
 
@@ -53,13 +57,9 @@ class Card:
             stream = torch.cuda.current_stream(self.device)
             with self._lock:
                 function = self._loaded.get(variant) or self._load(variant)
-            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-            self._check(
-                self._driver.cuLaunchKernel(
-                    function, *grid, variant.threads, 1, 1, 0, ctypes.c_void_p(stream.cuda_stream), arguments, None
-                ),
-                f"launching {variant.entry}",
-            )
+            arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # the driver copies what they point to
+            queued = self._driver.cuLaunchKernel(function, *grid, variant.threads, 1, 1, 0, stream.cuda_stream, arguments, None)
+            self._check(queued, f"launching {variant.entry}")
 
     def _load(self, variant: Variant) -> ctypes.c_void_p:
         cubin = nvrtc.binary(variant, self.arch).cubin
