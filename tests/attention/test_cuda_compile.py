@@ -13,6 +13,7 @@ import pytest
 from tests.attention import cuda_sass
 from torchwrap.attention.cuda import nvrtc, variants
 from torchwrap.attention.cuda.variants import Family, Variant
+from torchwrap.core.errors import KernelError
 
 WIDTHS = variants.HEAD_WIDTHS
 NATIVE: dict[Family, int] = {"volta": 70, "turing": 75}
@@ -124,5 +125,5 @@ def test_the_counts_are_those_of_the_disassembler(tmp_path: Path, family: Family
 
 
 def test_a_source_that_does_not_compile_is_refused_with_the_compilers_words() -> None:
-    with pytest.raises(nvrtc.CompileError, match=r"(?s)sm_70.*identifier .nonsense. is undefined"):
+    with pytest.raises(KernelError, match=r"(?s)sm_70.*identifier .nonsense. is undefined"):
         nvrtc.compile_source("bad.cu", b"__global__ void k() { nonsense; }", 70, ())

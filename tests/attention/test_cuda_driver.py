@@ -16,6 +16,7 @@ import torch
 from tests.attention.cuda_host import EMULATION
 from torchwrap.attention.cuda import driver, nvrtc, variants
 from torchwrap.attention.cuda.params import Params
+from torchwrap.core.errors import KernelError
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to build the stand-in of the driver")
 
@@ -53,10 +54,10 @@ def test_a_launch_carries_its_shape_its_stream_and_every_argument(library: Any) 
 
 def test_what_the_driver_refuses_is_an_error_with_its_words(library: Any) -> None:
     card = driver.Card(torch.device("cuda", 0))
-    with pytest.raises(driver.LaunchError, match=r"finding combine failed with error 500: named symbol not found"):
+    with pytest.raises(KernelError, match=r"finding combine failed with error 500: named symbol not found"):
         card.launch(variants.combine("turing", 64), (1, 1, 1), Params())
     card.arch = 70
-    with pytest.raises(driver.LaunchError, match=r"loading attention for sm_70 failed with error 200.*cuda:0"):
+    with pytest.raises(KernelError, match=r"loading attention for sm_70 failed with error 200.*cuda:0"):
         card.launch(VARIANT, (1, 1, 1), Params())
     assert list(library.shape().contents) == [0] * 7
 
@@ -64,6 +65,6 @@ def test_what_the_driver_refuses_is_an_error_with_its_words(library: Any) -> Non
 def test_a_block_that_needs_more_shared_memory_than_there_is_is_not_launched(library: Any) -> None:
     card = driver.Card(torch.device("cuda", 0))
     card.shared_bytes = 16 << 10
-    with pytest.raises(driver.LaunchError, match="attention needs 18432 bytes of shared memory, a block has 16384"):
+    with pytest.raises(KernelError, match="attention needs 18432 bytes of shared memory, a block has 16384"):
         card.launch(VARIANT, (1, 1, 1), Params())
     assert list(library.shape().contents) == [0] * 7 and library.load_count() == 0

@@ -115,6 +115,12 @@ def test_sdist_holds_the_sources_of_the_kernels(sdist: Path) -> None:
     assert not any(name.endswith(".so") for name in shipped)
 
 
+def test_wheel_holds_the_sources_that_are_compiled_when_needed(wheel: Path) -> None:
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "torchwrap" / "attention" / "cuda" / "kernels").iterdir()}
+    with zipfile.ZipFile(wheel) as archive:
+        assert sources and sources <= set(archive.namelist())
+
+
 KERNELS = "torchwrap/native/kernels.native.so"
 
 

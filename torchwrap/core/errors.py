@@ -13,6 +13,7 @@ __all__ = [
     "ConflictError",
     "CorruptDataError",
     "DiskFullError",
+    "KernelError",
     "NotAppliedError",
     "PlanError",
     "StorageError",
@@ -124,6 +125,10 @@ class UnsafePathError(StorageError):
 
 class WorkError(TorchwrapError, RuntimeError):
     """Work handed to another thread or another process failed, or did not end in time."""
+
+
+class KernelError(TorchwrapError, RuntimeError):
+    """A kernel for an accelerator could not be compiled, loaded or launched."""
 
 
 class TorchwrapWarning(UserWarning):

@@ -33,14 +33,11 @@ _GRID_LIMIT = 65_535
 
 
 class Machine(Protocol):
-    """What runs a kernel: a card, or the host emulation of the tests.
-
-    Attributes:
-        multiprocessors: how many blocks run at a time, at least.
-    """
+    """What runs a kernel: a card, or the host emulation of the tests."""
 
     @property
-    def multiprocessors(self) -> int: ...
+    def multiprocessors(self) -> int:
+        """How many blocks run at a time, at least."""
 
     def launch(self, variant: Variant, grid: tuple[int, int, int], params: Params) -> None:
         """Run one kernel over a grid of blocks."""
@@ -67,7 +64,7 @@ class CudaMma:
         """Out `[B, Hq, Sq, D]` in fp16 and lse `[B, Hq, Sq]` in float32.
 
         Raises:
-            CompileError, LaunchError: compiler or driver failed; nothing was computed.
+            KernelError: compiler or driver failed; nothing was computed.
         """
         card = _card(call.q.device)
         return run_forward(call, card, _family(card))
@@ -76,7 +73,7 @@ class CudaMma:
         """Gradients in the dtypes of what they belong to; none for a bias, which `refuses` has refused.
 
         Raises:
-            CompileError, LaunchError: as in `forward`.
+            KernelError: as in `forward`.
         """
         card = _card(call.q.device)
         return run_backward(call, out, lse, grad_out, grad_lse, card, _family(card))

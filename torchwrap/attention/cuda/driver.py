@@ -13,15 +13,11 @@ import torch
 from torchwrap.attention.cuda import nvrtc
 from torchwrap.attention.cuda.params import Params
 from torchwrap.attention.cuda.variants import Variant
-from torchwrap.core.errors import TorchwrapError
+from torchwrap.core.errors import KernelError
 
-__all__ = ["Card", "LaunchError"]
+__all__ = ["Card"]
 
 _LIBRARY = "libcuda.so.1"
-
-
-class LaunchError(TorchwrapError, RuntimeError):
-    """The driver could not load or launch a kernel."""
 
 
 class Card:
@@ -48,11 +44,13 @@ class Card:
         """Queue a kernel on the current stream of this device.
 
         Raises:
-            CompileError: the kernel cannot be compiled for this device.
-            LaunchError: the driver refused; the message names its error.
+            KernelError: the kernel cannot be compiled for this device, or the driver refused it; the message names its error.
         """
         if variant.shared_bytes > self.shared_bytes:
-            raise LaunchError(f"{variant.entry} needs {variant.shared_bytes} bytes of shared memory, a block has {self.shared_bytes}")
+            raise KernelError(
+                f"{variant.entry} needs {variant.shared_bytes} bytes of shared memory, a block has {self.shared_bytes}",
+                where=str(self.device), fix="Use another back end on this card.",
+            )  # fmt: skip
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device)
             with self._lock:
@@ -81,4 +79,4 @@ class Card:
             text = ctypes.c_char_p()
             self._driver.cuGetErrorString(code, ctypes.byref(text))
             message = text.value.decode() if text.value else "unknown error"
-            raise LaunchError(f"{doing} failed with error {code}: {message}", where=str(self.device))
+            raise KernelError(f"{doing} failed with error {code}: {message}", where=str(self.device))

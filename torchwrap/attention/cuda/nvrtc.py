@@ -23,19 +23,15 @@ from pathlib import Path
 import torch
 
 from torchwrap.attention.cuda.variants import Variant
-from torchwrap.core.errors import StorageError, TorchwrapError
+from torchwrap.core.errors import KernelError, StorageError
 from torchwrap.storage.atomic import atomic_write, private_folder
 
-__all__ = ["Binary", "CompileError", "binary", "compile_source", "compile_variant", "unavailable"]
+__all__ = ["Binary", "binary", "compile_source", "compile_variant", "unavailable"]
 
 KERNELS = Path(__file__).parent / "kernels"
 _SONAMES = ("libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so.11.2", "libnvrtc.so")
 _DIGEST_BYTES = 32
 _log = logging.getLogger("torchwrap.attention.cuda")
-
-
-class CompileError(TorchwrapError, RuntimeError):
-    """The compiler refused a kernel; the message holds its log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +63,7 @@ def binary(variant: Variant, arch: int) -> Binary:
     """A variant's machine code, from the cache or compiled now.
 
     Raises:
-        CompileError: NVRTC is missing, does not know the target, or refuses the source.
+        KernelError: NVRTC is missing, does not know the target, or refuses the source.
 
     Cost: half a second and about 60 KiB of disk, once per variant, target, compiler version and user.
     """
@@ -91,7 +87,7 @@ def compile_variant(variant: Variant, arch: int) -> Binary:
     """Machine code made now.
 
     Raises:
-        CompileError: as in `binary`.
+        KernelError: as in `binary`.
     """
     return compile_source(variant.file, _sources()[variant.file], arch, variant.definitions)
 
@@ -100,12 +96,13 @@ def compile_source(name: str, source: bytes, arch: int, definitions: tuple[str, 
     """Any source that includes the headers of `kernels/`, compiled for one target.
 
     Raises:
-        CompileError: as in `binary`; the message holds the compiler's log.
+        KernelError: as in `binary`; the message holds the compiler's log.
     """
     reason = unavailable(arch)
     library = _library()
     if reason is not None or library is None:
-        raise CompileError(f"cannot compile: {reason}", where=name)
+        fix = "Use another back end, or install that compiler."
+        raise KernelError(f"{name} cannot be compiled for sm_{arch}: {reason}", where=name, fix=fix)
     headers = {header: text for header, text in _sources().items() if header.endswith(".cuh")}
     program = ctypes.c_void_p()
     code = library.nvrtcCreateProgram(
@@ -113,13 +110,13 @@ def compile_source(name: str, source: bytes, arch: int, definitions: tuple[str, 
         _strings(list(headers.values())), _strings([header.encode() for header in headers]),
     )  # fmt: skip
     if code:
-        raise CompileError(f"nvrtcCreateProgram returned {code}", where=name)
+        raise KernelError(f"nvrtcCreateProgram returned {code}", where=name)
     try:
         options = _options(arch, definitions)
         code = library.nvrtcCompileProgram(program, len(options), _strings([option.encode() for option in options]))
         log = _fetch(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
         if code:
-            raise CompileError(f"sm_{arch}, {' '.join(definitions)}: {log}", where=name)
+            raise KernelError(f"NVRTC refused {name} for sm_{arch} with {' '.join(definitions)}: {log}", where=name)
         return Binary(_fetch(library, program, "CUBIN"), log)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -140,7 +137,7 @@ def _fetch(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
             pointer = buffer = ctypes.create_string_buffer(size.value)  # type: ignore[assignment]
         code = getattr(library, call)(program, pointer)
         if code:
-            raise CompileError(f"{call} returned {code}", where="NVRTC")
+            raise KernelError(f"{call} returned {code}", where="NVRTC")
     return buffer.raw
 
 
