@@ -28,6 +28,9 @@ _MODULE = "transformers.masking_utils"
 Conditions = dict[str, Any]
 
 
+# One break of the graph: what a closure holds cannot be asked while Dynamo (torch 2.13) traces, nor what a mask holds. Masks that were made
+# before, as `generate` does for static caches, enter graphs as they are.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def tile_mask(
     *, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, use_vmap: bool = False,

@@ -299,3 +299,17 @@ def test_accelerate_passes_masks_on() -> None:
     assert TileMask.materialisations == before and find_batch_size(inputs) == 2
     assert all(isinstance(passed, TileMask) for passed in (sent, walked, moved, copied)) and moved.device.type == "meta"
     assert all(torch.equal(whole(passed), whole(mask)) for passed in (sent, walked, copied))
+
+
+def test_masks_are_made_under_the_compiler(lazily: str) -> None:
+    config = transformers.MistralConfig(sliding_window=3, **_SIZES)
+    config._attn_implementation = lazily
+
+    def seen(x: Tensor, padding: Tensor | None) -> Tensor:
+        mask = masking_utils.create_sliding_window_causal_mask(config, x, padding, None)
+        return (x * 2).sum() + mask.rectangles((0, 6), (0, 6)).sum()  # type: ignore[union-attr]
+
+    torch._dynamo.reset()
+    compiled, x = torch.compile(seen, backend="eager"), torch.ones(2, 6, 32)
+    for padding in (None, torch.ones(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]), torch.tensor([[0, 1, 0, 1, 1, 0], [1] * 6])):
+        assert torch.equal(compiled(x, padding), seen(x, padding))

@@ -7,9 +7,10 @@ them to the length of the cache. A wrapper subclass answers these without making
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -43,6 +44,9 @@ class LazyMask(torch.Tensor):
 
     @classmethod
     def _of(cls: type[Self], lengths: tuple[int, int, int], values: dict[str, Any], device: torch.device) -> Self:
+        if torch.compiler.is_dynamo_compiling():
+            made: Self = _untraced()(cls._of, lengths, values, device)
+            return made
         batch, q_length, kv_length = lengths
         dictionary = values["dictionary"]
         shape = (batch, 1 if dictionary is None else dictionary.heads, q_length, kv_length)
@@ -76,6 +80,43 @@ class LazyMask(torch.Tensor):
     def _whole(self) -> torch.Tensor:
         """The dense mask."""
         raise NotImplementedError
+
+    # What torch.compile asks of a tensor that consists of tensors: their names, and the rest as values that compare.
+
+    @property
+    def _codes(self) -> torch.Tensor | None:
+        return None if self.dictionary is None else self.dictionary.codes
+
+    @property
+    def _bits(self) -> torch.Tensor | None:
+        return None if self.dictionary is None else self.dictionary.tiles
+
+    @property
+    def _nothing(self) -> torch.Tensor:
+        # torch 2.13 takes a subclass apart only if there is a tensor in it, and masks such as causal ones have none.
+        return cast(torch.Tensor, self._found.setdefault("nothing", torch.empty(0, device=self.device)))
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        names = [name for name in (*FIELDS, "_codes", "_bits") if isinstance(getattr(self, name), torch.Tensor)]
+        rest = tuple((name, value) for name, value in self._conditions().items() if name not in (*names, "dictionary"))
+        layout = None if self.dictionary is None else (self.dictionary.block, self.dictionary.start)
+        return names or ["_nothing"], (rest, layout, self.device)
+
+    @classmethod
+    def __tensor_unflatten__(cls: type[Self], inner: dict[str, Any], context: tuple[Any, ...], size: Any, stride: Any) -> Self:
+        rest, layout, device = context
+        values = dict.fromkeys(FIELDS) | dict(rest) | {name: inner[name] for name in FIELDS if name in inner}
+        if layout is not None:
+            values["dictionary"] = TileDictionary(block=layout[0], start=layout[1], codes=inner["_codes"], tiles=inner["_bits"])
+        mask = cls._of((size[0], size[2], size[3]), values, device)
+        mask._found.update({"nothing": inner["_nothing"]} if "_nothing" in inner else {})
+        return mask
+
+    def _stable_hash_for_caching(self) -> str:
+        """Key of compiled graphs on disk: what the graph depends on, which is no number in a tensor."""
+        names, context = self.__tensor_flatten__()
+        tensors = [(name, part.dtype, part.shape, part.stride()) for name in names for part in (getattr(self, name),)]
+        return hashlib.sha256(repr((self.shape, context, tensors)).encode()).hexdigest()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # printing must not make the mask dense
         values = {name: value for name, value in self._conditions().items() if value is not None}
@@ -113,6 +154,22 @@ class LazyMask(torch.Tensor):
                 leaves[index] = made_dense(leaf, str(func))
         args, options = tree_unflatten(leaves, layout)
         return func(*args, **options)
+
+
+# Dynamo (torch 2.13) can take a subclass apart, but not make one: a graph ends where a mask is made, and the next one takes it as an input.
+# Made on first use, and Dynamo is at work then: importing it costs seconds that an eager program must not pay.
+_hidden: Callable[..., Any] | None = None
+
+
+def _untraced() -> Callable[..., Any]:
+    global _hidden
+    if _hidden is None:
+        _hidden = torch.compiler.disable(_call)
+    return _hidden
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def _sliced(mask: LazyMask, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> LazyMask | None:

@@ -3,8 +3,8 @@
 The mask is kept as what it means: how far a query looks left and right (causal, window), where a row's keys begin and end (padding), which
 tokens belong together (packed sequences), and, for what has no such form, a dictionary of distinct tiles. A rectangle of it is computed
 when it is asked for. It is a `torch.Tensor` without storage (see `lazy.py`), because frameworks treat masks as tensors.
-Source: H. Lin et al., "FastAttention: Extend FlashAttention2 to NPUs and Low-resource GPUs", 2024, the tiling-mask strategy (block masks
-as shifted windows of one small triangle); padding, packing, chunks and the dictionary are ours.
+Source: H. Lin et al., "FastAttention: Extend FlashAttention2 to NPUs and Low-resource GPUs", 2024, the tiling-mask strategy. There a tile
+of a causal mask is a window of one stored triangle; here it is compared from positions, which also serves padding, packing and chunks.
 Letters: B batch, H heads (1 when all heads share the mask), Sq queries, Sk keys.
 """
 
@@ -21,7 +21,6 @@ from torchwrap.attention.dictionary import MaskFunction, compiled, of_dense
 from torchwrap.attention.fields import FIELDS, TENSOR_FIELDS, check, device_of, inside
 from torchwrap.attention.lazy import LazyMask, made_dense
 from torchwrap.attention.tiles import Spans, Tiles, live_rows, spans, tiles
-from torchwrap.attention.triangle import EDGE, band_tile
 from torchwrap.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -295,10 +294,6 @@ class TileMask(LazyMask):
     def _band(self, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
         """The conditions `right` and `left` alone: bool [rows, columns]."""
         (r0, r1), (c0, c1) = rows, columns
-        if isinstance(self.q_offset, int) and max(r1 - r0, c1 - c0) <= EDGE:
-            delta = c0 + self.kv_offset - r0 - self.q_offset
-            tile = band_tile(delta, r1 - r0, c1 - c0, right=self.right, left=self.left, device=self.device)
-            return tile.clone() if self.left is None else tile  # the triangle is shared
         queries = (torch.arange(r0, r1, device=self.device) + self.q_offset)[:, None]
         keys = torch.arange(c0, c1, device=self.device) + self.kv_offset
         visible = torch.ones((r1 - r0, c1 - c0), dtype=torch.bool, device=self.device)
