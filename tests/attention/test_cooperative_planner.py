@@ -12,6 +12,7 @@ import torch
 from tests.attention.virtual import VirtualMachine
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.cache import TieredCache
+from torchwrap.attention.cooperative.machine import OneMemory
 from torchwrap.attention.cooperative.measure import measure_rates
 from torchwrap.attention.cooperative.planner import CacheShape, Plan, Rates, Split, plan_cache
 from torchwrap.attention.mask import TileMask
@@ -176,6 +177,12 @@ def test_rates_measured_on_the_virtual_machine_are_its_own() -> None:
     found = measure_rates(VirtualMachine(rates), SMALL, torch.float32, sample_bytes=1 << 20, chunk_bytes=1 << 16, repeats=2)
     for name in ("device", "host", "link", "wake_s"):
         assert getattr(found, name) == pytest.approx(getattr(rates, name), rel=0.01), name
+
+
+def test_a_real_machine_can_be_measured() -> None:
+    """Of the figures only their order is known: there is one memory, so both sides read about as fast as each other."""
+    found = measure_rates(OneMemory(), SMALL, torch.float32, sample_bytes=1 << 20, chunk_bytes=1 << 16, repeats=1)
+    assert min(found.device, found.host, found.link, found.wake_s, found.flops) > 0
 
 
 def test_256k_tokens_with_a_sixteenth_on_the_device() -> None:

@@ -142,9 +142,10 @@ class TieredCache:
             sinks: `[Hq]`.
 
         Returns:
-            out `[B, Hq, Sq, Dv]` in the dtype of q, and lse `[B, Hq, Sq]`.
+            out `[B, Hq, Sq, Dv]` in the dtype of q, and lse `[B, Hq, Sq]`. In half precision each partial was rounded to it once.
 
         Raises:
+            ConfigError: q asks for gradients.
             WorkError: a thread of the host failed. All layers hold what they held before this pass.
         """
         layer = self.layers[index]
