@@ -21,6 +21,12 @@ struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
 #define INLINE static inline __attribute__((always_inline))
+// Arrays of vectors stay in registers only when every index is known while compiling.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 #if defined(__AVX512F__)
 
@@ -209,13 +215,6 @@ INLINE Vector tanh(Vector x) {
     Vector inside = smaller(all(40.f), larger(all(-40.f), mul(x, all(2.88539008f)))), whole = nearest(inside);
     Vector power = two_to(whole), e = fma(power, power_series(sub(inside, whole)), sub(power, all(1.f)));
     return div(e, add(e, all(2.f)));
-}
-
-INLINE float largest(Vector a) {
-    float lanes[W], found = -INFINITY;
-    store(lanes, a);
-    for (int i = 0; i < W; i++) found = lanes[i] > found ? lanes[i] : found;
-    return found;
 }
 
 }  // namespace
