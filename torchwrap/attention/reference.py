@@ -82,5 +82,7 @@ class Eager:
         leaves = {name: getattr(call, name).detach().requires_grad_() for name in names}
         with torch.enable_grad():
             again = attention(replace(call, **leaves))
-        grads = dict(zip(names, torch.autograd.grad(again, list(leaves.values()), (grad_out, grad_lse)), strict=True))
+        # autograd takes None for the gradient of a scalar only
+        outputs, given = (again, (grad_out, grad_lse)) if grad_lse is not None else (again[:1], (grad_out,))
+        grads = dict(zip(names, torch.autograd.grad(outputs, list(leaves.values()), given), strict=True))
         return grads["q"], grads["k"], grads["v"], grads.get("sinks"), grads.get("bias")

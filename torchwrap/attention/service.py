@@ -1,0 +1,136 @@
+"""Attention on behalf of a model: `attend` with the settings of one wrapped model, and a record of which calls went where.
+
+A model's attention modules call a function of ours; what they cannot be served with goes back to the model's own function, and the
+settings say whether that is worth a warning or an error. Counters are kept outside compiled graphs only: a graph that reads a changing
+number would be compiled anew for every call.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchwrap.attention.attend import attend
+from torchwrap.attention.contract import checked
+from torchwrap.attention.dispatch import choose
+from torchwrap.attention.mask import TileMask
+from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
+
+__all__ = ["Service"]
+
+_lock = threading.Lock()
+
+
+class Service:
+    """Calls of `attend` with one model's settings.
+
+    Args:
+        backend: as in `attend`.
+        fallback: what to do when a call has to go to the model's own attention: `warn` once per reason, `error` or `silent`.
+        cache: `arena` if growing caches are to write in place.
+
+    Attributes:
+        served: `{(module, back end, kind of call): calls}`.
+        reasons: `{(back end, kind of call): why that back end}`.
+        left: `{(module, reason): calls}` that went to the model's own attention.
+    """
+
+    def __init__(self, backend: str = "auto", fallback: str = "warn", cache: str = "keep") -> None:
+        self.backend, self.fallback, self.cache = backend, fallback, cache
+        self.served: Counter[tuple[str, str, str]] = Counter()
+        self.reasons: dict[tuple[str, str], str] = {}
+        self._chosen: dict[tuple[str, int, int], str] = {}
+        self.left: Counter[tuple[str, str]] = Counter()
+
+    def attend(
+        self, where: str, q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = None, scale: float | None = None,
+        softcap: float | None = None, sinks: Tensor | None = None, bias: Tensor | None = None, dropout: float = 0.0,
+    ) -> Tensor:
+        """As `torchwrap.attention.attend.attend`, for the module named `where`.
+
+        Args:
+            where: name of the module that asks, for the record.
+            q: `[B, Hq, Sq, D]`.
+            k: `[B, Hkv, Sk, D]`.
+            v: `[B, Hkv, Sk, Dv]`.
+            mask: what each query sees.
+            scale: factor of the scores.
+            softcap: bound of the scaled scores.
+            sinks: `[Hq]`.
+            bias: added to the scores.
+            dropout: probability with which a weight becomes 0.
+
+        Returns:
+            `[B, Hq, Sq, Dv]`.
+        """
+        if not torch.compiler.is_compiling():
+            kind = _kind(q, k, mask, softcap, sinks, bias, dropout)
+            size = kind, q.shape[2].bit_length(), k.shape[2].bit_length()
+            if size not in self._chosen:  # asked once for each kind and size class: the answer is for people
+                call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
+                choice = choose(replace(call, dropout=dropout), self.backend)
+                self.reasons[choice.backend.name, kind] = choice.reason
+                self._chosen[size] = choice.backend.name
+            with _lock:
+                self.served[where, self._chosen[size], kind] += 1
+        out: Tensor = attend(
+            q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=self.backend
+        )
+        return out
+
+    def leave(self, where: str, reason: str, fix: str) -> None:
+        """A call of the module named `where` goes to the model's own attention.
+
+        Raises:
+            UnsupportedModelError: the settings forbid it.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if self.fallback == "error":
+            raise UnsupportedModelError(f"fast_attention cannot serve this call: {reason}", where=where, fix=fix)
+        with _lock:
+            first = not any(reason == known for _, known in self.left)
+            self.left[where, reason] += 1
+        if first and self.fallback == "warn":
+            warnings.warn(f"fast_attention leaves calls to the model's own attention: {reason}. {fix}", TorchwrapWarning, stacklevel=2)
+
+    def stats(self) -> dict[str, Any]:
+        """`{"served": {...}, "left": {...}}`, calls by module, back end and kind, as plain values."""
+        with _lock:
+            served, left = dict(self.served), dict(self.left)
+        return {
+            "served": {" ".join(key): count for key, count in served.items()},
+            "left": {" ".join(key): count for key, count in left.items()},
+        }
+
+    def explain(self) -> str:
+        """The record for people, a line per back end and kind of call, then a line per reason; empty before the first call."""
+        with _lock:
+            served, left = dict(self.served), dict(self.left)
+        calls: dict[tuple[str, str], Counter[str]] = {}
+        for (where, backend, kind), count in served.items():
+            calls.setdefault((f"{kind}: {backend}", self.reasons[backend, kind]), Counter())[where] += count
+        for (where, reason), count in left.items():
+            calls.setdefault(("the model's own attention", reason), Counter())[where] += count
+        return "\n".join(f"{what}: {by.total()} calls of {len(by)} modules ({why})" for (what, why), by in calls.items())
+
+
+def _kind(
+    q: Tensor, k: Tensor, mask: TileMask | Tensor | None, softcap: float | None, sinks: Tensor | None, bias: Tensor | None, dropout: float
+) -> str:
+    """What sets calls apart for the choice of a back end."""
+    mode = "decode" if q.shape[2] == 1 else "chunked" if q.shape[2] < k.shape[2] else "prefill"
+    if mask is None:
+        seen = "unmasked"
+    elif isinstance(mask, TileMask):
+        seen = mask.plain or "composed mask"
+    else:
+        seen = "dense mask"
+    given = {"softcap": softcap is not None, "sinks": sinks is not None, "bias": bias is not None, "dropout": dropout > 0}
+    return ", ".join([mode, seen, *(name for name, there in given.items() if there), str(q.dtype).removeprefix("torch.")])
