@@ -1,7 +1,7 @@
 """Run and fine-tune the PyTorch models you have on hardware that is too small for them, with one line.
 
-Every name below is loaded on first use. `torchwrap.offload`, `torchwrap.superpipeline` and `torchwrap.trace` are techniques (call them),
-although packages of the same names exist; `torchwrap.core.Package` says how.
+Every name below is loaded on first use. `torchwrap.offload`, `torchwrap.superpipeline`, `torchwrap.fast_attention` and `torchwrap.trace`
+are techniques (call them), although packages of the same names exist; `torchwrap.core.Package` says how.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from torchwrap.core.transaction import handle_of as handle_of
     from torchwrap.core.transaction import unwrap as unwrap
     from torchwrap.core.transaction import wrappers_of as wrappers_of
+    from torchwrap.fast_attention.config import FastAttention as FastAttention
+    from torchwrap.fast_attention.technique import fast_attention as fast_attention
     from torchwrap.offload.config import Offload as Offload
     from torchwrap.offload.technique import offload as offload
     from torchwrap.optimizer.optimizer import OffloadedOptimizer as OffloadedOptimizer
@@ -62,6 +64,7 @@ _WHERE = {
         "torchwrap.core.report": ("Report", "check", "describe"),
         "torchwrap.core.technique": ("Handle", "Technique"),
         "torchwrap.core.transaction": ("applied", "apply", "disabled", "handle_of", "unwrap", "wrappers_of"),
+        "torchwrap.fast_attention.config": ("FastAttention",),
         # Not in __all__: these two need transformers.
         "torchwrap.integrations.transformers.callbacks": ("OffloadCallback", "PlanCallback"),
         "torchwrap.offload.config": ("Offload",),
@@ -73,10 +76,11 @@ _WHERE = {
 }
 
 __all__ = [
-    "BudgetError", "Config", "ConfigError", "ConflictError", "CorruptDataError", "DiskFullError", "Handle", "NotAppliedError",
-    "Offload", "OffloadedOptimizer", "Plan", "PlanError", "Report", "StorageError", "Superpipeline", "Technique", "TorchwrapError",
-    "TorchwrapWarning", "Trace", "UnsafePathError", "UnsupportedModelError", "__version__", "applied", "apply", "check", "core",
-    "describe", "disabled", "handle_of", "offload", "plan_of", "superpipeline", "trace", "unwrap", "wrappers_of",
+    "BudgetError", "Config", "ConfigError", "ConflictError", "CorruptDataError", "DiskFullError", "FastAttention", "Handle",
+    "NotAppliedError", "Offload", "OffloadedOptimizer", "Plan", "PlanError", "Report", "StorageError", "Superpipeline", "Technique",
+    "TorchwrapError", "TorchwrapWarning", "Trace", "UnsafePathError", "UnsupportedModelError", "__version__", "applied", "apply",
+    "check", "core", "describe", "disabled", "fast_attention", "handle_of", "offload", "plan_of", "superpipeline", "trace",
+    "unwrap", "wrappers_of",
 ]
 
 
@@ -85,7 +89,7 @@ def __getattr__(name: str) -> object:
         value: object = getattr(importlib.import_module(_WHERE[name]), name)
         globals()[name] = value
         return value
-    if name in ("core", "integrations", "storage", "stream", "cli", "demo"):
+    if name in ("core", "integrations", "storage", "stream", "attention", "cli", "demo"):
         return importlib.import_module(f"torchwrap.{name}")
     raise AttributeError(f"module 'torchwrap' has no attribute {name!r}")
 

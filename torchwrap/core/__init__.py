@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["BUILT_IN", "Package", "callable_names", "tensors"]
 
 BUILT_IN = {
+    "fast_attention": "torchwrap.fast_attention.technique",
     "offload": "torchwrap.offload.technique",
     "superpipeline": "torchwrap.superpipeline.technique",
     "trace": "torchwrap.trace.technique",

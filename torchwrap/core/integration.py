@@ -16,7 +16,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,10 +25,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
+from torchwrap.core.layer import Layer
 from torchwrap.core.swap import original_class
 from torchwrap.core.tensors import tied_groups
 
 __all__ = [
+    "AttentionRoute",
     "BlockRef",
     "ExpertsRef",
     "Integration",
@@ -39,7 +41,11 @@ __all__ = [
     "known_integrations",
 ]
 
-_BUILT_IN = {"transformers": "torchwrap.integrations.transformers", "torchvision": "torchwrap.integrations.torchvision"}
+_BUILT_IN = {
+    "transformers": "torchwrap.integrations.transformers",
+    "torchvision": "torchwrap.integrations.torchvision",
+    "diffusers": "torchwrap.integrations.diffusers",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,29 @@ class ExpertsRef:
     parameters: tuple[str, ...]
     count: int
     routed: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], torch.Tensor | None]
+
+
+@dataclass
+class AttentionRoute:
+    """How a family's attention comes to call a function of ours: found and checked, nothing switched yet.
+
+    Copies and pickles with the model it belongs to.
+
+    Attributes:
+        places: layers to stand on modules, as (name in the model, module, layer).
+        attends: names of the modules whose attention is led through the function.
+        notes: remarks for `describe`.
+    """
+
+    places: list[tuple[str, nn.Module, Layer]] = field(default_factory=list)
+    attends: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def set(self) -> None:
+        """Switch on what layers alone cannot, such as a configured name. Must not raise half-way."""
+
+    def restore(self) -> None:
+        """Undo `set`, where nobody has changed it since."""
 
 
 @dataclass
@@ -140,6 +169,19 @@ class Integration:
     def experts(self, model: nn.Module) -> list[ExpertsRef]:
         """Modules with an expert in each slice of their parameters, of which a call uses only those that its tokens are routed to."""
         return []
+
+    def attention(self, model: nn.Module, service: Any, prefix: str = "") -> AttentionRoute | None:
+        """How this model's attention can be led elsewhere; `None` if it has none.
+
+        Args:
+            model: the model.
+            service: who computes it, a `torchwrap.attention.service.Service`.
+            prefix: name of the model in a larger one, which the names in the route begin with.
+
+        Raises:
+            UnsupportedModelError: there is attention that cannot be led elsewhere; nothing has been touched.
+        """
+        return None
 
     def loading(self) -> AbstractContextManager[LoadingState]:
         """Tells, as a context, whether one of this framework's loaders is constructing modules now."""

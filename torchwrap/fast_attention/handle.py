@@ -1,0 +1,37 @@
+"""The live object of an applied `fast_attention`: which calls went where, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchwrap.attention.service import Service
+from torchwrap.core.integration import AttentionRoute
+from torchwrap.core.technique import Handle
+
+__all__ = ["FastAttentionHandle"]
+
+
+class FastAttentionHandle(Handle):
+    """Attention of one model; `tw.handle_of(model, "fast_attention")` returns it."""
+
+    def __init__(self, service: Service, routes: list[AttentionRoute]) -> None:
+        self.service: Service = service
+        self._routes = routes
+
+    def stats(self) -> dict[str, Any]:
+        """`{"served": {...}, "left": {...}}`: calls by module, back end and kind; those inside compiled graphs are not counted."""
+        return self.service.stats()
+
+    def explain(self) -> str:
+        """A line per back end and kind of call, with why it was chosen; then what went to the model's own attention, and why."""
+        return self.service.explain() or "No call yet."
+
+    def open(self) -> None:
+        """Lead the model's attention here."""
+        for route in self._routes:
+            route.set()
+
+    def close(self) -> None:
+        """Lead the model's attention back."""
+        for route in self._routes:
+            route.restore()

@@ -1,0 +1,101 @@
+"""`torchwrap.fast_attention`: a model's attention, computed by `torchwrap.attention`.
+
+What is found and how it is led elsewhere is knowledge about frameworks, and integrations have it. This file asks for it, in the model and
+in models inside it (a tower in a module of the user's, a model inside an adapter's), adds torch's own modules, and keeps the way back.
+
+Source: "FastAttention: Extend FlashAttention2 to NPUs and Low-resource GPUs", 2024 (arXiv 2410.16663): attention without stored scores or
+masks where FlashAttention does not reach. Where we differ: any model as it is, training, and a choice of back end for each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from torch import nn
+
+from torchwrap.attention.service import Service
+from torchwrap.core.errors import UnsupportedModelError
+from torchwrap.core.integration import AttentionRoute, Integration, integration_for
+from torchwrap.core.order import PHASES
+from torchwrap.core.technique import Prepared, Technique, register
+from torchwrap.fast_attention import torch_modules
+from torchwrap.fast_attention.config import FastAttention
+from torchwrap.fast_attention.handle import FastAttentionHandle
+
+__all__ = ["FastAttentionTechnique", "fast_attention"]
+
+
+class FastAttentionTechnique(Technique[FastAttention]):
+    """Computes a model's attention without storing scores or masks of queries times keys.
+
+    Args:
+        target: a module, a class or a factory of modules; nothing makes a decorator.
+        config: a `FastAttention`, or its fields as keywords.
+
+    Raises:
+        UnsupportedModelError: the model has no attention that can be led elsewhere, or some of it cannot.
+        ConfigError: a field is out of range.
+
+    Exactness: allclose to the model's own attention: sums are taken in another order (float32 logits within 1e-4 on the models of the
+        tests, gradients within twice the rounding of the definition). Rows of a batch that see no key give zeros.
+    Cost: memory of one call grows with queries plus keys, not with their product; nothing is added to the model.
+
+    Example:
+        >>> import torch, torchwrap as tw
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        >>> model = tw.fast_attention(torch.nn.TransformerEncoder(layer, 2).eval())
+        >>> tuple(model(torch.ones(1, 5, 16)).shape)
+        (1, 5, 16)
+        >>> sum(tw.handle_of(model, "fast_attention").stats()["served"].values())
+        2
+        >>> _ = tw.unwrap(model)
+    """
+
+    name = "fast_attention"
+    phase: ClassVar[int] = PHASES["fast_attention"]
+    config_class = FastAttention
+    exactness = "allclose: float32 outputs within 1e-4 of the model's own attention"
+
+    def prepare(self, model: nn.Module, config: FastAttention, integration: Integration) -> Prepared[FastAttention]:
+        """Find every attention module and how it is reached; touches nothing."""
+        service = Service(config.backend, config.fallback, config.cache)
+        routes = list(_routes("", model, service))
+        served = {id(module) for route in routes for _, module, _ in route.places}
+        own = torch_modules.route(model, service, served)
+        if own.attends:
+            own.notes.append(f"{len(own.attends)} modules that use nn.MultiheadAttention or scaled_dot_product_attention themselves")
+            routes.append(own)
+        if not any(route.attends for route in routes):
+            raise UnsupportedModelError(
+                f"fast_attention: {type(model).__name__} has no attention that can be led elsewhere: looked for nn.MultiheadAttention, for "
+                f"modules whose forward calls scaled_dot_product_attention, and for those known to the {integration.name} integration",
+                where=type(model).__name__,
+                fix="Call torchwrap.attention.attend.attend in the model's own code, or give the part of it that has attention.",
+            )
+        layers = [place for route in routes for place in route.places]
+        notes = [note for route in routes for note in route.notes]
+        return Prepared(config=config, layers=layers, notes=notes, data=FastAttentionHandle(service, routes))
+
+    def attach(self, model: nn.Module, prepared: Prepared[FastAttention]) -> FastAttentionHandle:
+        """Switch the routes on; an error leaves the model as it was."""
+        handle: FastAttentionHandle = prepared.data
+        try:
+            handle.open()
+        except BaseException:
+            handle.close()
+            raise
+        return handle
+
+
+def _routes(prefix: str, module: nn.Module, service: Service) -> Iterator[AttentionRoute]:
+    """Routes of the outermost modules that an integration knows, with names in the whole model."""
+    route = integration_for(module).attention(module, service, prefix)
+    if route is not None and route.attends:
+        yield route
+        return
+    for name, child in module.named_children():
+        yield from _routes(f"{prefix}.{name}" if prefix else name, child, service)
+
+
+fast_attention: FastAttentionTechnique = register(FastAttentionTechnique())

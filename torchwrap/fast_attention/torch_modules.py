@@ -1,0 +1,199 @@
+"""Attention that torch itself has modules or functions for: `nn.MultiheadAttention` with the layers around it, and modules of the user's.
+
+In eval mode torch may run these modules as one native function that no attention function of ours could enter, switched by a flag that is
+global to the process. So the flag is left alone, and the modules' code is replaced: the projections are computed as torch's own slow
+path does, and attention between them is ours. An encoder layer is run step by step through its own methods; an encoder does not turn
+padded batches into nested tensors, for which there is the native path only. A module of any library whose own `forward` calls
+`scaled_dot_product_attention` runs with those calls led here.
+
+Letters: B batch, T and S query and key lengths, E width of the module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchwrap.attention.divert import FunctionLayer
+from torchwrap.attention.mask import TileMask
+from torchwrap.attention.service import Service
+from torchwrap.core.integration import AttentionRoute
+from torchwrap.core.layer import Layer
+from torchwrap.core.swap import layers_of, original_class
+
+__all__ = ["EncoderLayer", "MultiheadLayer", "StackLayer", "route"]
+
+
+def route(model: nn.Module, service: Service, taken: set[int]) -> AttentionRoute:
+    """Layers for every module of these classes, or of one that did not write their `forward` anew.
+
+    Args:
+        model: the model.
+        service: who computes attention.
+        taken: ids of modules that an integration serves already.
+    """
+    found = AttentionRoute()
+    for fqn, module in model.named_modules():
+        if id(module) in taken:
+            continue
+        forward = original_class(module).forward
+        if forward is nn.MultiheadAttention.forward:
+            found.places.append((fqn, module, MultiheadLayer(fqn, service)))
+            found.attends.append(fqn)
+        elif forward is nn.TransformerEncoderLayer.forward:
+            found.places.append((fqn, module, EncoderLayer(fqn, service)))
+        elif forward is nn.TransformerEncoder.forward:
+            found.places.append((fqn, module, StackLayer(fqn, service)))
+        elif "scaled_dot_product_attention" in getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ()):
+            found.places.append((fqn, module, FunctionLayer(fqn, service)))
+            found.attends.append(fqn)
+    if not found.attends:
+        found.places.clear()
+    return found
+
+
+class _Replacing(Layer):
+    """A layer in place of a module's code."""
+
+    def __init__(self, fqn: str, service: Service) -> None:
+        self.fqn, self.service = fqn, service
+
+    def _named(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name, defaults filled in; the user's own mistakes raise as they would."""
+        bound = inspect.signature(forward).bind(None, *args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+
+class MultiheadLayer(_Replacing):
+    """`nn.MultiheadAttention.forward` with attention of ours, where no weights are asked for."""
+
+    def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert isinstance(module, nn.MultiheadAttention)
+        given = self._named(nn.MultiheadAttention.forward, args, kwargs)
+        query, key, value = given["query"], given["key"], given["value"]
+        reason = _not_served(module, query, key, value, given)
+        if reason is not None:
+            self.service.leave(self.fqn, *reason)
+            return call(*args, **kwargs)
+        flat = query.dim() == 2
+        q, k, v = _projected(module, query, key, value)
+        mask, bias = _masks(module, q.shape, k.shape, given)
+        dropout = module.dropout if module.training else 0.0
+        out = self.service.attend(self.fqn, q, k, v, mask=mask, bias=bias, dropout=dropout)
+        out = F.linear(out.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
+        if flat:
+            return out.squeeze(0), None
+        return (out if module.batch_first else out.transpose(0, 1)), None
+
+
+def _not_served(
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]
+) -> tuple[str, str] | None:
+    """Why this call goes to torch, and what can be done about it."""
+    if given["need_weights"]:
+        return "nn.MultiheadAttention returns the weights of attention", "Call it with need_weights=False, if they are not used."
+    if query.is_nested or key.is_nested or value.is_nested:
+        return "its inputs are nested tensors", "Give padded tensors with key_padding_mask."
+    if module.bias_k is not None or module.add_zero_attn:
+        return "nn.MultiheadAttention adds keys of its own (add_bias_kv, add_zero_attn)", "Nothing has to be done."
+    return None
+
+
+def _projected(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, T, D), k and v (B, H, S, D)."""
+    if module.in_proj_weight is not None:
+        weights = module.in_proj_weight.chunk(3)
+    else:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    biases = (None, None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    if query is key is value and module.in_proj_weight is not None:
+        parts = F.linear(query, module.in_proj_weight, module.in_proj_bias).chunk(3, -1)
+    else:
+        parts = tuple(F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases, strict=True))
+    heads = []
+    for part in parts:
+        if part.dim() == 2:
+            part = part.unsqueeze(0)
+        elif not module.batch_first:
+            part = part.transpose(0, 1)
+        heads.append(part.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2))
+    return heads[0], heads[1], heads[2]
+
+
+def _masks(
+    module: nn.MultiheadAttention, q_shape: torch.Size, k_shape: torch.Size, given: dict[str, Any]
+) -> tuple[TileMask | Tensor | None, Tensor | None]:
+    """What hides keys and what is added to scores; torch's boolean masks say what is hidden, ours what is seen."""
+    batch, heads, rows, columns = *q_shape[:3], k_shape[2]
+    mask, padding = given["attn_mask"], given["key_padding_mask"]
+    bias: Tensor | None = None
+    conditions: dict[str, Any] = {}
+    if padding is not None:
+        padding = padding.view(-1, columns)
+        if padding.dtype == torch.bool:
+            conditions["key_mask"] = ~padding
+        else:
+            bias = padding[:, None, None, :]
+    if mask is not None and given["is_causal"]:  # torch's own contract: with the hint the mask is a causal one
+        conditions["right"] = 0
+        mask = None
+    if mask is not None:
+        mask = mask.view(batch, heads, rows, columns) if mask.dim() == 3 else mask[None, None]
+        if mask.dtype != torch.bool:
+            bias = mask if bias is None else bias + mask
+        elif conditions:
+            return ~mask & conditions["key_mask"][:, None, None, :], bias
+        else:
+            return ~mask, bias
+    if not conditions:
+        return None, bias
+    device = next((value.device for value in (padding, given["attn_mask"]) if value is not None), None)
+    return TileMask(batch, rows, columns, q_offset=0, device=device, **conditions), bias
+
+
+class EncoderLayer(_Replacing):
+    """`nn.TransformerEncoderLayer.forward` step by step, never as one native function."""
+
+    def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert isinstance(module, nn.TransformerEncoderLayer)
+        given = self._named(nn.TransformerEncoderLayer.forward, args, kwargs)
+        x = given["src"]
+        if x.is_nested or not any(isinstance(layer, MultiheadLayer) for layer in layers_of(module.self_attn)):
+            return call(*args, **kwargs)
+        masks = given["src_mask"], given["src_key_padding_mask"], given["is_causal"]
+        if module.norm_first:
+            x = x + module._sa_block(module.norm1(x), *masks)
+            return x + module._ff_block(module.norm2(x))
+        x = module.norm1(x + module._sa_block(x, *masks))
+        return module.norm2(x + module._ff_block(x))
+
+
+class StackLayer(_Replacing):
+    """`nn.TransformerEncoder.forward` without nested tensors."""
+
+    def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert isinstance(module, nn.TransformerEncoder)
+        given = self._named(nn.TransformerEncoder.forward, args, kwargs)
+        x, mask = given["src"], given["mask"]
+        if x.is_nested:
+            return call(*args, **kwargs)
+        causal = mask is not None and (bool(given["is_causal"]) if given["is_causal"] is not None else _is_causal(mask))
+        for layer in module.layers:
+            x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=given["src_key_padding_mask"])
+        return x if module.norm is None else module.norm(x)
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Is it the mask of `nn.Transformer.generate_square_subsequent_mask`, as torch looks for when it is not told?"""
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+        return False
+    future = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype == torch.bool:
+        return torch.equal(mask, future)
+    return torch.equal(mask, torch.zeros_like(mask).masked_fill(future, float("-inf")))
