@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from torchwrap.core.integration import BlockRef, ExpertsRef, Integration, LoadingState, Skeleton
+from torchwrap.core.integration import AttentionRoute, BlockRef, ExpertsRef, Integration, LoadingState, Skeleton
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,12 @@ class TransformersIntegration(Integration):
         from torchwrap.integrations.transformers import experts
 
         return experts.experts(model)
+
+    def attention(self, model: nn.Module, service: Any, prefix: str = "") -> AttentionRoute | None:
+        """Led through the registries of attention and mask functions; see `attention.route`."""
+        from torchwrap.integrations.transformers import attention
+
+        return attention.route(model, service, prefix)
 
     def loading(self) -> AbstractContextManager[LoadingState]:
         """Whether `from_pretrained` or `from_config` is constructing modules in this thread; see `loading.loading_state`."""

@@ -1,0 +1,302 @@
+"""Leads transformers' attention through `torchwrap.attention`, by the two registries that the library has for this.
+
+A model looks its attention function up under the name in its config, and the function that builds masks under the same name. Both
+registries are process-wide, so ours is entered once, under a name of its own, and a model is switched over by writing that name into
+its configs, one for each nested model. The name must not contain "flash" (transformers 5.23 asks by substring whether it is FlashAttention)
+and is never saved: configs drop it when they are serialised. A layer on each attention module says for whom the function works.
+
+Weights of attention do not exist in any fast way of computing it. A call that asks for them runs the model's own eager function.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from torchwrap.attention.mask import TileMask
+from torchwrap.attention.service import Service
+from torchwrap.core.errors import UnsupportedModelError
+from torchwrap.core.integration import AttentionRoute
+from torchwrap.core.layer import CallState, Layer, held_back
+from torchwrap.core.swap import layers_of, original_class
+from torchwrap.integrations.transformers.cache import into_arenas
+from torchwrap.integrations.transformers.masks import tile_mask
+
+__all__ = ["NAME", "AttentionLayer", "ModelLayer", "TransformersRoute", "attention_forward", "attention_mask", "route"]
+
+NAME = "torchwrap_fast"
+
+# Arguments with which a model chooses keys in a way of its own (transformers 5.23: sparse attention of MiniMax M3 and dots3, Inkling 2).
+OWN_KEYS = ("block_indices", "indices", "sinks")
+
+_weights_asked = CallState()
+"""Configs of the models whose running call returns weights of attention, innermost call last."""
+
+
+class AttentionLayer(Layer):
+    """Stands on an attention module and says whose it is; changes nothing itself."""
+
+    where = "outside"
+
+    def __init__(self, fqn: str, service: Service, original: str | None) -> None:
+        self.fqn, self.service, self.original = fqn, service, original
+
+
+@dataclass
+class TransformersRoute(AttentionRoute):
+    """Attention of one transformers model.
+
+    Attributes:
+        originals: every config of the model with the implementation it had.
+    """
+
+    originals: list[tuple[Any, str | None]] = field(default_factory=list)
+
+    def set(self) -> None:
+        """Write our name into every config."""
+        for config, _ in self.originals:
+            config._attn_implementation_internal = NAME
+
+    def restore(self) -> None:
+        """Write back what was there, where our name still is."""
+        for config, original in self.originals:
+            if config._attn_implementation_internal == NAME:
+                config._attn_implementation_internal = original
+
+    def original(self, config: object) -> tuple[bool, str | None]:
+        """Whether the config belongs to this model, and the implementation it had."""
+        return next(((True, name) for known, name in self.originals if known is config), (False, None))
+
+
+class ModelLayer(Layer):
+    """Stands on each model: sees what a call asks for, and gives growing caches memory that grows in place."""
+
+    where = "outside"
+
+    def __init__(self, fqn: str, service: Service, owner: TransformersRoute) -> None:
+        self.fqn, self.service, self.route = fqn, service, owner
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        asked: tuple[Any, ...] = _weights_asked.peek(())
+        if kwargs.get("output_attentions") and module.config._attn_implementation_internal == NAME:
+            self.service.leave(
+                self.fqn, "it returns the weights of attention (output_attentions=True)",
+                "Leave output_attentions out to have it served.",
+            )  # fmt: skip
+            asked = (*asked, *(config for config, _ in self.route.originals))
+        _weights_asked.push(asked)
+        if self.service.cache == "arena" and not torch.compiler.is_dynamo_compiling():
+            into_arenas(kwargs.get("past_key_values"))
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        _weights_asked.pop()
+        return output
+
+    def failed(self, module: nn.Module, error: BaseException) -> None:
+        _weights_asked.pop()
+
+
+def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersRoute:
+    """How the attention of `model` and of the models in it is led through `service`; touches nothing.
+
+    Raises:
+        UnsupportedModelError: one of them computes attention in a way that cannot be set, or always returns its weights.
+    """
+    found = TransformersRoute()
+    models = [(fqn, module) for fqn, module in model.named_modules(prefix=prefix) if isinstance(module, PreTrainedModel)]
+    for fqn, module in models:
+        _refuse(fqn, module)
+    sites = [(fqn, module) for fqn, module in model.named_modules(prefix=prefix) if _asks_the_registry(module)]
+    configs: dict[int, Any] = {}
+    for _, module in (*models, *sites):
+        configs.update((id(config), config) for config in _with_nested(module.config))
+    found.originals = [(config, config._attn_implementation_internal) for config in configs.values()]
+    for fqn, module in sites:
+        found.places.append((fqn, module, AttentionLayer(fqn, service, module.config._attn_implementation_internal)))
+        found.attends.append(fqn)
+    found.places += [(fqn, module, ModelLayer(fqn, service, found)) for fqn, module in models]
+    names = sorted({str(name) for _, name in found.originals})
+    found.notes.append(f"{len(sites)} attention modules through {NAME!r} instead of {', '.join(map(repr, names))}")
+    return found
+
+
+def _refuse(fqn: str, model: Any) -> None:
+    kind = original_class(model)
+    if getattr(model.config, "output_attentions", False):
+        raise UnsupportedModelError(
+            f"{kind.__name__} is configured to return the weights of attention in every call, which no fast way of computing it has",
+            where=fqn or kind.__name__,
+            fix="Set model.config.output_attentions = False first.",
+        )
+    if not can_be_set(kind):
+        raise UnsupportedModelError(
+            f"the attention of {kind.__name__} cannot be set: its code does not ask transformers' AttentionInterface",
+            where=fqn or kind.__name__,
+            fix="Apply fast_attention to the parts whose attention can be set, e.g. torchwrap.fast_attention(model.language_model), "
+            "or leave it out: apply(model, ..., strict=False) goes on without it.",
+        )
+
+
+def can_be_set(kind: type) -> bool:
+    """Does the code of this model class ask the registry, or have no attention of its own?
+
+    The same question as `PreTrainedModel._can_set_attn_implementation` (transformers 5.23), which reads source files and leaves its
+    answer on the class.
+    """
+    scope = vars(sys.modules.get(kind.__module__, object))
+    if "ALL_ATTENTION_FUNCTIONS" in scope:
+        return True
+    own = (value for value in scope.values() if isinstance(value, type) and value.__module__ == kind.__module__)
+    return bool(scope) and not any(nn.Module in value.__bases__ and "Attention" in value.__name__ for value in own)
+
+
+def _asks_the_registry(module: nn.Module) -> bool:
+    code = getattr(_code_of(module), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
+
+
+def _code_of(module: nn.Module) -> Any:
+    return inspect.unwrap(original_class(module).forward)
+
+
+def _with_nested(config: Any) -> Iterator[Any]:
+    yield config
+    for name in getattr(config, "sub_configs", ()):
+        nested = getattr(config, name, None)
+        if hasattr(nested, "_attn_implementation_internal"):
+            yield from _with_nested(nested)
+
+
+# What the registries call
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls under `NAME`.
+
+    Args:
+        module: the attention module.
+        query: (B, Hq, Sq, D).
+        key: (B, Hkv, Sk, D).
+        value: (B, Hkv, Sk, Dv).
+        attention_mask: a `TileMask` from `attention_mask`, or what the caller of the model gave.
+        dropout: of the weights; 0 outside training.
+        scaling: of the scores; None: `1 / sqrt(D)`.
+        is_causal: without a mask, whether a query sees only keys up to its own; None: what the module says.
+        sliding_window: without a mask, how many keys a causal query sees.
+        softcap: bound of the scaled scores.
+        s_aux: (Hq), sinks.
+        position_bias: (1 or B, Hq, Sq, Sk), added to the scores.
+        **kwargs: for the model's own function, if the call goes there.
+
+    Returns:
+        (B, Sq, Hq, Dv), contiguous, and None; from the model's own eager function the weights.
+    """
+    layer = next((layer for layer in layers_of(module) if isinstance(layer, AttentionLayer)), None)
+    service = layer.service if layer is not None else Service(fallback="silent")
+    fqn = layer.fqn if layer is not None else type(module).__name__
+    own = _own_implementation(module.config, layer)
+    if own is None and any(kwargs.get(name) is not None for name in OWN_KEYS):
+        service.leave(fqn, f"it chooses its keys itself ({', '.join(OWN_KEYS)})", "Nothing has to be done.")
+        own = "eager"
+    if own is not None:
+        given = dict(
+            dropout=dropout, scaling=scaling, is_causal=is_causal, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux,
+            position_bias=position_bias,
+        )  # fmt: skip
+        given = {name: value for name, value in given.items() if value is not None}
+        function = _own_function(module, own)
+        return function(module, query, key, value, _for_own(attention_mask, own, query), **given, **kwargs)
+    if attention_mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        attention_mask, key, value = _without_mask(query, key, value, bool(causal), sliding_window)
+    elif attention_mask.shape[-1] > key.shape[2]:
+        columns = (0, key.shape[2])
+        attention_mask = (
+            attention_mask.sub(columns=columns) if isinstance(attention_mask, TileMask) else attention_mask[..., : key.shape[2]]
+        )
+    if query.shape[0] != key.shape[0]:  # learned queries shared by the batch
+        query = query.expand(key.shape[0], -1, -1, -1)
+    out = service.attend(
+        fqn, query, key, value, mask=attention_mask, scale=scaling, softcap=softcap, sinks=s_aux, bias=position_bias, dropout=dropout
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _without_mask(query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None) -> tuple[TileMask | None, Tensor, Tensor]:
+    """What `None` means to transformers' sdpa function: everything, or causal from the first key on."""
+    length = query.shape[2]
+    if not causal or length == 1:
+        return None, key, value
+    key, value = key[:, :, :length], value[:, :, :length]  # an empty static cache: what lies behind was never written
+    if window is None:
+        return TileMask.causal(1, length, key.shape[2], device=query.device), key, value
+    return TileMask.window(1, length, key.shape[2], window, device=query.device), key, value
+
+
+def attention_mask(**kwargs: Any) -> Tensor | None:
+    """What transformers calls under `NAME` for a mask; keywords as for its own `sdpa_mask`."""
+    own = _own_implementation(kwargs.get("config"), None)
+    if own is None:
+        return tile_mask(**kwargs)
+    function = ALL_MASK_ATTENTION_FUNCTIONS.get(own, None)
+    return None if function is None else function(**kwargs)
+
+
+def _own_implementation(config: object, layer: AttentionLayer | None) -> str | None:
+    """The model's own implementation to use in this call, or None for ours."""
+    for held in held_back():
+        if held is layer and layer is not None:
+            return layer.original or "eager"
+        if layer is None and isinstance(held, ModelLayer):
+            known, original = held.route.original(config)
+            if known:
+                return original or "eager"
+    if any(config is asked for asked in _weights_asked.peek(())):
+        return "eager"
+    return None
+
+
+def _own_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """What the module would call under this name: eager functions are in the file of the model, the others in the registry."""
+    scope = _code_of(module).__globals__
+    function: Callable[..., tuple[Tensor, Tensor | None]] = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        name, scope["eager_attention_forward"]
+    )
+    return function
+
+
+def _for_own(mask: Tensor | None, name: str, query: Tensor) -> Tensor | None:
+    """A mask of ours as transformers' functions want it: additive for eager, boolean for the others."""
+    if not isinstance(mask, TileMask):
+        return mask
+    visible = mask.rectangles((0, mask.shape[2]), (0, mask.shape[3]))
+    if name != "eager":
+        return visible
+    return torch.zeros(visible.shape, dtype=query.dtype, device=visible.device).masked_fill(~visible, torch.finfo(query.dtype).min)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)
