@@ -1,4 +1,4 @@
-"""torchwrap's knowledge of torchvision: which modules of its networks are the repeated blocks.
+"""torchwrap's knowledge of torchvision: which modules of its networks are the repeated blocks, and how windowed attention is reached.
 
 The networks differ in how they nest their blocks (`layer1` to `layer4`, stages inside `features`, an encoder), but each family builds
 them from one or two block classes. So the table holds block classes, and the blocks are the outermost modules of these classes in
@@ -9,12 +9,12 @@ Importing this package imports no torchvision. Tested versions: README.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from torchwrap.core.errors import UnsupportedModelError
-from torchwrap.core.integration import BlockRef, Integration
+from torchwrap.core.integration import AttentionRoute, BlockRef, Integration
 from torchwrap.core.swap import original_class
 
 __all__ = ["TorchvisionIntegration", "integration"]
@@ -70,6 +70,12 @@ class TorchvisionIntegration(Integration):
     def no_split(self, model: nn.Module) -> tuple[str, ...]:
         """Names of the block classes in this model: a residual connection is inside each."""
         return tuple(sorted({original_class(block.module).__name__ for block in _walk("", model)}))
+
+    def attention(self, model: nn.Module, service: Any, prefix: str = "") -> AttentionRoute | None:
+        """Windowed attention of Swin transformers; see `attention.route`. Other networks use `nn.MultiheadAttention`."""
+        from torchwrap.integrations.torchvision import attention
+
+        return attention.route(model, service, prefix)
 
 
 def _walk(prefix: str, module: nn.Module) -> Iterator[BlockRef]:
