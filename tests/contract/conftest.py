@@ -6,6 +6,25 @@ from collections.abc import Iterator
 
 import pytest
 
+import torchwrap as tw
+from tests.contract.cases import Case
+from tests.contract.compare import within
+from tests.models import ModelFixture
+
+
+@pytest.fixture(autouse=True)
+def case_and_model(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The tolerance of the case; and where the model lacks what the technique needs, its refusal instead of the test."""
+    given = getattr(request.node, "callspec", None)
+    case, fixture = (None, None) if given is None else (given.params.get("case"), given.params.get("fixture"))
+    if isinstance(case, Case) and isinstance(fixture, ModelFixture) and not case.needs(model := fixture.build()):
+        with pytest.raises(tw.UnsupportedModelError):
+            case.apply(model)
+        pytest.skip(f"{fixture.name} has nothing for {case.technique}, which refuses it")
+    with within(case.tolerance if isinstance(case, Case) else {}):
+        yield
+
+
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:

@@ -109,7 +109,7 @@ class _OuterTechnique(_Noting):
 
 
 class _InnerTechnique(_Noting):
-    name, phase, config_class, where = "test_inner", 40, Inner, "inside"
+    name, phase, config_class, where = "test_inner", 45, Inner, "inside"
 
 
 class _ScaledTechnique(Technique[Scaled]):

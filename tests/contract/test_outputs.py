@@ -10,7 +10,7 @@ from torch import nn
 
 import torchwrap as tw
 from tests.contract.cases import Case, every_model, every_technique, models_named, models_with
-from tests.contract.compare import difference, equal
+from tests.contract.compare import difference, equal, within
 from tests.contract.neutral import Outer, notes
 from tests.models import ModelFixture, run, select
 
@@ -123,9 +123,10 @@ def test_gradients_are_equal_in_training_mode(case: Case, fixture: ModelFixture)
     model, twin = fixture.build().train(), fixture.build().train()
     expected = _backward(twin, fixture)
     case.apply(model)
-    with case.expects("training"):
+    check = case.training(fixture.has_dropout)
+    with case.expects(check):
         equal(_backward(model, fixture), expected)
-    if case.passes("training"):
+    if case.passes(check):
         _equal_gradients(model, twin)
         assert difference(dict(model.named_buffers()), dict(twin.named_buffers())) is None
     else:
@@ -152,7 +153,10 @@ def _equal_gradients(model: nn.Module, twin: nn.Module) -> None:
 @pytest.mark.parametrize("cache", [True, False], ids=["autocast-cache", "no-autocast-cache"])
 def test_outputs_are_equal_under_autocast(case: Case, fixture: ModelFixture, cache: bool) -> None:
     model, twin = case.apply(fixture.build()), fixture.build()
-    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+    if case.tolerance and fixture.name == "encoder":
+        pytest.skip("torch's native path returns bfloat16 under autocast on the CPU, its own slow path and ours float32")
+    coarse = {dtype: max(case.tolerance.values()) for dtype in case.tolerance}  # float32 outputs of bfloat16 products
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache), within(coarse):
         expected = run(twin, fixture.inputs())
         for _ in range(2):
             equal(run(model, fixture.inputs()), expected)

@@ -300,6 +300,7 @@ def test_wrapping_a_class_twice_is_refused_and_subclasses_stay_plain_after_undo(
     class Net(ConvNet):
         pass
 
+    case.config(ConvNet())
     technique = case.callable
     assert technique(Net) is Net
     with pytest.raises(tw.ConflictError, match="Net"):

@@ -11,7 +11,7 @@ from torch import nn
 
 import torchwrap as tw
 from tests.contract.cases import Case, every_technique, models_named
-from tests.contract.compare import difference, equal, model_difference
+from tests.contract.compare import equal, model_difference, output_difference
 from tests.contract.neutral import Outer, note_layers, notes
 from tests.models import ModelFixture, run
 
@@ -62,7 +62,7 @@ def test_an_exception_in_one_thread_leaves_the_others_alone(case: Case, fixture:
                 with pytest.raises(Exception):  # noqa: B017 - each model complains in its own way
                     run(model, broken)
             else:
-                found = difference(run(model, fixture.inputs()), expected)
+                found = output_difference(run(model, fixture.inputs()), expected)
                 if found:
                     return found
         return None
@@ -122,7 +122,7 @@ def test_undo_while_others_go_on_calling(case: Case, fixture: ModelFixture) -> N
 
     def caller(started: threading.Barrier) -> list[str | None]:
         started.wait(timeout=60)
-        return [difference(run(model, fixture.inputs()), expected) for _ in range(6)]
+        return [output_difference(run(model, fixture.inputs()), expected) for _ in range(6)]
 
     with ThreadPoolExecutor(3) as pool:
         for _ in range(12):
@@ -148,7 +148,7 @@ def test_a_forked_process_computes_the_same(case: Case, fixture: ModelFixture) -
 
     def child() -> None:
         try:
-            there.send(difference(run(model, fixture.inputs()), expected))
+            there.send(output_difference(run(model, fixture.inputs()), expected))
         except BaseException as error:
             there.send(repr(error))
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchwrap as tw
 from tests.contract.cases import Case, every_model, every_technique, models_named
-from tests.contract.compare import equal, state_difference
+from tests.contract.compare import equal, within
 from tests.models import ModelFixture
 from torchwrap.core.tensors import is_placeholder
 
@@ -30,6 +30,8 @@ def _loss(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 def test_three_steps_equal_those_of_the_unwrapped_model(case: Case, fixture: ModelFixture, built: str) -> None:
     model, twin = fixture.build().train(), fixture.build().train()
     optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (twin, model)]
+    if case.passes("training") and not case.passes(case.training(fixture.has_dropout)):
+        pytest.skip(case.exempt["dropout"].reason)
     case.apply(model)
     if built == "after":
         optimizers[1] = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -38,7 +40,7 @@ def test_three_steps_equal_those_of_the_unwrapped_model(case: Case, fixture: Mod
     with case.expects("stepping") if away else nullcontext():
         equal(_three_steps(model, fixture, optimizers[1]), expected)
         tw.unwrap(model)
-        assert state_difference(model.state_dict(), twin.state_dict()) is None
+        equal(list(model.state_dict().items()), list(twin.state_dict().items()))
 
 
 def _three_steps(model: nn.Module, fixture: ModelFixture, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -72,9 +74,9 @@ def test_checkpointed_gradients_are_equal_with_dropout(case: Case, fixture: Mode
         if each is twin:
             _loss(each, fixture.inputs()).backward()
         else:
-            with case.expects("training"):
+            with case.expects(case.training(fixture.has_dropout)):
                 _loss(each, fixture.inputs()).backward()
-    if case.passes("training"):
+    if case.passes(case.training(fixture.has_dropout)):
         _equal_gradients(model, twin)
 
 
@@ -115,13 +117,14 @@ def test_torch_checkpoint_of_wrapped_blocks_gives_equal_gradients(
 
     model, twin = (_Checkpointed(blocks(by_name(fixture)), reentrant).train() for _ in range(2))
     case.apply(model)
+    check = case.training(by_name(fixture).has_dropout)
     x = torch.randn(shape)
     torch.manual_seed(3)
     twin(x.clone().requires_grad_()).square().mean().backward()
     torch.manual_seed(3)
-    with case.expects("training"):
+    with case.expects(check):
         model(x.clone().requires_grad_()).square().mean().backward()
-    if case.passes("training"):
+    if case.passes(check):
         _equal_gradients(model, twin)
 
 
@@ -135,15 +138,16 @@ def test_frozen_parameters_get_no_gradient(case: Case, fixture: ModelFixture) ->
     torch.manual_seed(1)
     _loss(twin, fixture.inputs()).backward()
     torch.manual_seed(1)
-    with case.expects("training"):
+    with case.expects(case.training(fixture.has_dropout)):
         _loss(model, fixture.inputs()).backward()
-    if case.passes("training"):
+    if case.passes(case.training(fixture.has_dropout)):
         _equal_gradients(model, twin)
 
 
 @every_technique
 @models_named("llama", "gpt2", "convnet")
 def test_gradients_under_autocast_are_equal(case: Case, fixture: ModelFixture) -> None:
+    coarse = {dtype: max(case.tolerance.values()) for dtype in case.tolerance}  # float32 gradients of bfloat16 products
     model, twin = case.apply(fixture.build().train()), fixture.build().train()
     for each in (twin, model):
         torch.manual_seed(2)
@@ -151,12 +155,13 @@ def test_gradients_under_autocast_are_equal(case: Case, fixture: ModelFixture) -
             if each is twin:
                 loss = _loss(each, fixture.inputs())
             else:
-                with case.expects("training"):
+                with case.expects(case.training(fixture.has_dropout)):
                     loss = _loss(each, fixture.inputs())
-        if each is twin or case.passes("training"):
+        if each is twin or case.passes(case.training(fixture.has_dropout)):
             loss.backward()
-    if case.passes("training"):
-        _equal_gradients(model, twin)
+    if case.passes(case.training(fixture.has_dropout)):
+        with within(coarse):
+            _equal_gradients(model, twin)
 
 
 def _equal_gradients(model: nn.Module, twin: nn.Module) -> None:
