@@ -114,7 +114,7 @@ def test_half_precision_is_merged_in_single() -> None:
 def test_a_random_life_of_a_cache_stays_exact() -> None:
     """Appends of all sizes, crops and selections of rows, with attention after each, against tensors that are simply concatenated."""
     chance = random.Random(3)
-    for _ in range(12):
+    for _ in range(20):
         room = Room(device=chance.randrange(0, 30), recent=chance.randrange(0, 20), spill=chance.randrange(1, 6))
         cache = make(room, VirtualMachine(RATES), streamed=chance.choice([0.0, 0.5]), workers=chance.choice([1, 3]))
         keys, values = tokens(0)
@@ -137,7 +137,7 @@ def test_a_random_life_of_a_cache_stays_exact() -> None:
             assert cache.layers[0].length == keys.shape[2]
             count = chance.choice([1, 1, min(40, keys.shape[2])])
             q = queries(count, keys.shape[0])
-            mask = TileMask.causal(1, count, keys.shape[2])
+            mask = chance.choice([None, TileMask.causal(1, count, keys.shape[2])])
             assert error(cache.attend(0, q, mask=mask), whole(q, keys, values, mask=mask)) < 1e-6
 
 
@@ -173,6 +173,15 @@ def test_a_long_prompt_is_attended_on_the_device_without_coming_back() -> None:
     token = B * HKV * (D + DV) * 4
     # Of the first 40 tokens 6 are still on the device: the first ones. Its recent ones are of this prompt.
     assert machine.uploaded == 34 * token
+
+
+def test_a_prompt_that_sees_everything_counts_its_own_tokens_once() -> None:
+    keys, values = tokens(140)
+    q = queries(40)
+    cache = make(Room(device=60, recent=50), VirtualMachine(RATES))
+    cache.append(0, keys[:, :, :100], values[:, :, :100])
+    cache.append(0, keys[:, :, 100:], values[:, :, 100:])
+    assert error(cache.attend(0, q), whole(q, keys, values)) < 1e-6
 
 
 def test_gradients_are_refused() -> None:

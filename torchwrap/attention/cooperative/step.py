@@ -180,7 +180,7 @@ def attend_tiers(
     futures = _start_host(layer, query, there, staging, workers)
     try:
         near = [(piece.keys, piece.values, piece.first) for piece in pieces if piece.tier == "device"]
-        if len(near) > 1 and layer.near is not None and query.sees_all(layer.length):
+        if len(near) > 1 and layer.near is not None and held == layer.length and query.sees_all(held):
             near = [(*layer.near.span(0, layer.first + layer.recent), 0)]  # one run of memory, and the order of keys is nothing to a sum
         if many and fresh and query.sees(held, layer.length):
             near.append((*fresh, held))
