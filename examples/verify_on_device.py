@@ -1,0 +1,79 @@
+"""Is attention right on this machine, and how fast? Every back end that runs here against float64, into one JSON file.
+
+For owners of cards that the project has never seen, above all V100 (7.0) and T4 (7.5): `python verify_on_device.py [results.json]`. Results
+and gradients obey the law "at most twice the error of the definition in the same dtype". Times are medians of seven runs, interleaved,
+beside torch's own function; on a CPU none are taken. A hash of the content tells a figure quoted from the file from one that was edited.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from torchwrap.attention.contract import Call, checked
+from torchwrap.attention.dispatch import BACKENDS, backend
+from torchwrap.attention.mask import TileMask
+from torchwrap.core.errors import TorchwrapError
+
+device, size = ("cuda", 8) if torch.cuda.is_available() else ("cpu", 1)
+CASES = {  # batch, heads, key heads, queries, keys, width, window
+    "causal": (1, 8, 2, 128 * size, 128 * size, 64, None),
+    "causal, 128 wide": (2, 4, 4, 100 * size, 100 * size, 128, None),
+    "window": (1, 4, 4, 128 * size, 128 * size, 64, 50),
+    "decoding": (2, 8, 2, 1, 512 * size, 128, None),
+}
+
+
+def everything(name: str, call: Call, grad: torch.Tensor) -> list[torch.Tensor]:
+    out, lse = backend(name).forward(call)
+    return [out, *backend(name).backward(call, out, lse, grad.to(out.dtype), torch.zeros_like(lse))[:3]]
+
+
+def milliseconds(runs: dict[str, functools.partial[object]]) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _, (name, run) in itertools.product(range(7 if device == "cuda" else 0), runs.items()):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        times[name].append(began.elapsed_time(ended))
+    return {name: statistics.median(taken) for name, taken in times.items() if taken}
+
+
+torch.manual_seed(0)
+results, equal = [], True
+for dtype, (case, shape) in itertools.product((torch.float16, torch.bfloat16, torch.float32), CASES.items()):
+    batch, heads, kv_heads, queries, keys, width, window = shape
+    q, grad = torch.randn(2, batch, heads, queries, width, device=device, dtype=dtype)
+    k, v = torch.randn(2, batch, kv_heads, keys, width, device=device, dtype=dtype)
+    mask = TileMask(batch, queries, keys, right=0, left=None if window is None else window - 1, device=device)
+    call = checked(q, k, v, mask=mask)
+    exact = everything("eager", replace(call, q=q.double(), k=k.double(), v=v.double()), grad)
+    rounded = everything("eager", call, grad)
+    laws = [2 * (low.double() - high).abs().max().item() + 1e-6 for low, high in zip(rounded, exact, strict=True)]
+    shares, refused = {"eager": 0.5}, {name: backend(name).refuses(call) for name in BACKENDS if name != "eager"}
+    for name in (name for name in list(refused) if refused[name] is None):
+        try:
+            made = zip(everything(name, call, grad), exact, laws, strict=True)
+            shares[name] = max((our.double() - high).abs().max().item() / law for our, high, law in made)
+        except TorchwrapError as error:
+            refused[name], equal = str(error), False
+    runs = {name: functools.partial(everything, name, call, grad) for name in shares}
+    dense = {"attn_mask": mask.rectangles((0, queries), (0, keys)), "enable_gqa": True}
+    runs["torch, forward"] = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, **dense)
+    runs |= {f"{name}, forward": functools.partial(backend(name).forward, call) for name in shares}
+    equal &= all(share <= 1 for name, share in shares.items() if name != "sdpa")  # torch's own rounding is shown, not judged
+    results.append({"case": [case, *shape, str(dtype)], "share of the law": shares, "refused": refused, "ms": milliseconds(runs)})
+    print(case, dtype, {name: round(share, 2) for name, share in shares.items()}, results[-1]["ms"])
+where = [torch.cuda.get_device_name(), torch.cuda.get_device_capability()] if torch.cuda.is_available() else [device]
+content = {"device": [*where, torch.version.cuda], "torch": torch.__version__, "results": results}
+content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+Path(*sys.argv[1:] or ["verify_on_device.json"]).write_text(json.dumps(content, indent=1))
+print(f"outputs equal: {equal}")
