@@ -6,6 +6,7 @@ python -m benchmarks offload-limit --only torchwrap mmap --rounds 1 --no-write
 python -m benchmarks offload-fits
 python -m benchmarks forward-many             eight sequences through one model, together and one after another
 python -m benchmarks training                 training with weights and optimizer state on the disk
+python -m benchmarks training-faults          twenty runs of training, each killed at a random moment; not part of "all"
 python -m benchmarks superpipeline            peak, time and transfers over (k, k') on a virtual clock; prints the table of the docs
 python -m benchmarks superpipeline-prefill    a prompt through 0.4 n of the blocks, in real time
 python -m benchmarks --check                  exit status 1 when a bar of targets.toml is missed
@@ -28,7 +29,7 @@ from benchmarks.harness.rounds import Rounds
 from benchmarks.harness.training import CONTENDERS, TrainingCampaign
 
 GIB = 1 << 30
-_WHAT = ("all", "offload-limit", "offload-fits", "training", "forward-many", "superpipeline", "superpipeline-prefill")
+_WHAT = ("all", "offload-limit", "offload-fits", "training", "training-faults", "forward-many", "superpipeline", "superpipeline-prefill")
 _SHOWN = (
     "equal_tokens",
     "equal_logits",
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=sorted({*ALL, *CONTENDERS}), help="these contenders instead of all installed ones")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=6)
+    parser.add_argument("--kills", type=int, default=20, help="of training-faults")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, help="where superpipeline draws peak and time over (k, k')")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -80,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             training = TrainingCampaign(names=[name for name in given.only or CONTENDERS if name in CONTENDERS])
             runs[training.title] = _complete(training, given.rounds)
+    if given.what == "training-faults":
+        declare_torchvision_operators()
+        from benchmarks.harness.kills import TITLE as KILLS
+        from benchmarks.harness.kills import measure_kills
+
+        runs[KILLS] = measure_kills(given.kills)
     if given.what in ("all", "forward-many"):
         reason = unavailable_reason()
         if reason:

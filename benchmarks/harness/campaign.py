@@ -10,7 +10,6 @@ alone)`; the rate into buffers that stay in the processor's cache, which no mode
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -69,14 +68,8 @@ class Campaign(Rounds):
         for name in self.names:
             self.child(name, self._command(name, folder, "--prepare"))
 
-    def run(self, name: str) -> float:
-        """One measured run; returns its median seconds per decoded token, infinity for a rival that did not survive the limit.
-
-        Raises:
-            RuntimeError: one of ours failed, or a rival for another reason than the limit; with its output.
-        """
-        if name in self.dropped:
-            return math.inf
+    def measure(self, name: str) -> dict[str, Any] | None:
+        """One run between two probes of the disk."""
         folder = checkpoint(self.shape)
         work = _work(folder, name)
         files = [*weight_files(folder), *(weight_files(work) if work.exists() else [])]
@@ -86,14 +79,17 @@ class Campaign(Rounds):
         options = f'{{"host_memory": {self.limit}}}' if name == "torchwrap-explicit" else "{}"
         child = self.child(name, self._command(name, folder, "--options", options), limit=None if name in UNLIMITED else self.limit)
         if child is None:
-            return math.inf
+            return None
         after = raw_read_rate(files)
         self.probes += [before, after]
         rates = {"cache": [before.cache, after.cache], "memory": [before.memory, after.memory]}
         record = self.keep(name, child, {"raw_bytes_per_s": rates, "cached_bytes_at_start": still_cached})
-        decode_s = float(median(record["decode_s"]))
-        self.say(_line(self.title, name, record, decode_s, before, after))
-        return decode_s
+        self.say(_line(self.title, name, record, self.seconds(record), before, after))
+        return record
+
+    def seconds(self, record: dict[str, Any]) -> float:
+        """Of the median decoded token."""
+        return _decode(record)
 
     def summary(self) -> dict[str, Any]:
         """Everything measured, with ratios of medians, equality, and promise against measurement."""

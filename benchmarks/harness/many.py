@@ -9,7 +9,6 @@ shorter than reading the weights once, nor than computing every sequence, so whe
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -63,12 +62,8 @@ class ManyCampaign(Rounds):
         """Make the checkpoint; not timed."""
         checkpoint(self.shape)
 
-    def run(self, name: str) -> float:
-        """One measured run; returns its seconds per decoded token of any sequence.
-
-        Raises:
-            RuntimeError: it failed or did not survive the limit; with its output.
-        """
+    def measure(self, name: str) -> dict[str, Any] | None:
+        """One run after a probe of the disk."""
         folder = checkpoint(self.shape)
         files = weight_files(folder)
         drop_cached_pages(files)
@@ -82,15 +77,19 @@ class ManyCampaign(Rounds):
             timeout_s=1800,
         )
         if child is None:
-            return math.inf
+            return None
         record = self.keep(name, child, {"raw_bytes_per_s": [before.memory, raw_read_rate(files).memory]})
-        seconds = _per_token(record)
         self.say(
-            f"{self.title} {name:8} decode {1 / seconds:6.3f} tok/s  prefill {record['prefill_s']:6.2f} s  all {record['all_s']:6.2f} s  "
+            f"{self.title} {name:8} decode {1 / _per_token(record):6.3f} tok/s  "
+            f"prefill {record['prefill_s']:6.2f} s  all {record['all_s']:6.2f} s  "
             f"peak {(record['peak_bytes'] or 0) / 2**20:5.0f} MiB  read {record['bytes_read'] / 1e9:6.2f} GB  "
             f"raw {before.memory / 1e9:.2f} GB/s"
         )
-        return seconds
+        return record
+
+    def seconds(self, record: dict[str, Any]) -> float:
+        """Of one decoded token of any sequence."""
+        return _per_token(record)
 
     def summary(self) -> dict[str, Any]:
         """Figures of all ways, ratios to `together`, and whether they computed the same tokens."""

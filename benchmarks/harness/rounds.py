@@ -5,6 +5,7 @@ Rounds start with a different contender each time, so that a machine that change
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,20 @@ class Rounds:
         raise NotImplementedError
 
     def run(self, name: str) -> float:
-        """One measured run; its seconds, infinity for a contender that was dropped."""
+        """One measured run; its seconds, infinity for a contender that was dropped.
+
+        Raises:
+            RuntimeError: one of ours failed, or a rival for another reason than the limit; with its output.
+        """
+        record = None if name in self.dropped else self.measure(name)
+        return math.inf if record is None else self.seconds(record)
+
+    def measure(self, name: str) -> dict[str, Any] | None:
+        """One run, kept and told; None if it was dropped."""
+        raise NotImplementedError
+
+    def seconds(self, record: dict[str, Any]) -> float:
+        """The figure of a run that is compared."""
         raise NotImplementedError
 
     def summary(self) -> dict[str, Any]:

@@ -13,7 +13,6 @@ everything in memory.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -79,14 +78,8 @@ class TrainingCampaign(Rounds):
             if reason is not None:
                 self.drop("deepspeed", reason)
 
-    def run(self, name: str) -> float:
-        """One measured run; its median seconds per step, infinity for a rival that did not survive its limit.
-
-        Raises:
-            RuntimeError: one of ours failed, or a rival for another reason than the limit; with its output.
-        """
-        if name in self.dropped:
-            return math.inf
+    def measure(self, name: str) -> dict[str, Any] | None:
+        """One run between two probes of the disk."""
         folder = checkpoint(self.shape)
         work = folder.with_name(f"{folder.name}-{name}")
         shutil.rmtree(work, ignore_errors=True)
@@ -98,13 +91,17 @@ class TrainingCampaign(Rounds):
         finally:
             shutil.rmtree(work, ignore_errors=True)
         if child is None:
-            return math.inf
+            return None
         after = raw_mixed_rate(folder.parent)
         self.probes += [before, after]
         rates = [[before.read, before.write], [after.read, after.write]]
         record = self.keep(name, child, {"load_average": os.getloadavg()[0], "raw_bytes_per_s": rates})
         self.say(_line(self.title, name, record))
-        return median(_counted(record))
+        return record
+
+    def seconds(self, record: dict[str, Any]) -> float:
+        """Of the median step that counts."""
+        return float(median(_counted(record)))
 
     def summary(self) -> dict[str, Any]:
         """Everything measured, and what follows from it."""
