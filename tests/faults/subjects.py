@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 import torchwrap as tw
+from tests.faults.tally import same
 from tests.models import by_name
 from tests.weights.budgets import smallest_budget
 
-__all__ = ["IDS", "Block", "Tower", "at_rest", "checkpoint", "lean", "llama", "probe", "tower", "twin_of"]
+__all__ = ["IDS", "Block", "Tower", "at_rest", "checkpoint", "lean", "llama", "probe", "right_again", "tower", "twin_of"]
 
 IDS = torch.tensor([[3, 77, 3, 8000, 11, 5], [0, 8191, 42, 7, 7, 1]])
 
@@ -114,6 +115,16 @@ def at_rest(model: nn.Module) -> None:
     assert _len_torch_dispatch_stack() == 0
     assert torch.is_autocast_cache_enabled()
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def right_again(model: nn.Module, expected: torch.Tensor) -> None:
+    """The fault is gone: two passes and the unwrapped model give the right result."""
+    at_rest(model)
+    for _ in range(2):
+        assert same(probe(model), expected)
+    at_rest(model)
+    tw.unwrap(model)
+    assert same(probe(model), expected)
 
 
 def _hidden(piece: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 import torchwrap as tw
 from tests.faults.disks import settle
-from tests.faults.subjects import at_rest, lean, llama, probe, tower, twin_of
+from tests.faults.subjects import at_rest, lean, llama, probe, right_again, tower, twin_of
 from tests.faults.tally import Faults, same
 from torchwrap.core.errors import CorruptDataError
 from torchwrap.stream.units import Home
@@ -156,15 +156,6 @@ def used(model: nn.Module, expected: torch.Tensor) -> None:
         assert same(probe(model), expected)
     settle(model)
     tw.handle_of(model, "offload").trim()
-
-
-def right_again(model: nn.Module, expected: torch.Tensor) -> None:
-    """The file is as it was: the model is right, also without us."""
-    at_rest(model)
-    for _ in range(2):
-        assert same(probe(model), expected)
-    tw.unwrap(model)
-    assert same(probe(model), expected)
 
 
 SILENT = {"flip": flip, "zero": zero, "exchange": exchange}

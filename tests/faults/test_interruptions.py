@@ -13,7 +13,7 @@ from torch import nn
 
 import torchwrap as tw
 from tests.faults.disks import Disk, settle, under
-from tests.faults.subjects import IDS, at_rest, lean, llama, probe, tower, twin_of
+from tests.faults.subjects import IDS, at_rest, lean, llama, probe, right_again, tower, twin_of
 from tests.faults.tally import Faults, same
 from torchwrap.core.errors import NotAppliedError
 from torchwrap.storage.workers import Ticket
@@ -30,15 +30,6 @@ def raising(error: BaseException, after: int = 0) -> Callable[..., None]:
             raise error
 
     return hook
-
-
-def right_again(model: nn.Module, expected: torch.Tensor) -> None:
-    """Two passes and the unwrapped model give the right result."""
-    at_rest(model)
-    for _ in range(2):
-        assert same(probe(model), expected)
-    tw.unwrap(model)
-    assert same(probe(model), expected)
 
 
 @every_error

@@ -14,7 +14,7 @@ from torch import nn
 
 import torchwrap as tw
 from tests.faults.disks import Disk, erring, error, fails, flipped, hanging, interrupted, settle, short, under, zeroed
-from tests.faults.subjects import IDS, at_rest, lean, llama, probe, tower, twin_of
+from tests.faults.subjects import IDS, at_rest, lean, llama, probe, right_again, tower, twin_of
 from tests.faults.tally import Faults, same
 from tests.storage.rings import beneath_every_reader
 from torchwrap.core.errors import CorruptDataError, StorageError
@@ -36,16 +36,6 @@ def reads_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 every_make = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 every_slots = pytest.mark.parametrize("slots", [1, 2], ids=["one-slot", "two-slots"])
-
-
-def right_again(model: nn.Module, expected: torch.Tensor) -> None:
-    """The fault is gone: two passes and the unwrapped model give the right result."""
-    at_rest(model)
-    for _ in range(2):
-        assert same(probe(model), expected)
-    at_rest(model)
-    tw.unwrap(model)
-    assert same(probe(model), expected)
 
 
 @pytest.mark.parametrize(

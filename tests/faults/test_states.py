@@ -13,20 +13,11 @@ from torch import nn
 
 import torchwrap as tw
 from tests.faults.disks import Disk, error
-from tests.faults.subjects import at_rest, lean, llama, probe, tower, twin_of
+from tests.faults.subjects import at_rest, lean, llama, probe, right_again, tower, twin_of
 from tests.faults.tally import Faults, same
 from torchwrap.core.errors import TorchwrapError
 
 AWAY = "blocks.1.up.weight"
-
-
-def right_again(model: nn.Module, expected: torch.Tensor) -> None:
-    """Two passes and the unwrapped model give the right result."""
-    at_rest(model)
-    for _ in range(2):
-        assert same(probe(model), expected)
-    tw.unwrap(model)
-    assert same(probe(model), expected)
 
 
 def shifted(model: nn.Module, by: float = 0.25) -> dict[str, torch.Tensor]:

@@ -383,7 +383,7 @@ def test_ticket_cannot_be_pickled(file: TensorFile) -> None:
 
 FORK = """
 import os, sys, threading
-from torchwrap.core.errors import StorageError
+from tests.storage.forks import reads_in_a_child
 from torchwrap.storage import Backend, Read, Reader, TensorFile, allocate
 class Hanging(Backend):
     hang = threading.Event()
@@ -393,18 +393,7 @@ class Hanging(Backend):
 parent = os.getpid()
 file, reader, buffer = TensorFile.open(sys.argv[1]), Reader(2, backend=Hanging()), allocate(8192)
 ticket = reader.submit([Read(file, 0, 4096, buffer)])
-child = os.fork()
-if not child:
-    code = 1
-    try:
-        ticket.wait()
-    except StorageError as error:
-        if "fork" in str(error):
-            reader.submit([Read(file, 4096, 4096, buffer, 4096)]).wait()
-            code = 0 if buffer.memory[4096:] == open(sys.argv[1], "rb").read()[4096:8192] else 2
-            reader.close()
-    os._exit(code)
-status = os.waitpid(child, 0)[1]
+status = reads_in_a_child(file, reader, ticket, buffer)
 Hanging.hang.set()
 ticket.wait(20)
 assert buffer.memory[:4096] == open(sys.argv[1], "rb").read()[:4096]

@@ -294,24 +294,13 @@ def test_the_interpreter_exits_while_reads_are_under_way(file: TensorFile, pytho
 
 FORK = """
 import os, sys
-from torchwrap.core.errors import StorageError
+from tests.storage.forks import reads_in_a_child
 from torchwrap.storage import Read, Reader, allocate
 from tests.storage.test_uring import Pipe, TensorFile
 pipe, file, reader, buffer = Pipe(), TensorFile.open(sys.argv[1]), Reader(2, mode="uring"), allocate(8192)
 ticket = reader.submit([Read(pipe, 0, 4096, buffer)])
 reader.submit([Read(file, 0, 4096, allocate(4096))]).wait()
-child = os.fork()
-if not child:
-    code = 1
-    try:
-        ticket.wait()
-    except StorageError as error:
-        if "fork" in str(error):
-            reader.submit([Read(file, 4096, 4096, buffer, 4096)]).wait()
-            code = 0 if buffer.memory[4096:] == open(sys.argv[1], "rb").read()[4096:8192] else 2
-            reader.close()
-    os._exit(code)
-status = os.waitpid(child, 0)[1]
+status = reads_in_a_child(file, reader, ticket, buffer)
 pipe.answer(b"u" * 4096)
 ticket.wait(20)
 assert buffer.memory[:4096] == b"u" * 4096
