@@ -1,14 +1,16 @@
 """Training killed at random moments: what its folder holds afterwards, bit for bit, and what else lies about.
 
-A run of some steps, weights and optimizer state on the disk, is ended by SIGKILL at a moment drawn evenly from the time that an undisturbed
-run takes, from the wrapping of the model on. A second process opens the folder and says which step it finds, takes a digest of all
-weights and state, and trains to the end. Digests are compared with those of the same training in memory, after every step. Every other run
-commits after each step, the others after every third.
+The model is the first three blocks of SmolLM2-135M with its table and head, which are frozen; blocks and their optimizer state are on the
+disk. A run is ended by SIGKILL at a moment drawn evenly from the time that an undisturbed run takes, from the wrapping of the model on. A
+second process opens the folder and says which step it finds, takes a digest of all weights and state, and trains to the end. Digests and
+losses are compared with those of the same training in memory, step by step. Every other run commits after each step, the others after
+every third.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ from benchmarks.harness.rounds import ROOT
 
 __all__ = ["TITLE", "main", "measure_kills"]
 
-TITLE = "training-faults[llama-5M]"
+TITLE = "training-faults[smollm2-3-blocks]"
+BLOCKS = 3
 COMMIT_EVERY = {"step": 1, "save": 3}
 _KNOWN = {"LOCK", "manifest.json"}
 
@@ -67,7 +70,7 @@ class _Run:
             raise RuntimeError(f"the folder could not be opened and trained to the end: exit status {child.returncode}")
         unknown = [path.name for path in (self.folder / "run").iterdir() if path.name not in _KNOWN]
         strangers = sorted(unknown)[1:] + os.listdir(self.folder / "temporary")  # one file holds weights and state
-        return {**json.loads(said[-1]), "orphans": strangers}
+        return {**json.loads(said[-1]), "losses": _losses(said), "orphans": strangers}
 
 
 def measure_kills(kills: int = 20, steps: int = 30, seed: int | None = None) -> dict[str, Any]:
@@ -79,7 +82,7 @@ def measure_kills(kills: int = 20, steps: int = 30, seed: int | None = None) -> 
         seed: of the moments; None draws one.
     """
     seed = time.time_ns() % (1 << 32) if seed is None else seed
-    chance, expected = random.Random(seed), _digests(steps)
+    chance, expected = random.Random(seed), _in_memory(steps)
     with tempfile.TemporaryDirectory(prefix="torchwrap-kills-") as name:
         whole = _Run(Path(name, "whole"), "step", steps)
         whole.folder.mkdir()
@@ -88,7 +91,7 @@ def measure_kills(kills: int = 20, steps: int = 30, seed: int | None = None) -> 
         begin_s = time.monotonic() - began
         child.communicate()
         lasts_s = time.monotonic() - began - begin_s
-        if whole.finish()["opened"] != expected[steps]:
+        if whole.finish()["opened"] != expected.digests[steps]:
             raise RuntimeError("a run that nobody killed differs from training in memory")
         trials: list[dict[str, Any]] = []
         while len(trials) < kills:
@@ -105,15 +108,25 @@ def measure_kills(kills: int = 20, steps: int = 30, seed: int | None = None) -> 
         "seed": seed,
         "undisturbed_s": lasts_s,
         "committed_steps": sorted(trial["committed"] for trial in trials),
+        "killed_in_commit": sum(trial["in_commit"] for trial in trials),
         "different": sum(not trial["equal"] for trial in trials),
         "different_at_the_end": sum(not trial["equal_at_the_end"] for trial in trials),
+        "different_losses": sum(not trial["equal_losses"] for trial in trials),
         "lost_commits": sum(trial["lost"] for trial in trials),
         "orphans": sum(len(trial["orphans"]) for trial in trials),
         "trials": trials,
     }
 
 
-def _trial(run: _Run, moment_s: float, expected: Sequence[str]) -> dict[str, Any] | None:
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """Of the training in memory: digests before it and after each step, and the loss of each."""
+
+    digests: Sequence[str]
+    losses: Mapping[int, str]
+
+
+def _trial(run: _Run, moment_s: float, expected: _Expected) -> dict[str, Any] | None:
     """Kill one run; None if it was over by then."""
     child = run.start()
     try:
@@ -122,61 +135,67 @@ def _trial(run: _Run, moment_s: float, expected: Sequence[str]) -> dict[str, Any
         return None
     except subprocess.TimeoutExpired:
         child.send_signal(signal.SIGKILL)
-    said = child.communicate()[0].split()
-    finished = int(said[-1]) if said else 0
+    said = child.communicate()[0].splitlines()
+    before = _losses(said)
+    finished = max((int(line.split()[1]) for line in said if line.startswith("step ")), default=0)
     if finished == run.steps:
         return None
     found = run.finish()
-    committed, every = found["steps"], COMMIT_EVERY[run.durability]
+    committed, every, after = found["steps"], COMMIT_EVERY[run.durability], found["losses"]
     return {
         "durability": run.durability,
         "moment_s": round(moment_s, 3),
         "finished": finished,
+        "in_commit": said[-1:] == ["commit"],
         "committed": committed,
-        "equal": found["opened"] == expected[committed],
-        "equal_at_the_end": found["ended"] == expected[run.steps],
+        "equal": found["opened"] == expected.digests[committed],
+        "equal_at_the_end": found["ended"] == expected.digests[run.steps],
+        "equal_losses": {**before, **after} == expected.losses == {**after, **before},
         # The commit of a step follows its update: it may be there before anybody was told.
         "lost": not finished // every * every <= committed <= (finished + 1) // every * every,
         "orphans": found["orphans"],
     }
 
 
+def _losses(said: Sequence[str]) -> dict[int, str]:
+    """Of the steps that a training process told of, by the number of the step."""
+    told = [line.split() for line in said if line.startswith("loss ")]
+    return {int(number): loss for _, number, loss in told}
+
+
 def _model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(shape).train()
+    from torchwrap.demo.weights import smollm2
+
+    transformers.logging.set_verbosity_error()  # weights of the other blocks are not used
+    transformers.logging.disable_progress_bar()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(smollm2(), num_hidden_layers=BLOCKS, dtype=torch.float32)
+    model.get_input_embeddings().requires_grad_(False)
+    return model.train()
 
 
-def _step(model: Any, optimizer: Any, number: int) -> None:
-    ids = torch.randint(0, 2048, (1, 32), generator=torch.Generator().manual_seed(number))
+def _step(model: Any, optimizer: Any, number: int, told: Callable[[str], object]) -> None:
+    ids = torch.randint(0, model.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(number))
     optimizer.zero_grad()
-    model(input_ids=ids, labels=ids).loss.backward()
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    told(loss.item().hex())  # before the step, which may be committed and then killed
     optimizer.step()
 
 
-def _digests(steps: int) -> list[str]:
-    """Of the training in memory: before it, and after each step. One thread, as the training processes have."""
+def _in_memory(steps: int) -> _Expected:
+    """One thread, as the training processes have."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model = _model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    found = [_digest(dict(model.named_parameters()), optimizer)]
+    digests, losses = [_digest(dict(model.named_parameters()), optimizer)], dict[int, str]()
     for number in range(steps):
-        _step(model, optimizer, number)
-        found.append(_digest(dict(model.named_parameters()), optimizer))
+        _step(model, optimizer, number, functools.partial(losses.__setitem__, number + 1))
+        digests.append(_digest(dict(model.named_parameters()), optimizer))
     torch.set_num_threads(threads)
-    return found
+    return _Expected(digests, losses)
 
 
 def _digest(parameters: Mapping[str, torch.Tensor], optimizer: Any) -> str:
@@ -203,23 +222,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     model = _model()
     print("begin", flush=True)
-    tw.offload(model, params="disk", device_memory="6MiB")
+    tw.offload(model, params="disk", pin=("model.embed_tokens", "lm_head"))
     optimizer = tw.OffloadedOptimizer(
-        model, torch.optim.AdamW, lr=1e-3, fused=True, path=given.folder / "run", durability=given.durability, chunk="256KiB"
+        model, torch.optim.AdamW, lr=1e-3, fused=True, path=given.folder / "run", durability=given.durability, chunk="1MiB"
     )
+    commit = optimizer.commit
+
+    def committed() -> None:
+        print("commit", flush=True)
+        commit()
 
     def digest() -> str:
         with tw.core.tensors(model) as real:
             return _digest({name: real[name] for name, _ in model.named_parameters()}, optimizer)
 
+    optimizer.commit = committed  # type: ignore[method-assign]
     if not tw.handle_of(model, "offload").plan.streamed_bytes:
         raise RuntimeError("nothing is streamed, so nothing would be shown")
     opened = {"steps": optimizer.steps, "opened": digest()} if given.report else {}
     for number in range(optimizer.steps, given.steps):
-        _step(model, optimizer, number)
+        _step(model, optimizer, number, lambda loss: print("loss", optimizer.steps + 1, loss, flush=True))
         if given.durability == "save" and optimizer.steps % COMMIT_EVERY["save"] == 0:
             optimizer.commit()
-        print(optimizer.steps, flush=True)
+        print("step", optimizer.steps, flush=True)
     if given.report:
         ended = digest()
         optimizer.close()

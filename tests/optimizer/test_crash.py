@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +138,16 @@ def test_commit_before_the_first_step_can_be_gone_back_to(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("durability", ["step", "save"])
 @pytest.mark.parametrize("offload", ["disk", "half"])
-def test_sigkill_at_random_moments_leaves_the_last_commit_bit_for_bit(tmp_path: Path, durability: str, offload: str) -> None:
-    folder, chance, steps = tmp_path / "run", random.Random(), 0
+def test_sigkill_at_random_moments_leaves_the_last_commit_bit_for_bit(
+    tmp_path: Path, durability: str, offload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, temporary, chance, steps = tmp_path / "run", tmp_path / "temporary", random.Random(), 0
+    temporary.mkdir(mode=0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     plain, _ = pair()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     fields: dict[str, Any] = {"params": "disk"} if offload == "disk" else {"device_memory": 2_000_000}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads()), "TMPDIR": str(temporary)}
     for _ in range(max(1, TRIALS // 4)):
         command = [sys.executable, "-c", CHILD, str(folder), durability, offload]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
@@ -164,8 +170,13 @@ def test_sigkill_at_random_moments_leaves_the_last_commit_bit_for_bit(tmp_path: 
         steps = optimizer.steps
         assert differences(plain, reference, model, optimizer) == []
         assert set(os.listdir(folder)) == {"LOCK", optimizer._works.store.file.path.name} | ({"manifest.json"} if steps else set())
+        assert trained(model, optimizer, range(steps, steps + 2)) == trained(plain, reference, range(steps, steps + 2))
+        optimizer.commit()
+        steps += 2
         optimizer.close()
         del model, optimizer
+        gc.collect()
+        assert not list(temporary.glob("torchwrap-*"))
     assert steps
 
 
