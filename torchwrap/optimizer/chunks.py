@@ -60,6 +60,11 @@ class Update:
     total: int = 0  # sum of a weight read from a file that is not ours
     left: int = -1  # chunks not yet written; -1 before the first
     begun: bool = False
+    done: bool = False  # the new values are the present ones
+
+    def again(self) -> Update:
+        """The same, to be carried out from its beginning."""
+        return Update(self.target, self.gradient, self.settings, self.threads, self.scale)
 
     @property
     def gradient_nbytes(self) -> int:
@@ -222,6 +227,7 @@ class Chunks:
         self._store.finish(*update.drafts.values())
         target.numbers, target.order = dict(update.numbers), self._order(update)
         target.torn, target.changed = False, True
+        update.done = True
         self._done(target, home)
 
     @staticmethod

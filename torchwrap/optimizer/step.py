@@ -39,6 +39,7 @@ class Step:
         self._scale: torch.Tensor | None = None
         self._clipped = False
         self._done: set[Target] = set()  # of a step that failed half-way
+        self._handed: list[Update] = []  # to the worker, and not known to be over: an interrupt or a hang came before
         self.grad_norm: torch.Tensor | None = None
 
     def gather(self, groups: Sequence[Mapping[str, Any]]) -> list[Update]:
@@ -50,6 +51,7 @@ class Step:
         """
         streamed = [target for target in self._targets if target.streamed]
         self._gradients.check_untouched()
+        self._settle()
         self._updater.check()
         self._check_settings(groups)
         for target in streamed:
@@ -57,6 +59,9 @@ class Step:
         self._clip()
         unfinished = self._updater.take_unfinished()
         again = {update.target for update in unfinished}
+        lost = [update.again() for update in self._handed if not update.done and update.target not in again]
+        self._handed.clear()
+        unfinished, again = [*unfinished, *lost], again | {update.target for update in lost}
         fresh = self._gradients.collect([t for t in streamed if t not in self._done and t not in again], self._scale)
         self._refuse_repetition([*unfinished, *fresh])
         return [*unfinished, *fresh]
@@ -71,14 +76,12 @@ class Step:
         for update in updates:
             unit = update.target.unit if update.target.away else None
             jobs.setdefault(None if unit is None else unit.index, Job(unit, [])).updates.append(update)
-        targets = [update.target for update in updates]
         if updates:
             self._gradients.refuse_calls()
+        self._handed += updates
         for job in jobs.values():
             self._updater.submit(job)
-        self._updater.wait()
-        left = {update.target for update in self._updater.unfinished}
-        self._done.update(target for target in targets if target not in left)
+        self._settle()
         if not self.changed:
             self._gradients.allow_calls()
         self._updater.check()
@@ -88,17 +91,26 @@ class Step:
         self._gradients.forget()
         self._clipped, self._scale = False, None
         self._done.clear()
+        self._handed.clear()
 
     @property
     def half_done(self) -> bool:
         """Whether some weights are those of after the step, and others those of before."""
-        self._updater.wait()
-        return self._gradients.began or bool(self._updater.unfinished or self._done)
+        self._settle()
+        return self._gradients.began or bool(self._updater.unfinished or self._done or self._handed)
 
     @property
     def changed(self) -> bool:
-        """Whether the step has updated weights, which cannot be undone."""
-        return self._gradients.began or bool(self._done) or any(target.torn for target in self._targets)
+        """Whether the step has updated weights, which cannot be undone, or is about to."""
+        given_back = set(self._updater.unfinished)
+        under_way = any(update not in given_back for update in self._handed)
+        return self._gradients.began or bool(self._done) or under_way or any(target.torn for target in self._targets)
+
+    def _settle(self) -> None:
+        """Wait for what was handed to the worker, by whichever call, and note what of it is done."""
+        self._updater.wait()
+        self._done.update(update.target for update in self._handed if update.done)
+        self._handed = [update for update in self._handed if not update.done]
 
     def _clip(self) -> None:
         """Scale all gradients as `clip_grad_norm_` does; once for each step, also if that is repeated after an error."""

@@ -119,19 +119,21 @@ class Updater:
         """The updates that did not happen, as they were handed in; they are forgotten here."""
         with self._changed:
             taken, self.unfinished = self.unfinished, []
-        return [Update(update.target, update.gradient, update.settings, update.threads, update.scale) for update in taken]
+        return [update.again() for update in taken]
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """End the threads after what is queued. Calling it again does nothing."""
+        """End the threads after what is queued; those that a disk does not let go are waited for `timeout_s` seconds at most, or less if
+        that counts as a hang. Calling it again does nothing."""
         if self._pid != os.getpid():
             return
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
             threads, self._threads = self._threads, []
+        end = time.monotonic() + min(timeout_s, self._timeout_s)
         for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(timeout_s)
+                thread.join(max(0.0, end - time.monotonic()))
         self._free.clear()
 
     def _wait_while(self, busy: Callable[[], bool]) -> None:

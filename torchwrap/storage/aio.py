@@ -100,11 +100,12 @@ class Reader:
     def close(self, timeout_s: float = 5.0) -> None:
         """Finish the requests under way, fail those not begun (their `wait` raises `StorageError`) and end the threads.
 
-        Never hangs: a thread that is stuck in the disk for longer than `timeout_s` is left behind; it keeps its target memory alive.
+        Never hangs: a thread that is stuck in the disk for longer than `timeout_s`, or than the reader's own if that is less, is left
+        behind; it keeps its target memory alive.
         """
         self._closed = True
         if self._pool is not None:
-            self._pool.stop(timeout_s)
+            self._pool.stop(min(timeout_s, self.timeout_s))
 
     def __enter__(self) -> Reader:
         return self
