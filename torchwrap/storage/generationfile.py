@@ -194,6 +194,12 @@ class GenerationFile:
                 f"the data file was truncated to {mine.st_size} bytes, {needed} are in use", where=str(self.path), fix="Restore the file."
             )
 
+    def check_found(self) -> None:
+        """Raise `StorageError` if whoever opens the file by its name would not find what is in use. Cost: three `stat`."""
+        self.check_unchanged()
+        if not self.path.exists():
+            raise StorageError("the data file was removed", where=str(self.path), fix="Save what you need, and begin in another folder.")
+
     def check_holds(self, records: Iterable[Record]) -> None:
         """Raise `CorruptDataError` if a record's places reach beyond the end of the file."""
         size = self.nbytes

@@ -259,6 +259,7 @@ class GenerationStore:
                 if record.current is not None:
                     record.whole()
             held = {name: record for name, record in self._records.items() if record.current is not None}
+            self.file.check_found()
             with as_storage_error("flushing", self.file.path):
                 self._disk.backend.sync(self.file.fd(False))
             content = pack(self.generation + 1, self.file.path.name, held, run)
