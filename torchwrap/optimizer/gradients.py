@@ -26,7 +26,7 @@ from torchwrap.optimizer.updates import Job, Updater
 from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.backward import Run, is_nested
 from torchwrap.stream.units import Unit
-from torchwrap.weights.stepping import refuse_others
+from torchwrap.weights.stepping import refuse_calls, refuse_others
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
@@ -125,8 +125,6 @@ class Gradients:
     def backward_done(self, error: BaseException | None) -> None:
         """Hand over the rest, and wait. Until the step is over, some weights are those of before and some those of after."""
         self._taking = False
-        if self.began:
-            self.refuse_calls()
         for target in self._lifted:
             if target in self._parked and target.parameter.grad is None:
                 target.parameter.grad = target.standin
@@ -223,6 +221,7 @@ class Gradients:
     def _take(self, target: Target) -> None:
         if self.settings is None:
             refuse_others((each.parameter for each in self._hooks), self._handle)  # before the first weight of the step is updated
+            self.refuse_calls()
             self.settings = [settings_of(group) for group in self._groups()]
         self._add_parked(target)
         self._used.add(target)
@@ -269,7 +268,7 @@ class Gradients:
     def refuse_calls(self) -> None:
         """Have calls of the model refused: they would compute with a mixture."""
         if self._handle is not None:
-            self._handle.stepping.add(self)
+            refuse_calls(self._handle, self)
 
     def allow_calls(self) -> None:
         """All weights are of one step again."""

@@ -62,6 +62,12 @@ class Backward:
         return run is not None and not run.over
 
     @property
+    def runs_here(self) -> bool:
+        """Whether it runs in this thread: what is called here now is computed again for a gradient."""
+        run = self._run
+        return run is not None and not run.over and run.thread == threading.get_ident()
+
+    @property
     def nested(self) -> bool:
         """Whether the backward that is followed lies in another one (reentrant checkpointing), so that its end is not the end."""
         run = self._run

@@ -337,7 +337,9 @@ class WeightsHandle(ManyCalls):
     # -- ends --------------------------------------------------------------------------------------------------------------------
 
     def refuse_mixture(self) -> None:
-        """Raise `ConflictError` for a call of the model while `stepping`."""
+        """Raise `ConflictError` for a call of the model while `stepping`, unless the running backward makes it (recomputation)."""
+        if self.backward.runs_here:
+            return
         raise errors.ConflictError(
             "torchwrap: a call of the model between backward() and step(): some of its weights are new already, others are still old",
             where="forward",

@@ -52,10 +52,10 @@ class RootLayer(WeightsLayer):
         if handle.engine is not None:
             handle.engine.check_process()
         handle.backward.settle()
-        if handle.stepping:
-            handle.refuse_mixture()
         handle.lock.acquire()
         try:
+            if handle.stepping:
+                handle.refuse_mixture()
             handle.hide_lent()
             if handle.handed:
                 handle.check_handed()

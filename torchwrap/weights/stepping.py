@@ -24,7 +24,7 @@ from torchwrap.stream.units import Piece
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
 
-__all__ = ["STEPS_ABSENT_WEIGHTS", "refuse_others", "warn_of_mixture", "watch_steps"]
+__all__ = ["STEPS_ABSENT_WEIGHTS", "refuse_calls", "refuse_others", "warn_of_mixture", "watch_steps"]
 
 STEPS_ABSENT_WEIGHTS = "steps_absent_weights"
 """An optimizer with a method of this name says of which handles it knows where the weights are."""
@@ -59,6 +59,28 @@ def refuse_others(parameters: Iterable[torch.Tensor], handle: WeightsHandle | No
             piece = other.piece_of(parameter)
             if piece is not None and not piece.resident:
                 raise _wrapped_since(piece)
+
+
+def refuse_calls(handle: WeightsHandle, who: object) -> None:
+    """Have calls of the model refused, but for what the backward computes again, until `who` leaves `handle.stepping`.
+
+    Calls that run in other threads end first: they began with the weights of the step before.
+
+    Raises:
+        ConflictError: one did not end within `io_timeout_s`; nothing is refused then.
+    """
+    if who in handle.stepping:
+        return
+    lock = handle.lock
+    if not lock.acquire(timeout=handle.config.io_timeout_s):
+        raise errors.ConflictError(
+            f"OffloadedOptimizer: weights are to change, and a call of the model has been running for {handle.config.io_timeout_s:g} s in "
+            "another thread",
+            where="forward",
+            fix="Let calls in other threads end before backward() and step().",
+        )
+    handle.stepping.add(who)
+    lock.release()
 
 
 def warn_of_mixture(what: str, fix: str, stacklevel: int) -> None:

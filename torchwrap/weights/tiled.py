@@ -51,9 +51,9 @@ class TiledLayer(WeightsLayer):
         if engine is None or (not args and "input" not in kwargs) or len(args) + len(kwargs) != 1:
             return call(*args, **kwargs)  # nothing is away, or torch's own message about the arguments
         assert isinstance(module, nn.Linear)
-        if self.handle.stepping:
-            self.handle.refuse_mixture()
         with self.handle.lock:
+            if self.handle.stepping:
+                self.handle.refuse_mixture()
             if self.handle.lent:
                 self.handle.hide_lent()
             whole = self.whole
