@@ -18,6 +18,7 @@ from torchwrap.activations.kept import Kept
 from torchwrap.activations.measured import storage_address
 from torchwrap.activations.records import Use
 from torchwrap.activations.swap import Swap
+from torchwrap.core.tensors import held_bytes, storage_key
 from torchwrap.stream.units import Unit
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class _Pack:
         self._swap, self._use, self._weights = swap, use, weights
 
     def __call__(self, tensor: torch.Tensor) -> Any:
-        if (tensor.is_leaf and tensor.requires_grad) or tensor.untyped_storage().data_ptr() in self._weights:
+        if (tensor.is_leaf and tensor.requires_grad) or storage_address(tensor) in self._weights:
             return Kept(tensor)
         return self._swap.pack(self._use, tensor)
 
@@ -63,7 +64,7 @@ class Recomputing:
             return call(*args, **kwargs)
         measured = self._activations.measured(self._unit)
         if measured is not None:
-            inputs = {storage_address(x): x.untyped_storage().nbytes() for x in args if isinstance(x, torch.Tensor)}
+            inputs = {storage_key(x): held_bytes(x) for x in args if isinstance(x, torch.Tensor)}
             measured.input_bytes = sum(inputs.values())
             call = partial(measured.run, call)
         found = self._activations.buffers.found(self._module)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torchwrap.activations.kept import Kept
-from torchwrap.core.tensors import data_of
+from torchwrap.core.tensors import data_of, tensor_bytes
 
 __all__ = ["Measured", "storage_address"]
 
@@ -71,7 +71,9 @@ class _Counting:
         self._outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
 
     def __call__(self, tensor: torch.Tensor) -> tuple[Callable[[Any], torch.Tensor] | None, Any]:
-        if storage_address(tensor) not in self._weights:
+        if tensor.layout != torch.strided:
+            self._found.nbytes += tensor_bytes(tensor)
+        elif storage_address(tensor) not in self._weights:
             self._found.add(tensor.untyped_storage())
         return (self._outer[1], self._outer[0](tensor)) if self._outer is not None else (None, Kept(tensor))
 
@@ -83,5 +85,5 @@ def _passed(packed: tuple[Callable[[Any], torch.Tensor] | None, Any]) -> torch.T
 
 
 def storage_address(tensor: torch.Tensor) -> int:
-    """Where a tensor's memory begins."""
-    return int(data_of(tensor).untyped_storage().data_ptr())
+    """Where a tensor's memory begins; 0 of a sparse one, which is several tensors."""
+    return int(data_of(tensor).untyped_storage().data_ptr()) if tensor.layout == torch.strided else 0

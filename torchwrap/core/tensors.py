@@ -23,6 +23,7 @@ __all__ = [
     "Holder",
     "bind",
     "data_of",
+    "held_bytes",
     "holder_of",
     "is_placeholder",
     "map_parameters",
@@ -39,6 +40,15 @@ __all__ = [
 ]
 
 _HOLDER = "_torchwrap_holder"
+
+_BY_ROW, _BY_COLUMN = ("crow_indices", "col_indices", "values"), ("ccol_indices", "row_indices", "values")
+_SPARSE_PARTS: dict[torch.layout, tuple[str, ...]] = {
+    torch.sparse_coo: ("_indices", "_values"),
+    torch.sparse_csr: _BY_ROW,
+    torch.sparse_bsr: _BY_ROW,
+    torch.sparse_csc: _BY_COLUMN,
+    torch.sparse_bsc: _BY_COLUMN,
+}
 
 
 @runtime_checkable
@@ -68,7 +78,8 @@ def placeholder(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device:
 
 def is_placeholder(tensor: torch.Tensor) -> bool:
     """True for what `placeholder` made: more than one element, all of them the same one."""
-    return tensor.numel() > 1 and not any(tensor.stride()) and tensor.untyped_storage().nbytes() == tensor.element_size()
+    dense = tensor.layout == torch.strided  # others have no strides to ask for
+    return dense and tensor.numel() > 1 and not any(tensor.stride()) and tensor.untyped_storage().nbytes() == tensor.element_size()
 
 
 def was_written(parameter: torch.Tensor, absent: torch.Tensor) -> bool:
@@ -111,10 +122,15 @@ def over_storage(
 
 
 def storage_key(tensor: torch.Tensor) -> tuple[str, int]:
-    """Identity of the memory behind a tensor: equal for views of one storage. Meta tensors are told apart by object."""
-    if tensor.device.type == "meta":
-        return ("meta", id(tensor))
+    """Identity of the memory behind a tensor: equal for views of one storage. Meta and sparse tensors are told apart by object."""
+    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+        return (tensor.device.type, id(tensor))
     return (str(tensor.device), tensor.untyped_storage().data_ptr() or id(tensor))
+
+
+def held_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the memory behind a tensor, which views of it share."""
+    return tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else tensor_bytes(tensor)
 
 
 def references(tensor: torch.Tensor) -> int:
@@ -123,8 +139,9 @@ def references(tensor: torch.Tensor) -> int:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes the tensor's elements take when present, whatever is present now."""
-    return tensor.numel() * tensor.element_size()
+    """Bytes the tensor's elements take when present, whatever is present now; of a sparse one, those that it keeps and their indices."""
+    parts = _SPARSE_PARTS.get(tensor.layout)
+    return sum(getattr(tensor, part)().nbytes for part in parts) if parts else tensor.numel() * tensor.element_size()
 
 
 def storage_bytes(model: nn.Module) -> int:
@@ -132,7 +149,7 @@ def storage_bytes(model: nn.Module) -> int:
     seen: dict[tuple[str, int], int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type != "meta":
-            seen[storage_key(tensor)] = tensor.untyped_storage().nbytes()
+            seen[storage_key(tensor)] = held_bytes(tensor)
     return sum(seen.values())
 
 

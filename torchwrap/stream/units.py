@@ -19,7 +19,7 @@ from torch import nn
 
 from torchwrap.core import errors
 from torchwrap.core.swap import original_class
-from torchwrap.core.tensors import data_of, is_placeholder, placeholder, storage_key, tensor_bytes
+from torchwrap.core.tensors import data_of, held_bytes, is_placeholder, placeholder, storage_key, tensor_bytes
 from torchwrap.storage.aio import Source
 from torchwrap.storage.safefile import Segment
 
@@ -205,7 +205,7 @@ def find_units(
     _renumber(units)
     free = {piece.index for unit in units for piece in unit.pieces}
     fixed = [piece for piece in pieces.values() if piece.index not in free]
-    buffers = {storage_key(b): b.untyped_storage().nbytes() for b in model.buffers() if b.device.type != "meta"}
+    buffers = {storage_key(b): held_bytes(b) for b in model.buffers() if b.device.type != "meta"}
     return UnitMap(_call_order(units), fixed, sum(buffers.values()), notes)
 
 
@@ -268,7 +268,7 @@ def _collect_pieces(model: nn.Module) -> dict[int, Piece]:
             shape=tuple(parameter.shape),
             dtype=parameter.dtype,
             nbytes=tensor_bytes(parameter),
-            residue=0 if on_meta or is_placeholder(data) else data.data_ptr() % 64,
+            residue=0 if on_meta or data.layout != torch.strided or is_placeholder(data) else data.data_ptr() % 64,
             absent=placeholder(parameter.shape, parameter.dtype, "cpu" if on_meta else parameter.device),
         )
     return pieces
@@ -295,7 +295,11 @@ def _unmovable(model: nn.Module, pieces: dict[int, Piece], notes: list[str]) -> 
             held.add(piece.index)
             notes.append(f"{piece.name} is {piece.dtype}: it stays in memory")
             continue
-        if piece.nbytes == 0 or data.numel() <= 1 or data.layout != torch.strided:
+        if data.layout != torch.strided:
+            held.add(piece.index)
+            notes.append(f"{piece.name} is {data.layout}: it stays in memory")
+            continue
+        if piece.nbytes == 0 or data.numel() <= 1:
             held.add(piece.index)
             continue
         if is_placeholder(data) or data.device.type == "meta":

@@ -43,7 +43,8 @@ class AbsentUseGuard(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func not in _HARMLESS:
             for value in tree_leaves((args, kwargs)):
-                if type(value) in (torch.Tensor, torch.nn.Parameter) and value.device.type != "meta":
+                plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
+                if plain and value.device.type != "meta":
                     name = self._names.get(value.untyped_storage().data_ptr())
                     if name is not None:
                         # No TypeError: torch turns those raised inside an arithmetic operator into "unsupported operand".

@@ -12,7 +12,7 @@ from torch import nn
 from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration
-from torchwrap.core.tensors import data_of, is_placeholder
+from torchwrap.core.tensors import data_of, held_bytes, is_placeholder, storage_key
 from torchwrap.storage.limits import memory_available, memory_limit
 from torchwrap.stream.settings import Streaming
 from torchwrap.weights.training import Training, step_bytes
@@ -84,7 +84,7 @@ def weight_budget(
         asked = _asked(device_memory=config.device_memory, host_memory=config.host_memory)
         return Budget(max(0, min([*asked.values(), left])), 0, reserve, asked, left)
     free, _ = torch.cuda.mem_get_info(device)
-    held = sum(data_of(p).untyped_storage().nbytes() for p in model.parameters() if p.device.type == device.type)
+    held = sum(held_bytes(data_of(p)) for p in model.parameters() if p.device.type == device.type)
     device_left = int(0.95 * free) + held - reserve
     asked = _asked(device_memory=config.device_memory)
     host = min(int(config.host_memory), left) if config.host_memory is not None else left
@@ -121,7 +121,7 @@ def _private_bytes(model: nn.Module) -> int:
     for parameter in model.parameters():
         data = data_of(parameter)
         if data.device.type == "cpu" and not is_placeholder(data):
-            storages[data.untyped_storage().data_ptr()] = data.untyped_storage().nbytes()
+            storages[storage_key(data)] = held_bytes(data)
     return min(sum(storages.values()), _status("RssAnon"))
 
 

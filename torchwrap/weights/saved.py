@@ -90,7 +90,7 @@ class _Pack:
 
     def __call__(self, tensor: torch.Tensor) -> _Weight | Kept | _Passed:
         engine = self.handle.engine
-        if engine is not None:
+        if engine is not None and tensor.layout == torch.strided:
             if (found := engine.piece_at(tensor)) is not None:
                 return _Weight(self.handle, found[0], tensor, found[1], cast=False)
             if tensor.is_floating_point() and (piece := self._cast_of(tensor, engine.pieces_in_use())) is not None:
@@ -107,7 +107,8 @@ class _Pack:
         size = tensor.element_size()
         count = tensor.untyped_storage().nbytes() // size
         for piece in pieces:
-            if piece.parameter.numel() == count == tensor.numel() and piece.dtype.itemsize > size:
+            wider = piece.dtype.is_floating_point and piece.dtype.itemsize > size
+            if wider and piece.parameter.numel() == count == tensor.numel():
                 flat, weight = tensor.as_strided((count,), (1,), 0), data_of(piece.parameter).reshape(-1)
                 some = slice(0, 64)  # an activation of the same size differs at once
                 if _same_bits(flat[some], weight[some]) and _same_bits(flat, weight):
