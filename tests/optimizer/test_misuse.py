@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +286,10 @@ def test_the_model_may_be_called_again_when_the_step_was_given_up(way_out: str, 
     elif way_out == "unwrap":
         with pytest.warns(tw.TorchwrapWarning, match="half a step ahead"):
             tw.unwrap(model)
-    del optimizer
+    ended = way_out == "close"
+    with nullcontext() if ended else pytest.warns(tw.TorchwrapWarning, match="was collected in the middle of a step"):
+        del optimizer
+        gc.collect()
     assert not torch.equal(loss_of(model, 7), before)
 
 

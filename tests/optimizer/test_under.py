@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from tests.optimizer.optimizing import differences, loss_of, pair, trained
 from torchwrap import OffloadedOptimizer
 
 ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": 65536}
+ROOT = Path(__file__).parents[2]
 
 
 def two(width: int = 160) -> tuple[nn.Sequential, nn.Sequential]:
@@ -152,6 +157,16 @@ def test_closing_in_the_middle_of_a_step_says_so(wrap: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.close()
+
+
+def test_leaving_the_interpreter_in_the_middle_of_a_step_says_nothing() -> None:
+    program = (
+        "import torch; from tests.optimizer.optimizing import loss_of, pair; from torchwrap import OffloadedOptimizer; model = pair()[1]; "
+        "optimizer = OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-2); loss_of(model, 0).backward()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "half a step" not in done.stderr
 
 
 def test_unwrapping_in_the_middle_of_a_step_says_so() -> None:

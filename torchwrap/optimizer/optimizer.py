@@ -120,7 +120,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._may_take = self._asked.take
         self._max_grad_norm = max_grad_norm
         self._works = works = Workshop(self._rule, self._parameters, self._handle, site, self._asked, max_grad_norm, _groups_of(self))
-        self._shut = weakref.finalize(self, works.close)
+        self._shut = weakref.finalize(self, works.close_unasked)
         try:
             if self._handle is not None:
                 self._handle.optimizer = weakref.ref(self)
@@ -327,9 +327,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """End the threads and let the folder go; nothing is committed. The model goes on working with the weights it has.
 
         Warns if that is in the middle of a step: weights that backward has updated cannot be undone, and the rest of the step is lost.
+        So does an optimizer that is collected then.
         """
-        mixture = self._shut.alive and self._works.step.changed
-        self._shut()
+        if self._shut.detach() is None:
+            return
+        mixture = self._works.step.changed
+        self._works.close()
         if mixture:
             fix = "Load a checkpoint before the weights are used. Call step() or rollback() before close() to have those of a step."
             warn_of_mixture("close()", fix, stacklevel=2)

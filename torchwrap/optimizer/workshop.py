@@ -7,6 +7,7 @@ goes into state dicts and commits through run.py. Nothing here refers to the opt
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from torchwrap.storage import aio
 from torchwrap.storage.generations import GenerationStore
 from torchwrap.storage.heap import keep_heap_small
 from torchwrap.weights.handle import WeightsHandle
+from torchwrap.weights.stepping import warn_of_mixture
 from torchwrap.weights.training import Footprint, room_for
 
 __all__ = ["Site", "Workshop"]
@@ -125,6 +127,15 @@ class Workshop:
         self.reader.close()
         self.store.close()
         self.parameters.let_go()
+
+    def close_unasked(self) -> None:
+        """The optimizer was collected, perhaps in the middle of a step while the model lives on."""
+        leaving = not threading.main_thread().is_alive()  # at the interpreter's exit nobody uses the weights any more
+        mixture = not leaving and self.step.changed
+        self.close()
+        if mixture:
+            fix = "Load a checkpoint before the weights are used. Keep the optimizer until step(), or call rollback()."
+            warn_of_mixture("an OffloadedOptimizer was collected", fix, stacklevel=1)
 
     # -- figures -----------------------------------------------------------------------------------------------------------------
 
