@@ -6,6 +6,7 @@ called, and whether a model or a folder belongs here is decided by class names a
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -78,7 +79,7 @@ class TransformersIntegration(Integration):
 
         return checkpoint.read_config(Path(folder)) is not None
 
-    def skeleton(self, folder: Path, work: Path, *, dtype: torch.dtype | None = None) -> Skeleton:
+    def skeleton(self, folder: Path, work: os.PathLike[str], *, dtype: torch.dtype | None = None) -> Skeleton:
         """The model of a checkpoint folder without its weights; see `skeleton.skeleton`."""
         from torchwrap.integrations.transformers import skeleton
 

@@ -8,6 +8,7 @@ that this is in order (`_keys_to_ignore_on_load_missing`, e.g. sinusoidal positi
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def fill_persistent_buffers(model: nn.Module, weights: dict[str, tuple[Path, str
             _owner(model, name)._buffers[_leaf(name)] = value
 
 
-def initialise(model: Any, absent: set[str], work: Path) -> dict[str, tuple[Path, str]]:
+def initialise(model: Any, absent: set[str], work: os.PathLike[str]) -> dict[str, tuple[Path, str]]:
     """Compute the buffers still on `meta`, and the `absent` parameters, with the model's own initialiser.
 
     Returns:
@@ -60,11 +61,11 @@ def initialise(model: Any, absent: set[str], work: Path) -> dict[str, tuple[Path
     return written
 
 
-def _write(name: str, value: torch.Tensor, work: Path) -> tuple[Path, str]:
+def _write(name: str, value: torch.Tensor, work: os.PathLike[str]) -> tuple[Path, str]:
     from transformers.integrations.accelerate import offload_weight
 
     index: dict[str, dict[str, str]] = {}
-    offload_weight(value, name, str(work), index)
+    offload_weight(value, name, os.fspath(work), index)
     return Path(index[name]["safetensors_file"]), index[name]["weight_name"]
 
 

@@ -10,6 +10,7 @@ one, another dtype): the framework's converter writes just those into a private 
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,12 +40,12 @@ class _Sources:
     convert: dict[str, list[Entry]] = field(default_factory=dict)
 
 
-def skeleton(folder: Path, work: Path, *, dtype: torch.dtype | None = None) -> Skeleton:
+def skeleton(folder: Path, work: os.PathLike[str], *, dtype: torch.dtype | None = None) -> Skeleton:
     """Build the model of a checkpoint folder with all parameters on `meta` and a map to their files.
 
     Args:
         folder: what `save_pretrained` wrote, or a downloaded repository.
-        work: existing private folder; takes a safetensors file per tensor that has to be converted, nothing if none has.
+        work: private folder, asked for its name only when needed: takes a safetensors file per tensor that has to be converted.
         dtype: as `from_pretrained(dtype=...)`; None means its default, "auto" (transformers 5.23): the config's dtype, else the files'.
 
     Returns:
@@ -62,19 +63,19 @@ def skeleton(folder: Path, work: Path, *, dtype: torch.dtype | None = None) -> S
     errors: list[UnsupportedModelError] = []
     for kind in _classes(stored):
         try:
-            return _build(kind, stored, Path(work), dtype)
+            return _build(kind, stored, work, dtype)
         except UnsupportedModelError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _build(kind: Any, stored: Checkpoint, work: Path, dtype: torch.dtype | None) -> Skeleton:
+def _build(kind: Any, stored: Checkpoint, work: os.PathLike[str], dtype: torch.dtype | None) -> Skeleton:
     with _quiet(), torch.random.fork_rng(devices=[]):
         model, report = _load_on_meta(kind, stored, dtype)
         sources = _match(model, stored)
         weights = {name: (entry.file, entry.key) for name, entry in sources.direct.items()}
         if sources.convert:
-            weights |= _convert(model, sources.convert, work)
+            weights |= _convert(model, sources.convert, Path(work))
         _tie_equal_copies(model, weights)
         fill_persistent_buffers(model, weights)
         absent = _absent(model, weights)

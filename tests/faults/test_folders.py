@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,20 @@ def test_disk_full_while_converting(tmp_path: Path, faults: Faults) -> None:
         faults.detected(
             lambda: tw.offload.from_pretrained(folder, params="disk", dtype=torch.bfloat16, path="/proc/torchwrap"), StorageError
         )
+
+
+def test_a_folder_that_needs_no_conversion_opens_without_a_place_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: Faults
+) -> None:
+    folder = tmp_path / "checkpoint"
+    llama().save_pretrained(folder)
+    nowhere = tmp_path / "nowhere"
+    nowhere.write_bytes(b"a file")
+    monkeypatch.setattr(tempfile, "tempdir", str(nowhere))
+    model = faults.survived(lambda: tw.offload.from_pretrained(folder, params="disk"), lambda model: probe(model).isfinite().all())
+    faults.survived(lambda: probe(model), twin_of(llama))
+    faults.detected(lambda: tw.offload.from_pretrained(folder, params="disk", dtype=torch.bfloat16), StorageError, says=[nowhere])
+    tw.unwrap(model)
 
 
 def test_budget_too_small_for_a_folder(tmp_path: Path, faults: Faults) -> None:

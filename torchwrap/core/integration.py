@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -191,12 +192,13 @@ class Integration:
         """Can `skeleton` build the model stored in this folder?"""
         return False
 
-    def skeleton(self, folder: Path, work: Path, *, dtype: torch.dtype | None = None) -> Skeleton:
+    def skeleton(self, folder: Path, work: os.PathLike[str], *, dtype: torch.dtype | None = None) -> Skeleton:
         """The model of a checkpoint folder, without reading its weights.
 
         Args:
             folder: the checkpoint.
-            work: a private folder for converted weights, if the stored keys or shapes are not the model's.
+            work: a private folder for converted weights, if the stored keys or shapes are not the model's. It may be made only when its
+                name is asked for (`os.fspath`), so leave that alone if nothing has to be converted.
             dtype: of the parameters; `None` is what the folder says.
 
         Raises:

@@ -16,7 +16,7 @@ from torchwrap.offload.technique import offload
 from torchwrap.storage.aio import probe
 from torchwrap.weights.blueprint import Blueprint
 from torchwrap.weights.budget import RESERVE_TOKENS, process_bytes, working_bytes
-from torchwrap.weights.folder import as_placeholders, work_folder
+from torchwrap.weights.folder import WorkFolder, as_placeholders
 from torchwrap.weights.training import TrainingPrediction, expected_footprint, forecast, head_bytes, step_bytes
 
 __all__ = ["FolderPlan", "plan_folder"]
@@ -90,9 +90,9 @@ def plan_folder(folder: str | Path, config: Offload) -> FolderPlan:
     """
     path = Path(folder)
     integration = integration_for_folder(path)
-    work = work_folder(config)
+    work = WorkFolder(config)
     try:
-        model, homes = as_placeholders(integration.skeleton(path, work.path), path)
+        model, homes = as_placeholders(integration.skeleton(path, work), path)
         blueprint: Blueprint = offload.prepare(model, config, integration).data
         largest = max((home.file for home in homes.values()), key=lambda file: file.path.stat().st_size)
         plan = blueprint.plan
@@ -114,7 +114,7 @@ def plan_folder(folder: str | Path, config: Offload) -> FolderPlan:
             training=_training(model, blueprint, integration, bandwidth) if config.goal == "train" else None,
         )
     finally:
-        work.close(keep=False)
+        work.close()
 
 
 def _training(model: nn.Module, blueprint: Blueprint, integration: Integration, bandwidth: float) -> TrainingPrediction:

@@ -6,6 +6,7 @@ placeholders with a known home; `attach` then reads the resident ones and stream
 
 from __future__ import annotations
 
+import os
 import weakref
 from pathlib import Path
 
@@ -24,33 +25,60 @@ from torchwrap.stream.units import Home
 SOURCES = "_torchwrap_sources"
 """Key in the `__dict__` of a model built from a folder: {parameter name: Home}. `attach` takes it away."""
 
-__all__ = ["SOURCES", "as_placeholders", "open_folder", "work_folder"]
+__all__ = ["SOURCES", "WorkFolder", "as_placeholders", "open_folder"]
 
 
 @torch.inference_mode(False)  # parameters made in inference mode could never be used outside it
 def open_folder(folder: Path, config: Streaming, dtype: torch.dtype | None) -> nn.Module:
     """See `OffloadTechnique.from_pretrained`."""
     integration = integration_for_folder(folder)
-    work = work_folder(config)
+    work = WorkFolder(config)
     keep_work = False
     try:
-        model, homes = as_placeholders(integration.skeleton(folder, work.path, dtype=dtype), folder)
+        model, homes = as_placeholders(integration.skeleton(folder, work, dtype=dtype), folder)
         for home in homes.values():
-            home.converted = work.path in home.file.path.parents
+            home.converted = work.holds(home.file.path)
         apply(model, config)
         keep_work = any(home.converted for home in homes.values())
         if keep_work:
-            weakref.finalize(model, work.close, False)
+            weakref.finalize(model, work.close)
             work.warn_of_memory()
         return model
     finally:
         if not keep_work:
-            work.close(keep=False)
+            work.close()
 
 
-def work_folder(config: Streaming) -> OwnFolder:
-    """A new private folder for converted weights; the caller closes it. After a kill the next one made beside it sweeps."""
-    return OwnFolder(Path(config.path) if config.path is not None else None)
+class WorkFolder(os.PathLike[str]):
+    """A private folder for converted weights; the caller closes it. After a kill the next one made beside it sweeps.
+
+    One among the system's temporary files is made when its name is asked for: most checkpoints need none, and no place for it.
+
+    Raises:
+        StorageError, UnsafePathError: there can be none; at once, if `path` says where.
+    """
+
+    def __init__(self, config: Streaming) -> None:
+        self._made: OwnFolder | None = OwnFolder(Path(config.path)) if config.path is not None else None
+
+    def __fspath__(self) -> str:
+        if self._made is None:
+            self._made = OwnFolder(None)
+        return str(self._made.path)
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file lies in it."""
+        return self._made is not None and self._made.path in path.parents
+
+    def warn_of_memory(self) -> None:
+        """See `OwnFolder.warn_of_memory`."""
+        if self._made is not None:
+            self._made.warn_of_memory()
+
+    def close(self) -> None:
+        """Remove it with all files."""
+        if self._made is not None:
+            self._made.close(keep=False)
 
 
 def as_placeholders(skeleton: Skeleton, folder: Path) -> tuple[nn.Module, dict[str, Home]]:
