@@ -97,16 +97,16 @@ def measure_kills(kills: int = 20, steps: int = 30, seed: int | None = None) -> 
         while len(trials) < kills:
             run = _Run(Path(name, f"{len(trials)}-{time.monotonic_ns()}"), ("step", "save")[len(trials) % 2], steps)
             run.folder.mkdir()
-            trial = _trial(run, chance.uniform(0, lasts_s), expected)
+            moment = chance.uniform(0, 1)
+            trial = _trial(run, moment * lasts_s, expected)
             if trial is not None:
-                trials.append(trial)
-                print(f"{TITLE} {len(trials):3} of {kills}: {trial}", flush=True)
+                trials.append({"moment": round(moment, 4), **trial})
+                print(f"{TITLE} {len(trials):3} of {kills}: {trials[-1]}", flush=True)
     return {
         "title": TITLE,
         "kills": kills,
         "steps": steps,
         "seed": seed,
-        "undisturbed_s": lasts_s,
         "committed_steps": sorted(trial["committed"] for trial in trials),
         "killed_in_commit": sum(trial["in_commit"] for trial in trials),
         "different": sum(not trial["equal"] for trial in trials),
@@ -144,7 +144,6 @@ def _trial(run: _Run, moment_s: float, expected: _Expected) -> dict[str, Any] | 
     committed, every, after = found["steps"], COMMIT_EVERY[run.durability], found["losses"]
     return {
         "durability": run.durability,
-        "moment_s": round(moment_s, 3),
         "finished": finished,
         "in_commit": said[-1:] == ["commit"],
         "committed": committed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pkgutil
 import signal
 import subprocess
 import threading
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import torchwrap as tw
+from tests.faults.children import in_child
 from tests.faults.disks import Disk, hanging, settle
 from tests.faults.tally import Faults
 from tests.optimizer.optimizing import differences, loss_of, pair, trained
@@ -299,6 +301,47 @@ def test_closing_while_an_update_hangs(way: str, tmp_path: Path, faults: Faults)
 
 
 # -- signals ---------------------------------------------------------------------------------------------------------------------------
+
+
+COMMITTING = ["os.fsync", "os.rename", "os.chmod"]
+KILLS = range(10)  # a commit makes five of these calls; each kills before it is made, or after
+
+
+@pytest.mark.parametrize("number", KILLS)
+def test_killed_at_each_call_of_a_commit(number: int, tmp_path: Path, faults: Faults) -> None:
+    def use() -> None:
+        _, model = pair()
+        optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+        trained(model, optimizer, range(1))
+        optimizer.commit()
+        trained(model, optimizer, range(1, 2))
+        moments = iter(range(1000))
+
+        def at(call: Callable[..., Any]) -> Callable[..., Any]:
+            def dying(*args: Any, **kwargs: Any) -> Any:
+                if next(moments) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                result = call(*args, **kwargs)
+                if next(moments) == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            return dying
+
+        for name in COMMITTING:
+            setattr(os, name.removeprefix("os."), at(pkgutil.resolve_name(name)))
+        optimizer.commit()
+
+    assert in_child(use) == -signal.SIGKILL
+    run = Training(path=tmp_path / "run")
+    steps = run.optimizer.steps
+    renamed = 5  # sync of the data, of the manifest, then its new name
+    assert steps == (2 if number >= renamed else 1)
+    trained(run.plain, run.reference, range(steps))
+    faults.survived(lambda: run, lambda _: run.equal())
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"LOCK", "manifest.json", run.optimizer._works.store.file.path.name}
+    run.steps(steps)
+    run.end()
 
 
 @overlapping
