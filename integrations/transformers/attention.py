@@ -28,7 +28,7 @@ from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.layer import CallState, Layer, held_back
 from torchwrap.core.swap import layers_of, original_class
 from torchwrap.integrations.transformers.cache import into_arenas
-from torchwrap.integrations.transformers.masks import tile_mask
+from torchwrap.integrations.transformers.masks import tile_mask, user_mask
 
 __all__ = ["NAME", "AttentionLayer", "ModelLayer", "TransformersRoute", "attention_forward", "attention_mask", "route"]
 
@@ -232,11 +232,13 @@ def attention_forward(
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         attention_mask, key, value = _without_mask(query, key, value, bool(causal), sliding_window)
-    elif attention_mask.shape[-1] > key.shape[2]:
-        columns = (0, key.shape[2])
-        attention_mask = (
-            attention_mask.sub(columns=columns) if isinstance(attention_mask, TileMask) else attention_mask[..., : key.shape[2]]
-        )
+    else:
+        attention_mask = user_mask(attention_mask)
+        if attention_mask.shape[-1] > key.shape[2]:
+            columns = (0, key.shape[2])
+            attention_mask = (
+                attention_mask.sub(columns=columns) if isinstance(attention_mask, TileMask) else attention_mask[..., : key.shape[2]]
+            )
     if query.shape[0] != key.shape[0]:  # learned queries shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     out = service.attend(

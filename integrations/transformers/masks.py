@@ -207,7 +207,7 @@ def user_mask(mask: Tensor) -> TileMask | Tensor:
 
     Cost: reads the mask once, as long as it is the same tensor and nobody writes to it.
     """
-    if mask.dim() != 4 or isinstance(mask, TileMask):
+    if mask.dim() != 4 or isinstance(mask, TileMask) or torch.compiler.is_dynamo_compiling():
         return mask
     version, made = _seen.get(mask, (None, None))
     if version != mask._version:

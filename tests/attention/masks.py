@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from torchwrap.attention.dictionary import of_dense
 from torchwrap.attention.mask import TileMask
@@ -43,3 +46,16 @@ def random_mask(draw: random.Random) -> TileMask:
         dense = dense.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, :q_length, :kv_length]
         conditions["dictionary"] = of_dense(dense, block=draw.choice(((8, 8), (5, 16), (128, 128))))
     return TileMask(batch, q_length, kv_length, **conditions)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returned with memory of its own."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.numel() and leaf.untyped_storage().nbytes() >= leaf.numel():
+                self.elements = max(self.elements, leaf.numel())
+        return result

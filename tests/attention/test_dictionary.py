@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from tests.attention.masks import whole
+from tests.attention.masks import Largest, whole
 from torchwrap.attention.dictionary import compiled, of_dense
 from torchwrap.attention.mask import TileMask
 from torchwrap.core.errors import ConfigError
@@ -131,19 +128,6 @@ def test_floating_masks_of_other_numbers_are_a_bias(number: float) -> None:
 def test_expanded_masks_are_kept_once() -> None:
     mask = TileMask.from_dense((torch.rand(1, 1, 20, 20) < 0.5).expand(4, 8, -1, -1))
     assert mask.dictionary is not None and mask.dictionary.codes.shape[:2] == (1, 1) and mask.shape == (4, 1, 20, 20)
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returned with memory of its own."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.numel() and leaf.untyped_storage().nbytes() >= leaf.numel():
-                self.elements = max(self.elements, leaf.numel())
-        return result
 
 
 @pytest.mark.parametrize("make", [

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from tests.attention.masks import random_mask, whole
+from tests.attention.masks import Largest, random_mask, whole
 from torchwrap.attention.mask import TileMask
 from torchwrap.core.errors import ConfigError
 
@@ -112,6 +112,31 @@ def test_empty_masks_have_no_tiles(lengths: tuple[int, int, int]) -> None:
     classes = mask.tiles(4, 4)
     assert classes.lo.shape == (lengths[0], -(-lengths[1] // 4))
     assert not classes.hi.any() and not mask.live_rows().any()
+
+
+def test_a_long_mask_is_classified_without_anything_of_its_size() -> None:
+    length, batch = 4096, 2
+    valid = torch.rand(batch, length) < 0.99
+    numbers = (torch.arange(length, dtype=torch.int32) // 1000).expand(batch, -1)
+    with Largest() as seen:
+        for mask in (
+            TileMask.window(batch, length, length, 300, key_mask=valid), TileMask.padded([4000, 100], length, length),
+            TileMask.causal(batch, length, length, q_segments=numbers, k_segments=numbers, chunk=512),
+        ):  # fmt: skip
+            mask.tiles(64, 64)
+            mask.live_rows()
+            mask.key_range(1)
+    assert 0 < seen.elements <= 16 * batch * length < length * length // 64
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_parts_of_random_masks_stay_in_place(seed: int) -> None:
+    draw = random.Random(seed + 20)
+    for _ in range(300):
+        mask = random_mask(draw)
+        (b0, b1), (r0, r1), (c0, c1) = (sorted(draw.choices(range(mask.shape[dim] + 1), k=2)) for dim in (0, 2, 3))
+        part = mask.sub(rows=(r0, r1), columns=(c0, c1), batch=(b0, b1))
+        assert torch.equal(whole(part), whole(mask)[b0:b1, :, r0:r1, c0:c1]), mask
 
 
 def test_tiles_of_no_size_are_refused() -> None:

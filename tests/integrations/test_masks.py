@@ -199,6 +199,14 @@ def test_masks_of_users_are_read_once_and_again_when_written_to() -> None:
     assert user_mask(bias) is bias and user_mask(second) is second
 
 
+def test_using_them_registers_and_changes_nothing() -> None:
+    before = dict(AttentionMaskInterface._global_mapping), dict(AttentionInterface._global_mapping)
+    padding = torch.tensor([[False, True, True, False]])
+    mask = tile_mask(batch_size=1, q_length=4, kv_length=4, attention_mask=padding)
+    assert (dict(AttentionMaskInterface._global_mapping), dict(AttentionInterface._global_mapping)) == before
+    assert mask.key_range(0) == (1, 3) and padding.tolist() == [[False, True, True, False]]
+
+
 # Through whole models
 
 

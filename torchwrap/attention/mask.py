@@ -55,6 +55,14 @@ class TileMask(LazyMask):
         ConfigError: a negative length, window or chunk; a tensor of the wrong shape, dtype or device; only one of the segments.
 
     Cost: the tensors given, 4 to 16 bytes per token; nothing of Sq x Sk.
+
+    Example:
+        >>> from torchwrap.attention.mask import TileMask
+        >>> mask = TileMask.window(1, 65536, 65536, 1024)
+        >>> mask.rectangle(0, (4096, 4098), (3072, 3076)).int().tolist()
+        [[[0, 1, 1, 1], [0, 0, 1, 1]]]
+        >>> int(mask.tiles(128, 128).lo[0, 64])
+        56
     """
 
     right: int | None
