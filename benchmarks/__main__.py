@@ -9,6 +9,7 @@ python -m benchmarks training                 training with weights and optimize
 python -m benchmarks training-faults          twenty runs of training, each killed at a random moment; not part of "all"
 python -m benchmarks superpipeline            peak, time and transfers over (k, k') on a virtual clock; prints the table of the docs
 python -m benchmarks superpipeline-prefill    a prompt through 0.4 n of the blocks, in real time
+python -m benchmarks attention                attention on the CPU: every shape against torch and transformers
 python -m benchmarks --check                  exit status 1 when a bar of targets.toml is missed
 """
 
@@ -29,7 +30,10 @@ from benchmarks.harness.rounds import Rounds
 from benchmarks.harness.training import CONTENDERS, TrainingCampaign
 
 GIB = 1 << 30
-_WHAT = ("all", "offload-limit", "offload-fits", "training", "training-faults", "forward-many", "superpipeline", "superpipeline-prefill")
+_WHAT = (
+    "all", "offload-limit", "offload-fits", "training", "training-faults", "forward-many", "superpipeline", "superpipeline-prefill",
+    "attention",
+)  # fmt: skip
 _SHOWN = (
     "equal_tokens",
     "equal_logits",
@@ -58,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="of training-faults")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--picture", type=Path, help="where superpipeline draws peak and time over (k, k')")
+    parser.add_argument("--rows", help="attention: only rows whose name contains this")
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--check", action="store_true", help="exit status 1 when a bar is missed")
     given = parser.parse_args(arguments)
@@ -108,6 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         prefill = measure_prefill(rounds=given.rounds)
         runs[prefill["title"]] = prefill
+    if given.what == "attention":
+        from benchmarks import attention
+
+        runs[attention.TITLE] = attention.measure_attention(rounds=max(given.rounds, 5), only=given.rows)
+        print(attention.table(runs[attention.TITLE]))
     verdicts = [verdict for title, summary in runs.items() for verdict in judge(title, summary)]
     print(*verdict_lines(verdicts), sep="\n")
     if runs and not given.no_write:

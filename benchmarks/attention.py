@@ -1,0 +1,253 @@
+"""Attention on the CPU: what the dispatcher chooses by itself, against torch and against what transformers makes of torch.
+
+Every row is one shape. Contenders take turns in one process, after their results were compared; a turn that would be shorter than 40
+milliseconds is repeated within itself. Ratios are of medians: above 1, ours is faster. Rivals:
+
+* `sdpa`: `F.scaled_dot_product_attention` on the tensors as they are, with `enable_gqa`, and with a bool mask where there is one;
+* `transformers`: its sdpa function, with the mask that its models make: none, or bool (B, 1, Sq, Sk); it packs or copies heads itself;
+* `packed`: the same with a mask for one query, which then goes without copies of heads;
+* `eager`: the textbook form in transformers' way, for softcap and sinks, which no other form of torch has on CPUs.
+
+Masks are made before the clock starts, for all of them: a model makes one for all its layers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from statistics import geometric_mean, median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchwrap.attention.attend import attend
+from torchwrap.attention.contract import checked
+from torchwrap.attention.dispatch import choose
+from torchwrap.attention.mask import TileMask
+
+__all__ = ["TITLE", "measure_attention", "table"]
+
+TITLE = "attention[cpu]"
+TURN_S = 0.04
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DECODE = ((9, 3, 64, 16384), (9, 3, 64, 65536), (32, 8, 128, 32768), (8, 1, 128, 65536))
+"""Hq, Hkv, D, S of single queries: the rows with groups in section 9 of the specification."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One shape: tensors, what each query sees, and who takes part."""
+
+    group: str
+    name: str
+    heads: tuple[int, int]
+    width: int
+    q_length: int
+    kv_length: int
+    dtype: str = "float32"
+    batch: int = 1
+    mask: Callable[[], TileMask] | None = None
+    causal: bool = False
+    train: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    rivals: tuple[str, ...] = ("sdpa", "transformers")
+
+
+def rows() -> Iterator[Row]:
+    """All rows, by group."""
+    for dtype in DTYPES:
+        for heads, kv_heads, width, length in DECODE:
+            yield Row(
+                group=f"decode {dtype}", name=f"{heads}/{kv_heads}/{width}/{length}", heads=(heads, kv_heads), width=width, q_length=1,
+                kv_length=length, dtype=dtype, rivals=("sdpa", "transformers", "packed"),
+            )  # fmt: skip
+        yield Row(
+            group=f"decode without groups {dtype}", name="32/32/128/8192", heads=(32, 32), width=128, q_length=1, kv_length=8192,
+            dtype=dtype,
+        )  # fmt: skip
+    small: dict[str, Any] = {"heads": (9, 3), "width": 64}
+    for dtype in DTYPES:
+        lengths = (16384, 4096, 8192, 2048)
+        yield Row(
+            group="decode, padded batch", name=f"{'/'.join(map(str, lengths))} {dtype}", batch=4, q_length=1, kv_length=16384, dtype=dtype,
+            mask=lambda: TileMask.padded((16384, 4096, 8192, 2048), 1, 16384), rivals=("sdpa", "packed"), **small,
+        )  # fmt: skip
+        yield Row(
+            group="window 1024 at 8192", name=dtype, q_length=8192, kv_length=8192, dtype=dtype,
+            mask=lambda: TileMask.window(1, 8192, 8192, 1024), **small,
+        )  # fmt: skip
+        yield Row(
+            group="padded batch", name=f"2048/256/512/1024 {dtype}", batch=4, q_length=2048, kv_length=2048, dtype=dtype,
+            mask=lambda: TileMask.padded((2048, 256, 512, 1024), 2048, 2048), **small,
+        )  # fmt: skip
+        for queries in (8, 64, 256):
+            yield Row(
+                group="chunked", name=f"{queries} over 16384 {dtype}", q_length=queries, kv_length=16384, dtype=dtype,
+                mask=lambda queries=queries: TileMask.causal(1, queries, 16384), **small,  # type: ignore[misc]
+            )  # fmt: skip
+        for length in (512, 2048, 4096):
+            yield Row(group="dense causal", name=f"{length} {dtype}", q_length=length, kv_length=length, dtype=dtype, causal=True, **small)
+        yield Row(
+            group="training, window 512 at 4096", name=dtype, q_length=4096, kv_length=4096, dtype=dtype, train=True,
+            mask=lambda: TileMask.window(1, 4096, 4096, 512), **small,
+        )  # fmt: skip
+    yield Row(group="training, dense causal", name="2048 float32", q_length=2048, kv_length=2048, causal=True, train=True, **small)
+    causal: dict[str, Any] = {"q_length": 4096, "kv_length": 4096, "mask": lambda: TileMask.causal(1, 4096, 4096), "rivals": ("eager",)}
+    yield Row(group="softcap and sinks at 4096", name="softcap", options={"softcap": 50.0}, **causal, **small)
+    yield Row(group="softcap and sinks at 4096", name="sinks", options={"sinks": torch.linspace(-1, 1, 9)}, **causal, **small)
+
+
+def measure_attention(*, rounds: int = 5, only: str | None = None, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Seconds of every row and contender.
+
+    Args:
+        rounds: turns of each contender; at least 5 for figures.
+        only: rows whose group or name contains this.
+        say: told of each row when it is done.
+
+    Returns:
+        `rows`: by "group: name", seconds of all turns, ratios of medians to each rival and to the best, and the greatest difference of
+        results; `geometric`: by group, the geometric means of the ratios; `worst`: by group, the least ratio to `sdpa`.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    found: dict[str, dict[str, Any]] = {}
+    groups: dict[str, list[dict[str, float]]] = {}
+    try:
+        for row in rows():
+            title = f"{row.group}: {row.name}"
+            if only is not None and only not in title:
+                continue
+            found[title] = _measured(row, rounds)
+            groups.setdefault(row.group, []).append(found[title]["ratio"])
+            say(
+                f"{title}: "
+                + ", ".join(f"{name} {value:.2f}x" for name, value in found[title]["ratio"].items())
+                + f"; {found[title]['by']}"
+            )
+    finally:
+        torch.set_num_threads(threads)
+    names = {group: sorted(set.intersection(*(set(ratios) for ratios in many))) for group, many in groups.items()}
+    return {
+        "title": TITLE,
+        "threads": len(os.sched_getaffinity(0)),
+        "rounds": rounds,
+        "rows": found,
+        "geometric": {group: {name: geometric_mean(row[name] for row in groups[group]) for name in names[group]} for group in groups},
+        "worst": {group: {name: min(row[name] for row in groups[group]) for name in names[group]} for group in groups},
+        "equal": all(row["difference"] <= row["tolerance"] for row in found.values()),
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Every row, and the geometric means, as text."""
+    lines = [f"{'row':<62}{'ours, ms':>10}  ratio to each rival (quartiles of ours, ms)"]
+    for title, row in summary["rows"].items():
+        ours = sorted(row["seconds"]["ours"])
+        ratios = "  ".join(f"{name} {value:.2f}x" for name, value in row["ratio"].items())
+        lines.append(
+            f"{title:<62}{median(ours) * 1e3:>10.3f}  {ratios}  ({ours[len(ours) // 4] * 1e3:.3f} to {ours[-1 - len(ours) // 4] * 1e3:.3f})"
+        )
+    for group, means in summary["geometric"].items():
+        lines.append(f"geometric mean, {group:<46}  " + "  ".join(f"{name} {value:.2f}x" for name, value in means.items()))
+    return "\n".join(lines)
+
+
+def _measured(row: Row, rounds: int) -> dict[str, Any]:
+    contenders, live, by = _contenders(row)
+    # Rows that see nothing differ by contract: ours are 0.
+    results = {
+        name: [tensor.float() * (live if tensor.shape[1] == row.q_length else 1.0) for tensor in run()] for name, run in contenders.items()
+    }
+    tolerance = 2e-4 if row.dtype == "float32" else 6e-2
+    difference = max(
+        float((mine - theirs).abs().max()) / max(1.0, float(theirs.abs().max()))
+        for name, other in results.items()
+        if name != "ours"
+        for mine, theirs in zip(results["ours"], other, strict=True)
+    )
+    del results
+    assert difference <= tolerance, f"{row.group}: {row.name}: results differ by {difference}, not timed"
+    repeats = {name: max(1, math.ceil(TURN_S / _seconds(run, 1))) for name, run in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for index in range(rounds):
+        for name in (*names[index % len(names) :], *names[: index % len(names)]):
+            seconds[name].append(_seconds(contenders[name], repeats[name]))
+    medians = {name: median(values) for name, values in seconds.items()}
+    ratio = {name: value / medians["ours"] for name, value in medians.items() if name != "ours"}
+    ratio["best"] = min(ratio.values())
+    return {"seconds": seconds, "ratio": ratio, "difference": difference, "tolerance": tolerance, "by": by}
+
+
+def _seconds(run: Callable[[], Any], repeats: int) -> float:
+    began = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - began) / repeats
+
+
+def _contenders(row: Row) -> tuple[dict[str, Callable[[], tuple[Tensor, ...]]], Tensor, str]:
+    """What each contender runs, which rows see a key (as out), and whom the dispatcher chose."""
+    torch.manual_seed(0)
+    dtype, (heads, kv_heads) = DTYPES[row.dtype], row.heads
+    q = torch.randn(row.batch, row.q_length, heads, row.width).to(dtype).transpose(1, 2).requires_grad_(row.train)
+    k, v = (torch.randn(row.batch, kv_heads, row.kv_length, row.width).to(dtype).requires_grad_(row.train) for _ in range(2))
+    tile = row.mask() if row.mask is not None else TileMask.causal(1, row.q_length, row.kv_length) if row.causal else None
+    live = torch.ones(1, row.q_length, dtype=torch.bool) if tile is None else tile.live_rows()
+    seen = None if row.mask is None or tile is None else tile.rectangles((0, row.q_length), (0, row.kv_length))
+    module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
+    forms: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: attend(q, k, v, mask=tile, **row.options).transpose(1, 2).contiguous(),
+        "sdpa": lambda: _sdpa(q, k, v, seen, row.causal).transpose(1, 2).contiguous(),
+        "transformers": lambda: _transformers()(module, q, k, v, seen)[0],
+        "packed": lambda: _transformers()(module, q, k, v, seen if seen is not None else _everything(row))[0],
+        "eager": lambda: _eager(q, k, v, seen, **row.options).transpose(1, 2).contiguous(),
+    }  # fmt: skip
+    call = checked(q, k, v, mask=tile, **row.options)
+
+    def of(form: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            if row.train:
+                out = form()
+                return (out.detach(), *torch.autograd.grad(out.sum(), (q, k, v)))
+            with torch.no_grad():
+                return (form(),)
+
+        return run
+
+    return {name: of(forms[name]) for name in ("ours", *row.rivals)}, live[:, :, None, None], choose(call).reason
+
+
+def _everything(row: Row) -> Tensor:
+    return torch.ones(row.batch, 1, row.q_length, row.kv_length, dtype=torch.bool)
+
+
+def _transformers() -> Callable[..., tuple[Tensor, None]]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=True)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    """As the models of transformers with softcap (Gemma 2) and sinks (gpt-oss) do it."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q @ k.transpose(2, 3)) * q.shape[3] ** -0.5
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if seen is not None:
+        scores = scores + torch.where(seen, 0.0, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], -1)
+    return torch.softmax(scores, -1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype) @ v

@@ -1,0 +1,82 @@
+"""Which back end computes a call: by name, by itself, and what it says when the one that was asked for cannot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.attention.cases import EXTRAS, MASKS, assert_correct, make
+from torchwrap.attention.attend import attend
+from torchwrap.attention.contract import Call, checked
+from torchwrap.attention.dispatch import BACKENDS, backend, choose
+from torchwrap.attention.mask import TileMask
+from torchwrap.attention.reference import Eager
+from torchwrap.attention.sdpa import TorchSdpa, is_causal
+from torchwrap.core import errors
+
+
+def call(**options: Any) -> Call:
+    return checked(torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8), **options)
+
+
+def test_on_cpus_the_compositions_come_first() -> None:
+    choice = choose(call())
+    assert choice.backend.name == "cpu" and "first" in choice.reason
+
+
+def test_a_back_end_is_taken_when_it_is_asked_for() -> None:
+    for name in ("cpu", "sdpa", "eager"):
+        choice = choose(call(), name)
+        assert choice.backend.name == name and "asked for" in choice.reason
+
+
+def test_every_name_is_that_of_a_back_end() -> None:
+    assert all(backend(name).name == name for name in BACKENDS)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(errors.ConfigError, match=r"backend='flash3' is unknown.*'cpu'"):
+        attend(torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 1, 8), backend="flash3")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "check"),
+    [("sdpa", {"softcap": 2.0}, "softcap=2.0"), ("sdpa", {"dropout": 0.5}, "dropout=0.5"), ("cuda_mma", {}, "cpu")],
+)
+def test_a_back_end_that_cannot_says_why_and_who_can(name: str, options: dict[str, Any], check: str) -> None:
+    with pytest.raises(errors.UnsupportedModelError, match=rf"backend='{name}' cannot compute this call: .*{check}") as raised:
+        choose(call(**options), name)
+    assert "backend='cpu'" in raised.value.fix
+
+
+def test_reasons_for_leaving_a_first_choice_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(backend("cpu")), "refuses", lambda self, call: "it is away")
+    choice = choose(call())
+    assert choice.backend.name == "sdpa" and "not cpu: it is away" in choice.reason
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_torchs_own_is_as_exact_as_the_definition(mask: str) -> None:
+    for extra in ("plain", "sinks"):
+        one, what = make(31, mask=mask, extra=extra)
+        assert_correct(TorchSdpa(), one, what)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_eager_back_end_is_the_definition(extra: str) -> None:
+    one, what = make(41, extra=extra, mask="padded left")
+    assert_correct(Eager(), one, what, with_lse=extra == "gradient of lse")
+
+
+def test_causal_in_torchs_sense_is_not_taken_for_another() -> None:
+    def of(mask: TileMask | None, sq: int, sk: int) -> bool:
+        return is_causal(checked(torch.zeros(1, 1, sq, 8), torch.zeros(1, 1, sk, 8), torch.zeros(1, 1, sk, 8), mask=mask))
+
+    assert of(TileMask.causal(1, 5, 5), 5, 5)
+    assert of(TileMask.causal(1, 5, 9, q_offset=0), 5, 9)
+    assert not of(TileMask.causal(1, 5, 9), 5, 9)
+    assert not of(TileMask.window(1, 5, 5, 3), 5, 5)
+    assert not of(TileMask.padded([3], 5, 5), 5, 5)
+    assert not of(None, 5, 5)

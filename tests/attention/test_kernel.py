@@ -1,0 +1,78 @@
+"""What torch's fused CPU kernel leaves to its caller: each test fails when torch changes it, and shows that `kernel` mends it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchwrap.attention.contract import Call
+from torchwrap.attention.cpu import kernel
+from torchwrap.attention.reference import attention
+
+raw = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def inputs(sq: int = 5, sk: int = 7, width: int = 8, values: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(1, 4, sq, width), torch.randn(1, 2, sk, width), torch.randn(1, 2, sk, values)
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return attention(Call(q=q, k=k, v=v, scale=0.3))
+
+
+def test_a_row_without_keys_has_lse_zero_in_torch_and_minus_infinity_here() -> None:
+    q, k, v = inputs()
+    added = torch.zeros(5, 7)
+    added[3] = -math.inf
+    assert not raw(q, k, v, attn_mask=added)[1][..., 3].any()
+    live = torch.tensor([True, True, True, False, True])
+    out, lse = kernel.forward(q, k, v, 0.3, added=added, live=live)
+    assert bool((lse[..., 3] == -math.inf).all()) and not out[:, :, 3].any() and bool(lse[..., :3].isfinite().all())
+
+
+def test_torch_ignores_a_last_stride_other_than_one() -> None:
+    q, k, v = inputs()
+    q = q.transpose(2, 3).contiguous().transpose(2, 3)
+    assert not torch.allclose(raw(q, k, v, scale=0.3)[0], exact(q, k, v)[0], atol=1e-2)
+    torch.testing.assert_close(kernel.forward(q, k, v, 0.3), exact(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(8, 5), (5, 8)])
+def test_torch_refuses_values_of_another_width(widths: tuple[int, int]) -> None:
+    q, k, v = inputs(width=widths[0], values=widths[1])
+    with pytest.raises(RuntimeError, match="same head size"):
+        raw(q, k, v)
+    torch.testing.assert_close(kernel.forward(q, k, v, 0.3), exact(q, k, v), atol=1e-5, rtol=1e-5)
+
+
+def test_torch_ends_the_process_where_there_is_no_key() -> None:
+    code = (
+        "import torch; q = torch.zeros(1, 1, 2, 8); torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q[:, :, :0], q[:, :, :0])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode < 0
+    q, k, v = inputs()
+    out, lse = kernel.forward(q, k[:, :, :0], v[:, :, :0], 0.3)
+    assert not out.any() and bool((lse == -math.inf).all())
+    assert all(not grad.any() for grad in kernel.backward(out, q, k[:, :, :0], v[:, :, :0], out, lse, 0.3))
+
+
+def test_gradients_of_shared_heads_are_sums_over_their_group() -> None:
+    q, k, v = (tensor.double().requires_grad_() for tensor in inputs())
+    out, lse = exact(q, k, v)
+    grad = torch.randn_like(out)
+    found = kernel.backward(grad, q.detach(), k.detach(), v.detach(), out.detach(), lse.detach(), 0.3)
+    torch.testing.assert_close(found, torch.autograd.grad(out, (q, k, v), grad))
+
+
+def test_lse_and_gradients_may_have_any_strides() -> None:
+    q, k, v = (tensor.double() for tensor in inputs())
+    out, lse = kernel.forward(q, k, v, 0.3)
+    grad = torch.randn(5, 8, 1, 4, dtype=torch.float64).permute(2, 3, 0, 1)
+    expected = kernel.backward(grad.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), 0.3)
+    other = lse.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    torch.testing.assert_close(kernel.backward(grad, q, k, v, out, other, 0.3), expected)
