@@ -22,7 +22,7 @@ from torchwrap.attention.mask import TileMask
 from torchwrap.attention.packing import key_conditions
 from torchwrap.core.errors import ConfigError
 
-__all__ = ["recognised", "tile_mask", "user_mask"]
+__all__ = ["tile_mask", "user_mask"]
 
 _MODULE = "transformers.masking_utils"
 Conditions = dict[str, Any]
@@ -58,7 +58,7 @@ def tile_mask(
     where = _Place(batch_size, q_length, kv_length, q_offset, kv_offset)
     offsets: Conditions = {"q_offset": q_offset, "kv_offset": kv_offset, "device": device}
     padding = {} if attention_mask is None else where.padding(attention_mask)
-    known = None if use_vmap else recognised(mask_function, where)
+    known = None if use_vmap else _recognised(mask_function, where)
     known = None if known is None else _both(known, padding)
     if known is not None:
         return TileMask(batch_size, q_length, kv_length, **known, **offsets)
@@ -83,13 +83,8 @@ class _Place:
         return dict(key_conditions(valid))
 
 
-def recognised(function: Callable[..., Any], where: Any) -> Conditions | None:
-    """The conditions that a mask function of transformers stands for, or None if it is not known.
-
-    Args:
-        function: of batch row, head, query position and key position.
-        where: the part of all positions to describe.
-    """
+def _recognised(function: Callable[..., Any], where: _Place) -> Conditions | None:
+    """The conditions that a mask function of transformers stands for, or None if it is not known."""
     name = getattr(function, "__qualname__", "").replace(".<locals>.", ".")
     if getattr(function, "__module__", None) != _MODULE or name not in _READERS:
         return None
@@ -122,7 +117,7 @@ def _all_of(held: dict[str, Any], where: _Place) -> Conditions | None:
         return _packed(others, remapped, where)
     found: Conditions | None = {}
     for function in functions:
-        one = recognised(function, where)
+        one = _recognised(function, where)
         found = None if found is None or one is None else _both(found, one)
     return found
 
@@ -136,8 +131,8 @@ def _packed(others: list[Any], remapped: list[Any], where: _Place) -> Conditions
     """A rule on positions within packed sequences: within a sequence positions differ as indices do, so that bands are the same bands."""
     if len(others) != 1 or len(remapped) != 1 or _maker(others[0]) != "packed_sequence_mask_function.inner_mask":
         return None
-    found, held = recognised(others[0], where), _held(remapped[0])
-    inner, positions = recognised(held["mask_function"], where), held["position_ids"]
+    found, held = _recognised(others[0], where), _held(remapped[0])
+    inner, positions = _recognised(held["mask_function"], where), held["position_ids"]
     if found is None or inner is None or not set(inner) <= {"right", "left", "chunk", "shift"}:
         return None
     if tuple(positions.shape) != (where.batch, where.q_length):

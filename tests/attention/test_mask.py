@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from tests.attention.masks import whole
+from torchwrap.attention.dictionary import TileDictionary, of_dense
+from torchwrap.attention.fields import TENSOR_FIELDS
 from torchwrap.attention.mask import TileMask
 from torchwrap.core.errors import ConfigError, TorchwrapWarning
 
@@ -36,6 +38,10 @@ def by_definition(mask: TileMask) -> torch.Tensor:
                     and (mask.q_segments is None or bool(mask.q_segments[b, i] == mask.k_segments[b, j]))  # type: ignore[index]
                 )
     return dense
+
+
+def a_dictionary(batch: int) -> TileDictionary:
+    return of_dense(torch.ones(batch, 1, 4, 4, dtype=torch.bool))
 
 
 def int32(*values: Any) -> torch.Tensor:
@@ -183,6 +189,50 @@ def test_other_operations_see_the_dense_mask_are_counted_and_warn(use: Callable[
     assert type(result) is torch.Tensor and torch.equal(result, use(whole(mask)))
 
 
+def test_the_warning_names_the_operation_and_the_line_of_the_user() -> None:
+    with pytest.warns(TorchwrapWarning, match="aten.bitwise_not") as seen:
+        _ = ~TileMask.causal(1, 4, 4)
+    assert [warning.filename for warning in seen] == [__file__]
+
+
+WRITING: dict[str, Callable[[TileMask], object]] = {
+    "and": lambda mask: mask.logical_and_(whole(mask)),
+    "fill": lambda mask: mask.fill_(True),
+    "copy": lambda mask: mask.copy_(whole(mask)),
+    "element": lambda mask: mask.__setitem__((0, 0), True),
+    "out": lambda mask: torch.logical_and(whole(mask), whole(mask), out=mask),
+}
+
+
+@pytest.mark.parametrize("write", WRITING.values(), ids=WRITING.keys())
+def test_writing_into_a_mask_is_refused_and_changes_nothing(write: Callable[[TileMask], object]) -> None:
+    mask, before = TileMask.padded([3, 7], 7, 7), TileMask.materialisations
+    expected = whole(mask)
+    with pytest.raises(ConfigError, match="would write into"):
+        write(mask)
+    assert torch.equal(whole(mask), expected) and TileMask.materialisations == before
+
+
+def test_a_mask_may_be_read_by_operations_that_write_elsewhere() -> None:
+    mask = TileMask.padded([3, 7], 7, 7)
+    with pytest.warns(TorchwrapWarning, match="masked_fill_"):
+        filled = torch.zeros(2, 1, 7, 7).masked_fill_(mask, 1.0)
+    assert torch.equal(filled.bool(), whole(mask))
+
+
+def test_torchs_own_attention_takes_it_as_a_dense_mask() -> None:
+    mask, q = TileMask.padded([3, 7], 7, 7, side="right"), torch.randn(2, 3, 7, 8)
+    with pytest.warns(TorchwrapWarning, match="whole mask"):
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=whole(mask)))
+
+
+def test_other_processes_share_what_a_mask_holds(mask: TileMask) -> None:
+    assert mask.share_memory_() is mask
+    held = [getattr(mask, name) for name in TENSOR_FIELDS if getattr(mask, name) is not None]
+    assert all(tensor.is_shared() for tensor in held)
+
+
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "negative window": (lambda: TileMask.window(1, 4, 4, -3), "-3"),
     "window of nothing": (lambda: TileMask.window(1, 4, 4, 0), "0"),
@@ -197,6 +247,9 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "padding in int64": (lambda: TileMask.causal(2, 4, 4, kv_start=torch.tensor([0, 1])), "int64"),
     "padding as numbers": (lambda: TileMask.causal(2, 4, 4, key_mask=torch.ones(2, 4)), "float32"),
     "padding as a list": (lambda: TileMask.causal(2, 4, 4, kv_start=[0, 1]), "list"),
+    "lengths as fractions": (lambda: TileMask.padded(torch.tensor([2.5, 3.0]), 8, 8), "2.5"),
+    "a dictionary of another length": (lambda: TileMask(1, 4, 300, dictionary=a_dictionary(1)), r"300"),
+    "a dictionary of another batch": (lambda: TileMask(3, 4, 4, dictionary=a_dictionary(2)), r"3 batch rows"),
     "lengths above the keys": (lambda: TileMask.padded([3, 9], 8, 8), "9"),
     "an unknown side": (lambda: TileMask.padded([3, 8], 8, 8, side="top"), "top"),
     "half of the segments": (lambda: TileMask.causal(1, 2, 2, q_segments=int32([0, 1])), "come together"),

@@ -13,7 +13,7 @@ import torch
 from torchwrap.attention.dictionary import TileDictionary
 from torchwrap.core.errors import ConfigError
 
-__all__ = ["FIELDS", "TENSOR_FIELDS", "check", "device_of", "inside"]
+__all__ = ["FIELDS", "TENSOR_FIELDS", "check", "device_of", "inside", "left_of"]
 
 TENSOR_FIELDS = ("shift", "kv_start", "kv_end", "key_mask", "q_segments", "k_segments")
 FIELDS = ("right", "left", "chunk", *TENSOR_FIELDS, "dictionary", "q_offset", "kv_offset")
@@ -46,9 +46,7 @@ def check(batch: int, q_length: int, kv_length: int, values: Mapping[str, Any]) 
         raise ConfigError("q_segments and k_segments come together", where="TileMask", fix="Give both, or neither.")
     if values["shift"] is not None and values["chunk"] is None:
         raise ConfigError("shift without chunk", where="TileMask shift", fix="shift says where chunks begin; give chunk as well.")
-    if values["dictionary"] is not None and not isinstance(values["dictionary"], TileDictionary):
-        what = f"dictionary is a {type(values['dictionary']).__name__}"
-        raise ConfigError(what, where="TileMask dictionary", fix="Use TileMask.from_function or TileMask.from_dense.")
+    _check_dictionary(values["dictionary"], batch, q_length, kv_length)
     _check_offset(values["q_offset"])
 
 
@@ -61,6 +59,22 @@ def _check_tensor(name: str, value: Any, batch: int, length: int | None, dtype: 
         raise ConfigError(f"{name} is a {type(value).__name__}", where=f"TileMask {name}", fix=f"Give a tensor, {wanted}.")
     if value.dtype != dtype or tuple(value.shape) not in ((batch, *tail), (1, *tail)):
         raise ConfigError(f"{name} is {value.dtype} {list(value.shape)}", where=f"TileMask {name}", fix=f"It must be {wanted}.")
+
+
+def _check_dictionary(value: Any, batch: int, q_length: int, kv_length: int) -> None:
+    if value is None:
+        return
+    where, fix = "TileMask dictionary", "Use TileMask.from_function or TileMask.from_dense."
+    if not isinstance(value, TileDictionary):
+        raise ConfigError(f"dictionary is a {type(value).__name__}", where=where, fix=fix)
+    there = value.codes.shape[2:]
+    needed = tuple(
+        -(-(begin + length) // size) if length else 0
+        for length, begin, size in zip((q_length, kv_length), value.start, value.block, strict=True)
+    )
+    if any(have < need for have, need in zip(there, needed, strict=True)) or value.batch not in (1, batch):
+        what = f"The dictionary has {list(there)} tiles in {value.batch} batch rows"
+        raise ConfigError(f"{what}; {q_length} x {kv_length} in {batch} batch rows needs {list(needed)}", where=where, fix=fix)
 
 
 def _check_offset(value: Any) -> None:
@@ -98,3 +112,14 @@ def inside(name: str, bounds: tuple[int, int], length: int) -> tuple[int, int]:
     if not 0 <= first <= end <= length:
         raise ConfigError(f"{name} {first} to {end} of {length}", where="TileMask", fix="Give 0 <= first <= end <= the length.")
     return first, end
+
+
+def left_of(window: int) -> int:
+    """The condition `left` of a window of so many keys, the query's own included.
+
+    Raises:
+        ConfigError: no positive integer.
+    """
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ConfigError(f"A window of {window!r} keys", where="TileMask window", fix="Give a positive number of keys.")
+    return window - 1

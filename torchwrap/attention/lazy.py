@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchwrap.attention.dictionary import TileDictionary
 from torchwrap.attention.fields import FIELDS
-from torchwrap.core.errors import TorchwrapWarning
+from torchwrap.core.errors import ConfigError, TorchwrapWarning
 
 __all__ = ["LazyMask", "made_dense"]
 
@@ -124,6 +124,14 @@ class LazyMask(torch.Tensor):
         given = [f"{name}={value}" for name, value in values.items() if name not in tensors]
         return f"TileMask({list(self.shape)}, {', '.join(given + tensors)})"
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _no_writing("mask[...] = ...")
+
+    def share_memory_(self: Self) -> Self:
+        """Moves what the mask holds to shared memory, for other processes; returns the mask."""
+        self._map(lambda tensor: tensor.share_memory_(), self.device)
+        return self
+
     def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
         return self._map(lambda tensor: copy.deepcopy(tensor, memo), self.device)
 
@@ -148,6 +156,7 @@ class LazyMask(torch.Tensor):
                 return mask._map(lambda tensor: tensor.to(device, non_blocking=options.get("non_blocking", False)), device)
             if func is _aten.slice.Tensor and (part := _sliced(mask, *args[1:])) is not None:
                 return part
+        _refuse_writing(func, args, options)
         leaves, layout = tree_flatten((args, options))
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, LazyMask):
@@ -170,6 +179,21 @@ def _untraced() -> Callable[..., Any]:
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
+
+
+def _refuse_writing(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    # The operation would write into a dense copy and hand the mask back as it was.
+    for position, argument in enumerate(func._schema.arguments):
+        value = args[position] if position < len(args) else options.get(argument.name)
+        if isinstance(value, LazyMask) and argument.alias_info is not None and argument.alias_info.is_write:
+            raise _no_writing(str(func))
+
+
+def _no_writing(operation: str) -> ConfigError:
+    return ConfigError(
+        f"{operation} would write into a mask that consists of conditions", where="TileMask",
+        fix="Write into mask.to_dense(), or make another TileMask.",
+    )
 
 
 def _sliced(mask: LazyMask, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> LazyMask | None:

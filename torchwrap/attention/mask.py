@@ -18,7 +18,7 @@ import torch
 from torchwrap.attention import packing
 from torchwrap.attention.blocks import block_mask
 from torchwrap.attention.dictionary import MaskFunction, compiled, of_dense
-from torchwrap.attention.fields import FIELDS, TENSOR_FIELDS, check, device_of, inside
+from torchwrap.attention.fields import FIELDS, TENSOR_FIELDS, check, device_of, inside, left_of
 from torchwrap.attention.lazy import LazyMask, made_dense
 from torchwrap.attention.tiles import Spans, Tiles, live_rows, spans, tiles
 from torchwrap.core.errors import ConfigError
@@ -110,7 +110,7 @@ class TileMask(LazyMask):
         Raises:
             ConfigError: `window` is no positive integer.
         """
-        return cls(batch, q_length, kv_length, right=0, left=_left(window), **options)
+        return cls(batch, q_length, kv_length, right=0, left=left_of(window), **options)
 
     @classmethod
     def padded(
@@ -122,12 +122,14 @@ class TileMask(LazyMask):
         Raises:
             ConfigError: a length below 0 or above `kv_length`, or an unknown side.
         """
-        numbers = torch.as_tensor(lengths, dtype=torch.int32, device=device)
-        if side not in ("left", "right") or numbers.dim() != 1 or bool(((numbers < 0) | (numbers > kv_length)).any()):
+        numbers = torch.as_tensor(lengths, device=device)
+        whole = not numbers.is_floating_point() and numbers.dtype != torch.bool and numbers.dim() == 1
+        if side not in ("left", "right") or not whole or bool(((numbers < 0) | (numbers > kv_length)).any()):
             raise ConfigError(
                 f"Lengths {numbers.tolist()} padded on side {side!r} to {kv_length} keys", where="TileMask.padded",
                 fix='Give one length of 0 ... kv_length per batch row, and side="left" or "right".',
             )
+        numbers = numbers.int()
         zero, end = torch.zeros_like(numbers), torch.full_like(numbers, kv_length)
         start, end = (end - numbers, end) if side == "left" else (zero, numbers)
         return cls(len(numbers), q_length, kv_length, right=0 if causal else None, kv_start=start, kv_end=end, **options)
@@ -150,7 +152,7 @@ class TileMask(LazyMask):
         Raises:
             ConfigError: not cumulative, or of different count.
         """
-        left = None if window is None else _left(window)
+        left = None if window is None else left_of(window)
         found = packing.of_cumulative(q_lengths, k_lengths, q_length, kv_length, causal, left)
         function, lengths = found.pop("function", None), (found.pop("q_length"), found.pop("kv_length"))
         if function is not None:
@@ -172,7 +174,7 @@ class TileMask(LazyMask):
         numbers = packing.position_segments(positions)
         batch, length = positions.shape
         return cls(
-            batch, length, length, right=0 if causal else None, left=None if window is None else _left(window), q_segments=numbers,
+            batch, length, length, right=0 if causal else None, left=None if window is None else left_of(window), q_segments=numbers,
             k_segments=numbers, device=positions.device,
         )
 
@@ -390,9 +392,3 @@ class TileMask(LazyMask):
 def _rows(tensor: torch.Tensor, batch: tuple[int, int]) -> torch.Tensor:
     """Some batch rows of a field; a field of one row serves all."""
     return tensor if tensor.shape[0] == 1 else tensor[batch[0] : batch[1]]
-
-
-def _left(window: int) -> int:
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise ConfigError(f"A window of {window!r} keys", where="TileMask window", fix="Give a positive number of keys.")
-    return window - 1
