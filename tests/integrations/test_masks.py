@@ -119,7 +119,9 @@ NAMED: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "window of both sides": (masking_utils.sliding_window_bidirectional_mask_function(4), {"right", "left"}),
     "chunks": (masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int64)), {"right", "chunk", "shift"}),
     "padding": (
-        masking_utils.and_masks(masking_utils.causal_mask_function, masking_utils.padding_mask_function(torch.eye(2, 8).bool())),
+        masking_utils.and_masks(
+            masking_utils.causal_mask_function, masking_utils.padding_mask_function(torch.arange(8).expand(2, -1) % 7 > 0)
+        ),
         {"right", "kv_start", "kv_end"},
     ),
     "packed": (
@@ -176,8 +178,9 @@ def test_masks_stay_small_whatever_the_length() -> None:
         padding[:, 500] = False
         mask = tile_mask(batch_size=batch, q_length=length, kv_length=length, mask_function=function, attention_mask=padding)
         classes, live = mask.tiles(128, 128), mask.live_rows()
-        held = [getattr(mask, name) for name in ("kv_start", "kv_end", "key_mask")] + [mask.spans().first, mask.spans().end, live]
-        held += [classes.lo, classes.hi, classes.full_lo, classes.full_hi]
+        held = [part for name in TENSOR_FIELDS if (part := getattr(mask, name)) is not None]
+        assert len(held) == 2  # where rows begin, and holes
+        held += [mask.spans().first, mask.spans().end, live, classes.lo, classes.hi, classes.full_lo, classes.full_hi]
         assert sum(tensor.untyped_storage().nbytes() for tensor in held) <= 64 * 1024 + 16 * batch * 2 * length + 16 * length // 128
 
 
@@ -236,6 +239,13 @@ _SIZES = dict(
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", {}),
     "mistral": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 5}),
+    "chunks": (
+        "Llama4ForCausalLM", "Llama4TextConfig",
+        {
+            "attention_chunk_size": 4, "layer_types": ["chunked_attention", "full_attention"], "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+        },
+    ),
     "two kinds of layers": (
         "Qwen2ForCausalLM", "Qwen2Config",
         {"sliding_window": 5, "use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},

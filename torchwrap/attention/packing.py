@@ -21,7 +21,7 @@ __all__ = ["cumulative_lengths", "key_conditions", "of_cumulative", "position_se
 
 
 def key_conditions(valid: Tensor) -> dict[str, Tensor]:
-    """Conditions of a 2-D padding mask: none if all columns hold keys, an interval per row, and the mask itself only if it has holes.
+    """Conditions of a 2-D padding mask: where rows begin and end if not all do at the edges, and the mask itself only if it has holes.
 
     Args:
         valid: bool or integer [B, Sk]; True or not 0: the column holds a key.
@@ -32,7 +32,7 @@ def key_conditions(valid: Tensor) -> dict[str, Tensor]:
     Raises:
         ConfigError: floating, or not of two dimensions.
 
-    Cost: two reads from the device.
+    Cost: one read from the device.
     """
     if valid.dim() != 2 or valid.is_floating_point() or valid.is_complex():
         raise ConfigError(
@@ -40,13 +40,16 @@ def key_conditions(valid: Tensor) -> dict[str, Tensor]:
         )
     valid = valid if valid.dtype == torch.bool else valid != 0
     length = valid.shape[1]
-    if valid.numel() == 0 or bool(valid.all()):
+    if valid.numel() == 0:
         return {}
     some, marks = valid.any(1), valid.to(torch.uint8)
     start = marks.argmax(1) * some
     end = (length - marks.flip(1).argmax(1)) * some
-    found = {"kv_start": start.int(), "kv_end": end.int()}
-    if bool((valid.sum(1) != end - start).any()):
+    latest, earliest, missing = torch.stack((start.max(), end.min(), (end - start - valid.sum(1)).max())).tolist()
+    found = {"kv_start": start.int()} if latest > 0 else {}
+    if earliest < length:
+        found["kv_end"] = end.int()
+    if missing:
         found["key_mask"] = valid
     return found
 
