@@ -75,7 +75,11 @@ class VirtualMachine:
             error = torch.OutOfMemoryError if tier == "device" else MemoryError
             raise error(f"{tier}: {nbytes} more bytes than {self.limits[tier]} allow")
         self.allocated[tier] += nbytes
-        return torch.full(shape, float("nan"), dtype=dtype)
+        memory = torch.full(shape, float("nan"), dtype=dtype)
+        # Addresses come back: what was at this one before, somebody's query for example, is forgotten.
+        inside = range(memory.data_ptr(), memory.data_ptr() + nbytes)
+        self._uses = {address: use for address, use in self._uses.items() if address not in inside}
+        return memory
 
     def release_host(self, memory: Tensor) -> None:
         self.allocated["host"] -= memory.nbytes
