@@ -1,0 +1,189 @@
+"""transformers models with part of their cache on the host: the tokens of a plain cache, in every way of generating."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import torchwrap as tw
+from tests import torchvision_ops
+from torchwrap.attention.cooperative.planner import Rates
+from torchwrap.attention.cooperative.tensors import TieredTensor
+from torchwrap.core import errors
+from torchwrap.demo import weights
+
+torchvision_ops.ensure()
+
+from torchwrap.integrations.transformers.cooperative import CooperativeCache, CooperativeLayer  # noqa: E402  # transformers needs the above
+
+RATES = Rates(device=700e9, host=60e9, link=12e9, wake_s=0.0)  # a host that is woken for nothing works even for tiny models
+
+
+def tiny(**changed: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    kind = changed.pop("kind", "Llama")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, **changed,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def served() -> Any:
+    return tw.fast_attention(tiny())
+
+
+@pytest.fixture
+def prompt() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+    seen = torch.ones_like(ids)
+    seen[1, :13] = 0
+    return {"input_ids": ids, "attention_mask": seen}
+
+
+def cache_for(model: Any, tokens: int, share: float, batch: int, **options: Any) -> CooperativeCache:
+    """A cache with this share of it on the device, and a staging buffer of few tokens."""
+    config = model.config
+    token = 2 * batch * config.num_key_value_heads * config.head_dim * 4
+    whole = config.num_hidden_layers * tokens * token
+    options = {"rates": RATES, "recent": 8, "chunk_memory": 4 * token, **options}
+    return CooperativeCache(
+        model, tokens=tokens, device_memory=int(share * whole) + 8 * token, host_memory=4 * whole, batch=batch, **options
+    )
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "prompt in chunks": {"prefill_chunk_size": 16},
+    "beams": {"num_beams": 3},
+    "several answers": {"num_beams": 2, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("split", ["token", "layer", "upload"])
+def test_generated_tokens_are_those_of_a_plain_cache(model: Any, served: Any, prompt: Any, way: str, split: Any) -> None:
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **WAYS[way]}
+    expected = model.generate(**prompt, **options)
+    cache = cache_for(served, 64, 0.4, 2 * WAYS[way].get("num_beams", 1), split=split)
+    before = TieredTensor.materialisations
+    assert (cache.plan.streamed == 1.0) == (split == "upload")
+    found = served.generate(**prompt, **options, past_key_values=cache)
+    assert torch.equal(found, expected)
+    assert TieredTensor.materialisations == before
+    assert cache.store.host_bytes > 0 and any(layer.host_tokens for layer in cache.store.layers)
+
+
+def test_a_proposed_continuation_that_is_wrong_is_taken_back(model: Any, served: Any) -> None:
+    """Assisted decoding crops the cache after every step."""
+    prompt = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9, 10, 5, 6, 7]])}
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "prompt_lookup_num_tokens": 4}
+    expected = model.generate(**prompt, **options)
+    found = served.generate(**prompt, **options, past_key_values=cache_for(served, 64, 0.3, 1))
+    assert torch.equal(found, expected)
+
+
+def test_a_cache_is_used_again_after_reset(served: Any, prompt: Any) -> None:
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = cache_for(served, 64, 0.4, 2)
+    first = served.generate(**prompt, **options, past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(served.generate(**prompt, **options, past_key_values=cache), first)
+
+
+def test_a_model_with_other_attention_gathers_with_a_warning(model: Any, prompt: Any) -> None:
+    expected = model(**prompt).logits
+    before = TieredTensor.materialisations
+    with torch.no_grad(), pytest.warns(errors.TorchwrapWarning, match="gathers .* bytes"):
+        found = model(**prompt, past_key_values=cache_for(model, 64, 0.4, 2)).logits
+    assert torch.allclose(found, expected, atol=1e-5) and TieredTensor.materialisations > before
+
+
+def test_sliding_layers_keep_their_own_cache(prompt: Any) -> None:
+    options: dict[str, Any] = {
+        "kind": "Qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"], "head_dim": 8,
+    }  # fmt: skip
+    model = tiny(**options)
+    generate = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**prompt, **generate)
+    cache = cache_for(tw.fast_attention(model), 64, 0.3, 2)
+    assert [isinstance(layer, CooperativeLayer) for layer in cache.layers] == [True, False, True] and cache.plan.shape.layers == 2
+    assert torch.equal(model.generate(**prompt, **generate, past_key_values=cache), expected)
+
+
+def test_another_batch_than_planned_is_refused_with_the_numbers(served: Any, prompt: Any) -> None:
+    with pytest.raises(errors.ConfigError, match=r"\(2, 2, 8, 8\), the cache \(1, 2, 8, 8\).*layer 0"):
+        served.generate(**prompt, max_new_tokens=2, past_key_values=cache_for(served, 64, 0.4, 1))
+
+
+def test_too_little_memory_is_refused_before_generation(served: Any) -> None:
+    with pytest.raises(errors.PlanError, match="1000000 tokens"):
+        CooperativeCache(served, tokens=1_000_000, device_memory="1 MiB", host_memory="1 MiB", chunk_memory="64 KiB", rates=RATES)
+
+
+def test_a_pass_that_failed_can_be_repeated(model: Any, served: Any, prompt: Any) -> None:
+    """A worker dies in the second layer of the second pass: the cache is as before that pass, and the pass works when it is tried again."""
+    cache = cache_for(served, 64, 0.4, 2, split="token")
+    work, calls = cache.store._partial, []
+
+    def fails(q: torch.Tensor, k: torch.Tensor, *others: Any) -> Any:
+        if threading.current_thread().name.startswith("torchwrap-host-attention"):
+            calls.append(k.shape[2])
+            if len(calls) == 2:
+                raise RuntimeError("this worker is gone")
+        return work(q, k, *others)
+
+    expected = model(**prompt).logits[:, -1]
+    first = {"input_ids": prompt["input_ids"][:, :-1], "attention_mask": prompt["attention_mask"][:, :-1]}
+    second = {"input_ids": prompt["input_ids"][:, -1:], "attention_mask": prompt["attention_mask"]}
+    with torch.no_grad():
+        served(**first, past_key_values=cache)
+        cache.store._partial = fails
+        with pytest.raises(errors.WorkError, match=r"this worker is gone.*layer 1"):
+            served(**second, past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [39, 39, 39]
+        found = served(**second, past_key_values=cache).logits[:, -1]
+    assert torch.allclose(found, expected, atol=1e-5) and len(calls) > 2
+
+
+def test_a_model_without_full_attention_is_refused() -> None:
+    model = tiny(kind="Mistral", sliding_window=8, head_dim=8)
+    with pytest.raises(errors.UnsupportedModelError, match="MistralForCausalLM has no layer of full attention"):
+        CooperativeCache(model, tokens=64, device_memory="1 MiB", host_memory="1 MiB", rates=RATES)
+
+
+@pytest.mark.slow
+def test_smollm2_says_the_same_with_most_of_its_cache_on_the_host() -> None:
+    import transformers
+
+    try:
+        folder = weights.smollm2()
+    except errors.StorageError as error:
+        pytest.skip(str(error))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = dict(tokenizer("The lighthouse keeper wrote in his log that the storm had", return_tensors="pt"))
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**prompt, **options)
+    cache = CooperativeCache(
+        tw.fast_attention(model), tokens=40, device_memory="700 KiB", host_memory="64 MiB", recent=8, chunk_memory="64 KiB", rates=RATES
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", errors.TorchwrapWarning)
+        found = model.generate(**prompt, **options, past_key_values=cache)
+    assert torch.equal(found, expected)
+    assert cache.store.device_bytes < cache.store.host_bytes
