@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def measure_kills(kills: int = 20, steps: int = 30, seed: int | None = None) -> 
             run.folder.mkdir()
             moment = chance.uniform(0, 1)
             trial = _trial(run, moment * lasts_s, expected)
+            shutil.rmtree(run.folder)
             if trial is not None:
                 trials.append({"moment": round(moment, 4), **trial})
                 print(f"{TITLE} {len(trials):3} of {kills}: {trials[-1]}", flush=True)
