@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.attend import attend
+from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.machine import Machine
 from torchwrap.attention.cooperative.planner import Plan
 from torchwrap.attention.cooperative.step import Attend, HostError, Query, Staging, Workers, attend_tiers
 from torchwrap.attention.cooperative.tiers import Room, TieredLayer
+from torchwrap.attention.cpu import decode
 from torchwrap.attention.mask import TileMask
 from torchwrap.core import errors
 
@@ -142,7 +144,7 @@ class TieredCache:
             sinks: `[Hq]`.
 
         Returns:
-            out `[B, Hq, Sq, Dv]` in the dtype of q, and lse `[B, Hq, Sq]`. In half precision each partial was rounded to it once.
+            out `[B, Hq, Sq, Dv]` in the dtype of q, and lse `[B, Hq, Sq]`. Partials of a device other than the CPU were rounded to a half dtype once.
 
         Raises:
             ConfigError: q asks for gradients.
@@ -199,4 +201,10 @@ class TieredCache:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: TileMask | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """One partial. On a CPU it comes wider than half types, so that these are rounded to once, after the merge."""
+    if q.device.type == "cpu":
+        call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap)
+        form = None if call.is_empty else decode.form(call)
+        if form is not None:
+            return decode.partial(call, form)
     return attend(q, k, v, mask=mask, scale=scale, softcap=softcap, return_lse=True)

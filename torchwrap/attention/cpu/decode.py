@@ -22,7 +22,7 @@ from torchwrap.attention.merge import merge, merge_stack, with_sinks
 if TYPE_CHECKING:
     from torchwrap.attention.mask import TileMask
 
-__all__ = ["PIECE", "Form", "form", "forward", "native_refuses"]
+__all__ = ["PIECE", "Form", "form", "forward", "native_refuses", "partial"]
 
 PIECE = 2048
 """Keys of one piece. Measured on two cores: 1024 to 4096 are within noise of each other, see docs/results."""
@@ -69,10 +69,15 @@ def _is_ranges(mask: TileMask) -> bool:
 
 def forward(call: Call, form: Form) -> tuple[Tensor, Tensor]:
     """Out and lse, as in `contract`, by the form of that name."""
+    out, lse = partial(call, form)
+    return out.to(call.q.dtype), lse
+
+
+def partial(call: Call, form: Form) -> tuple[Tensor, Tensor]:
+    """As `forward`, with out not yet rounded to a half type where the form has it wider: to be merged with attention over other keys."""
     out, lse = _by_native(call) if form == "native" else _by_pieces(call)
     shape = call.batch, call.heads, call.q_length
-    out, lse = with_sinks(out.reshape(*shape, call.value_width), lse.reshape(shape), call.sinks)
-    return out.to(call.q.dtype), lse
+    return with_sinks(out.reshape(*shape, call.value_width), lse.reshape(shape), call.sinks)
 
 
 def _folded(call: Call) -> Tensor:
