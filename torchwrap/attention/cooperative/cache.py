@@ -144,7 +144,8 @@ class TieredCache:
             sinks: `[Hq]`.
 
         Returns:
-            out `[B, Hq, Sq, Dv]` in the dtype of q, and lse `[B, Hq, Sq]`. Partials of a device other than the CPU were rounded to a half dtype once.
+            out `[B, Hq, Sq, Dv]` in the dtype of q, and lse `[B, Hq, Sq]`. Partials of a device other than the CPU were rounded to a half
+            dtype once.
 
         Raises:
             ConfigError: q asks for gradients.
