@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -24,6 +25,27 @@ def call(**options: Any) -> Call:
 def test_on_cpus_the_compositions_come_first() -> None:
     choice = choose(call())
     assert choice.backend.name == "cpu" and "first" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("mask", "options", "says"),
+    [
+        (None, {}, "1 rectangles"),
+        (TileMask.causal(1, 200, 200), {}, "1 causal squares"),
+        (TileMask.window(1, 200, 200, 9), {}, "strips of a window|rectangles with masks"),
+        (TileMask.causal(1, 200, 200), {"softcap": 2.0}, "tiles of our own: softcap=2.0"),
+        (TileMask.causal(1, 1, 200), {}, "native kernel|pieces of the keys"),
+    ],
+)
+def test_the_reason_says_how_a_call_is_computed(mask: TileMask | None, options: dict[str, Any], says: str) -> None:
+    sq = 200 if mask is None else mask.shape[2]
+    one = checked(torch.zeros(1, 2, sq, 8), torch.zeros(1, 1, 200, 8), torch.zeros(1, 1, 200, 8), mask=mask, **options)
+    assert re.search(says, choose(one).reason)
+
+
+def test_the_reason_of_an_empty_call_can_be_asked_for() -> None:
+    empty = torch.zeros(1, 2, 0, 8)
+    assert "nothing to compute" in choose(checked(empty, empty, empty)).reason
 
 
 def test_a_back_end_is_taken_when_it_is_asked_for() -> None:

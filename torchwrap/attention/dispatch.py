@@ -35,11 +35,19 @@ class Choice:
 
     Attributes:
         backend: computes the call.
-        reason: why this one: what was asked for, or why those before it cannot.
+        call: the call.
+        notes: what was asked for, or why those before it in the order cannot.
     """
 
     backend: Backend
-    reason: str
+    call: Call
+    notes: tuple[str, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why this one and, if it can say, how it computes the call; put together when asked for."""
+        describe = getattr(self.backend, "describe", None)
+        return "; ".join([f"{self.backend.name}: {self.notes[0]}", *([describe(self.call)] if describe else []), *self.notes[1:]])
 
 
 def choose(call: Call, name: str = "auto") -> Choice:
@@ -54,13 +62,13 @@ def choose(call: Call, name: str = "auto") -> Choice:
         UnsupportedModelError: it cannot compute this call; the message has the check that failed and a back end that can.
     """
     if name != "auto":
-        return Choice(_forced(call, name), f"{name}: asked for")
+        return Choice(_forced(call, name), call, ("asked for",))
     refused: list[str] = []
     for candidate in order(call):
         found = backend(candidate)
         why_not = found.refuses(call)
         if why_not is None:
-            return Choice(found, "; ".join([f"{candidate}: first that can, on {call.q.device.type}", *refused]))
+            return Choice(found, call, (f"first that can, on {call.q.device.type}", *refused))
         refused.append(f"not {candidate}: {why_not}")
     raise errors.UnsupportedModelError("no back end can compute this call: " + "; ".join(refused), where="attend")
 

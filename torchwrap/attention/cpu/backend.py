@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
 from torchwrap.attention.contract import Call, Gradients
 from torchwrap.attention.cpu import compose, decode, tiled
+from torchwrap.attention.cpu.parts import Block, Part, Strip, plan
 
 __all__ = ["Composed"]
+
+_WORDS = {
+    "strip": "strips of a window",
+    "full": "rectangles",
+    "causal": "causal squares",
+    "masked": "rectangles with masks of one tile",
+    "each": "whole batches in one tile",
+}
 
 
 class Composed:
@@ -33,9 +44,29 @@ class Composed:
             return decode.forward(call, few)
         return compose.forward(call) if compose.refuses(call) is None else tiled.forward(call)
 
+    def describe(self, call: Call) -> str:
+        """By which of the compositions, for people."""
+        if call.is_empty:
+            return "nothing to compute"
+        few = decode.form(call)
+        if few == "native":
+            return "a few queries, by the native kernel: keys and values are read once"
+        missing = decode.native_refuses(call) if call.q_length == 1 else None
+        if few == "pieces":
+            return f"one query over pieces of the keys, by torch's kernel; not the native one: {missing}"
+        if (lacking := compose.refuses(call)) is not None:
+            return f"tiles of our own: {lacking}"
+        blocks = plan(call)
+        forms = Counter("strip" if isinstance(block, Strip) else part.form for block in blocks for part in _parts(block))
+        return "torch's kernel on " + ", ".join(f"{count} {_WORDS[form]}" for form, count in forms.items())
+
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of everything."""
         tile = compose.refuses(call) is not None or call.is_empty or (call.bias is not None and call.bias.requires_grad)
         if tile or (grad_lse is not None and bool(grad_lse.any())):
             return tiled.backward(call, out, lse, grad_out, grad_lse)
         return compose.backward(call, out, lse, grad_out)
+
+
+def _parts(block: Block | Strip) -> tuple[Part, ...]:
+    return block.parts if isinstance(block, Block) else (Part(block.rows, "full"),)
