@@ -50,6 +50,7 @@ class WindowLayer(Layer):
         self.fqn, self.service = fqn, service
 
     def replace(self, module: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """As the module's `forward`: pictures (B, H, W, C) to the same shape."""
         return self._run(module, *args, **kwargs)
 
     def _run(self, module: Any, x: Tensor) -> Tensor:

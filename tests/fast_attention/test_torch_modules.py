@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn import functional as F
 
@@ -362,3 +363,23 @@ def test_settings_hold_in_the_recomputation_of_a_checkpoint() -> None:
     checkpoint(model, inputs, use_reentrant=False).sum().backward()
     assert {key.split()[1] for key in tw.handle_of(model, "fast_attention").stats()["served"]} == {"eager"}
     assert sum(tw.handle_of(model, "fast_attention").stats()["served"].values()) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["plain", "padding", "causal-bool-padding"])
+def test_encoders_are_one_graph(how: str) -> None:
+    torch._dynamo.reset()
+    model, inputs = tw.fast_attention(encoder()), x(B, T, E)
+    options = {**STACKS[how], "is_causal": how.startswith("causal")}
+    with torch.no_grad():
+        expected = model(inputs, **options)
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(inputs, **options), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_modules_that_call_the_function_are_equal_when_compiled() -> None:
+    torch._dynamo.reset()
+    model, inputs = tw.fast_attention(own()), x(B, T, E)
+    assert torch.equal(torch.compile(model, backend="eager")(inputs), model(inputs))
+    torch._dynamo.reset()

@@ -49,6 +49,7 @@ class FunctionLayer(Layer):
         self.fqn, self.service = fqn, service
 
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's own code under `Diverted`."""
         with Diverted(self.fqn, self.service):
             return call(*args, **kwargs)
 

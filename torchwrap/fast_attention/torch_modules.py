@@ -74,6 +74,7 @@ class MultiheadLayer(_Replacing):
     """`nn.MultiheadAttention.forward` with attention of ours, where no weights are asked for."""
 
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `nn.MultiheadAttention.forward`; the weights it returns are None."""
         assert isinstance(module, nn.MultiheadAttention)
         given = self._named(nn.MultiheadAttention.forward, args, kwargs)
         query, key, value = given["query"], given["key"], given["value"]
@@ -161,6 +162,7 @@ class EncoderLayer(_Replacing):
     """`nn.TransformerEncoderLayer.forward` step by step, never as one native function."""
 
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `nn.TransformerEncoderLayer.forward`."""
         assert isinstance(module, nn.TransformerEncoderLayer)
         given = self._named(nn.TransformerEncoderLayer.forward, args, kwargs)
         x = given["src"]
@@ -178,6 +180,7 @@ class StackLayer(_Replacing):
     """`nn.TransformerEncoder.forward` without nested tensors."""
 
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As `nn.TransformerEncoder.forward`."""
         assert isinstance(module, nn.TransformerEncoder)
         given = self._named(nn.TransformerEncoder.forward, args, kwargs)
         x, mask = given["src"], given["mask"]
