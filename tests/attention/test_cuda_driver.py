@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +51,14 @@ def test_a_launch_carries_its_shape_its_stream_and_every_argument(library: Any) 
     assert ctypes.string_at(library.arguments(), ctypes.sizeof(Params)) == bytes(params)
     assert library.load_count() == library.context_count() == 1  # loaded once, in the context torch uses
     assert (card.arch, card.multiprocessors) == (75, 40)
+
+
+def test_a_thread_that_never_touched_the_card_can_launch(library: Any) -> None:
+    card = driver.Card(torch.device("cuda", 0))
+    card.launch(VARIANT, (1, 1, 1), Params())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(card.launch, VARIANT, (9, 1, 1), Params()).result()
+    assert library.shape().contents[0] == 9 and library.load_count() == library.context_count() == 1
 
 
 def test_what_the_driver_refuses_is_an_error_with_its_words(library: Any) -> None:

@@ -7,8 +7,10 @@ The law: our error is at most twice that of the definition computed in fp16, plu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,8 +29,9 @@ TARGETS = [pytest.param(family, width, id=f"{family} {width}") for family in ("v
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
-    yield Host()
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    folder = tmp_path_factory.getbasetemp()
+    return Host(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
 def call_of(width: int, shape: tuple[int, int, int, int, int], **options: Any) -> Call:
@@ -119,12 +122,23 @@ def test_decoding_over_padded_keys(host: Host, family: Family, width: int) -> No
     assert not out[2].any() and torch.equal(lse[2, :, 0], call.sinks)  # no key: the sink alone
 
 
+@pytest.mark.parametrize("family", ["volta", "turing"])
+@pytest.mark.parametrize("queries", [3, 70])
+def test_the_order_in_which_threads_run_changes_no_bit(host: Host, family: Family, queries: int) -> None:
+    call = call_of(64, (1, 2, 1, queries, 100), mask=TileMask.causal(1, queries, 100))
+    runs = []
+    for host.descending in (True, False):
+        out, lse = run_forward(call, host, family)
+        runs.append([out, lse, *run_backward(call, out, lse, out, None, host, family)[:3]])
+    for one, other in zip(*runs, strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 3, 64])
 def test_the_number_of_splits_changes_rounding_only(host: Host, multiprocessors: int) -> None:
     call = call_of(64, (1, 2, 1, 3, 1000), mask=TileMask.window(1, 3, 1000, 700))
     one, lse = run_forward(call, host, "turing")
-    machine = Host(multiprocessors)
-    machine.libraries = host.libraries
+    machine = Host(host.folder, multiprocessors)
     other, other_lse = run_forward(call, machine, "turing")
     assert machine.launched[0][1][0] == min(4, 2 * multiprocessors)
     assert error(one, other.double()) <= 2e-4 and error(lse, other_lse.double()) <= 5e-6
@@ -152,8 +166,8 @@ def test_nan_in_padding_stays_there_and_nan_in_a_key_shows(host: Host, family: F
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 1, 4, 4), (1, 2, 1, 0, 4), (1, 2, 1, 4, 0)], ids=["no batch", "no query", "no key"])
-def test_nothing_to_do_launches_nothing(shape: tuple[int, int, int, int, int]) -> None:
-    machine, call = Host(), call_of(64, shape)
+def test_nothing_to_do_launches_nothing(tmp_path: Path, shape: tuple[int, int, int, int, int]) -> None:
+    machine, call = Host(tmp_path), call_of(64, shape)
     out, lse = run_forward(call, machine, "volta")
     grads = run_backward(call, out, lse, out, None, machine, "volta")
     assert machine.launched == [] and out.shape == call.q.shape and not out.any() and bool((lse == -math.inf).all())
@@ -170,8 +184,8 @@ def test_nothing_to_do_launches_nothing(shape: tuple[int, int, int, int, int]) -
     ],
     ids=["barrier", "exchange", "mixed", "sound"],
 )
-def test_the_emulation_notices_threads_that_diverge(tmp_path: Any, body: str, said: str | None) -> None:
+def test_the_emulation_notices_threads_that_diverge(tmp_path: Path, body: str, said: str | None) -> None:
     source = tmp_path / "kernel.cu"
     source.write_text('#include "params.cuh"\n#include "shim.cuh"\nKERNEL(32) probe(const Params p) { ' + body + " }\n")
-    complaint = Host().run_source(source, "probe", threads=32)
+    complaint = Host(tmp_path).run_source(source, "probe", threads=32)
     assert complaint is None if said is None else said in str(complaint)

@@ -6,10 +6,11 @@ char last_arguments[4096];
 unsigned last_shape[7];
 void* last_stream;
 int loads, contexts;
-void* current_context;
+thread_local void* current_context;
 }  // namespace
 
 extern "C" {
+int cuDeviceGet(int* handle, int ordinal) { return *handle = ordinal, 0; }
 int cuCtxGetCurrent(void** context) { return *context = current_context, 0; }
 int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = reinterpret_cast<void*>(0x100L + device), ++contexts, 0; }
 int cuCtxSetCurrent(void* context) { return current_context = context, 0; }
@@ -25,6 +26,7 @@ int cuGetErrorString(int code, const char** text) { return *text = code == 500 ?
 int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
                    void* stream, void** arguments, void** extra) {
     if (function != reinterpret_cast<void*>(0x123456789abcL) || extra) return 400;
+    if (!current_context) return 201;
     const unsigned shape[7] = {gx, gy, gz, bx, by, bz, shared};
     std::memcpy(last_shape, shape, sizeof shape);
     std::memcpy(last_arguments, arguments[0], 512);

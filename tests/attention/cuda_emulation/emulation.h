@@ -39,6 +39,7 @@ struct Warp {
 };
 
 inline int current, threads, waiting, finished;
+inline int step = 1;  // threads run in ascending order, or in descending: what lacks a barrier shows in one of them
 inline unsigned block[3], barrier_generation;
 inline std::vector<ucontext_t> fibers;
 inline std::vector<Warp> warps;
@@ -54,10 +55,11 @@ inline long shuffles, products;
     std::abort();
 }
 
-inline void next_fiber() {
+// Whoever waits for its warp lets only that warp run, so that a warp gets as far as it can before another begins: a missing barrier shows.
+inline void next_fiber(bool of_this_warp) {
     if (++idle > 4L * threads) fail("threads wait for each other: a barrier or an exchange is not reached by all");
-    const int from = current;
-    do current = (current + 1) % threads;
+    const int from = current, first = of_this_warp ? current / 32 * 32 : 0, count = of_this_warp ? min(32, threads - first) : threads;
+    do current = first + (current - first + (step == 1 ? 1 : count - 1)) % count;
     while (done[current]);
     if (current != from) swapcontext(&fibers[from], &fibers[current]);
 }
@@ -69,7 +71,7 @@ void meet(Kind kind, Compute compute) {
     if (warp.kind != kind) fail("lanes of one warp meet at different instructions");
     const unsigned generation = warp.generation;
     if (++warp.arrived < 32) {
-        while (warp.generation == generation) next_fiber();
+        while (warp.generation == generation) next_fiber(true);
         return;
     }
     compute(warp);
@@ -108,7 +110,7 @@ inline void barrier() {
     using namespace emulation;
     const unsigned generation = barrier_generation;
     if (++waiting < threads) {
-        while (barrier_generation == generation) next_fiber();
+        while (barrier_generation == generation) next_fiber(false);
         return;
     }
     waiting = 0;

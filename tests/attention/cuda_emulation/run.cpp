@@ -11,7 +11,7 @@ void fiber() {
     done[current] = 1;
     idle = 0;
     if (++finished == threads) setcontext(&launcher);
-    do current = (current + 1) % threads;
+    do current = (current + step) % threads;
     while (done[current]);
     setcontext(&fibers[current]);
 }
@@ -19,20 +19,22 @@ void fiber() {
 }  // namespace
 
 // Runs every block of the grid, one after the other. Returns null, or what went wrong.
-extern "C" const char* launch(const Params* params, int x, int y, int z, int thread_count) {
+extern "C" const char* launch(const Params* params, int x, int y, int z, int thread_count, int descending) {
     using namespace emulation;
     constexpr size_t stack = 256 << 10;
     static std::unique_ptr<char[]> stacks;
     if (threads != thread_count) stacks = std::make_unique<char[]>(stack * thread_count);
     threads = thread_count;
     arguments = params;
+    step = descending ? threads - 1 : 1;
     shuffles = products = 0;
     for (int index = 0; index < x * y * z; ++index) {
         block[0] = index % x, block[1] = index / x % y, block[2] = index / x / y;
         fibers.assign(threads, {});
         warps.assign((threads + 31) / 32, {});
         done.assign(threads, 0);
-        current = waiting = finished = 0;
+        current = descending ? threads - 1 : 0;
+        waiting = finished = 0;
         idle = 0;
         error = nullptr;
         for (int i = 0; i < threads; ++i) {
@@ -41,7 +43,7 @@ extern "C" const char* launch(const Params* params, int x, int y, int z, int thr
             fibers[i].uc_stack.ss_size = stack;
             makecontext(&fibers[i], fiber, 0);
         }
-        swapcontext(&launcher, &fibers[0]);
+        swapcontext(&launcher, &fibers[current]);
         if (error) return error;
     }
     return nullptr;

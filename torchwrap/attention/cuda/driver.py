@@ -38,6 +38,7 @@ class Card:
         pointer, number = ctypes.c_void_p, ctypes.c_uint
         self._driver.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
         self._loaded: dict[Variant, ctypes.c_void_p] = {}
+        self._context = ctypes.c_void_p()
         self._lock = threading.Lock()
 
     def launch(self, variant: Variant, grid: tuple[int, int, int], params: Params) -> None:
@@ -54,6 +55,7 @@ class Card:
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device)
             with self._lock:
+                self._enter()
                 function = self._loaded.get(variant) or self._load(variant)
             arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # the driver copies what they point to
             queued = self._driver.cuLaunchKernel(function, *grid, variant.threads, 1, 1, 0, stream.cuda_stream, arguments, None)
@@ -61,18 +63,23 @@ class Card:
 
     def _load(self, variant: Variant) -> ctypes.c_void_p:
         cubin = nvrtc.binary(variant, self.arch).cubin
-        context = ctypes.c_void_p()
-        self._check(self._driver.cuCtxGetCurrent(ctypes.byref(context)), "asking for the context")
-        if not context.value:
-            # A new thread has none until the runtime interface is used in it; this is the one torch uses.
-            self._check(self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), self.device.index), "taking the context")
-            self._check(self._driver.cuCtxSetCurrent(context), "setting the context")
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self._driver.cuModuleLoadData(ctypes.byref(module), cubin), f"loading {variant.entry} for sm_{self.arch}")
         found = self._driver.cuModuleGetFunction(ctypes.byref(function), module, variant.entry.encode())
         self._check(found, f"finding {variant.entry}")
         self._loaded[variant] = function
         return function
+
+    def _enter(self) -> None:
+        """Make the context that torch uses current in this thread: a thread has none until it calls the runtime interface."""
+        if not self._context.value:
+            handle = ctypes.c_int()
+            self._check(self._driver.cuDeviceGet(ctypes.byref(handle), self.device.index), "finding the device")
+            self._check(self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), handle), "taking the context")
+        current = ctypes.c_void_p()
+        self._check(self._driver.cuCtxGetCurrent(ctypes.byref(current)), "asking for the context")
+        if current.value != self._context.value:
+            self._check(self._driver.cuCtxSetCurrent(self._context), "entering the context")
 
     def _check(self, code: int, doing: str) -> None:
         if code:

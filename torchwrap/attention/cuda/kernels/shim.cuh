@@ -45,7 +45,7 @@ DEVICE float reciprocal_fast(float x) {
 
 #if defined(VOLTA)
 #define MMA_884(layout)                                                                                                               \
-    asm("mma.sync.aligned.m8n8k4.row." layout ".f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, "             \
+    asm volatile("mma.sync.aligned.m8n8k4.row." layout ".f32.f16.f16.f32 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9}, {%10,%11}, "             \
                  "{%0,%1,%2,%3,%4,%5,%6,%7};"                                                                                         \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])                     \
                  : "r"(a0), "r"(a1), "r"(b0), "r"(b1))
@@ -57,7 +57,7 @@ DEVICE void mma_m8n8k4_col(float (&d)[8], unsigned a0, unsigned a1, unsigned b0,
 DEVICE void mma_m8n8k4_row(float (&d)[8], unsigned a0, unsigned a1, unsigned b0, unsigned b1) { MMA_884("row"); }
 #else
 DEVICE void mma_m16n8k8(float (&d)[4], unsigned a0, unsigned a1, unsigned b) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a0), "r"(a1), "r"(b));
 }
