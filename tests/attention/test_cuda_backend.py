@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from torchwrap.attention.contract import checked
+from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cuda import CudaMma, nvrtc, variants
 from torchwrap.attention.cuda.backend import unsupported
 from torchwrap.attention.mask import TileMask
@@ -51,6 +52,28 @@ def test_what_the_kernels_do_is_not_refused(width: int, mask: TileMask | None) -
 
 def test_tensors_elsewhere_are_refused() -> None:
     assert CudaMma().refuses(call()) == "cuda_mma needs a CUDA device, the tensors are on cpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "said"),
+    [
+        ((6, 1), None, "tensor cores (compute capability 7.0), this card has 6.1"),
+        ((7, 0), "6.2", "this torch is built for ROCm 6.2"),
+        ((3, 0), None, "this card has 3.0"),
+        ((7, 0), None, None),
+    ],
+    ids=["Pascal", "ROCm", "Kepler", "Volta"],
+)
+def test_cards_without_the_instructions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, said: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(nvrtc, "unavailable", lambda _: None)
+    elsewhere = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float16)
+    plain = SimpleNamespace(q=elsewhere, width=64, value_width=64, bias=None, dropout=0.0, batch=1, heads=1, mask=None)
+    reason = CudaMma().refuses(cast(Call, plain))
+    assert reason is None if said is None else said in str(reason)
 
 
 def test_families_follow_the_compute_capability() -> None:

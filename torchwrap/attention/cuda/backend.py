@@ -55,6 +55,8 @@ class CudaMma:
         """
         if call.q.device.type != "cuda":
             return f"cuda_mma needs a CUDA device, the tensors are on {call.q.device}"
+        if torch.version.hip is not None:
+            return f"cuda_mma is for NVIDIA's cards, this torch is built for ROCm {torch.version.hip}"
         capability = torch.cuda.get_device_capability(call.q.device)
         if variants.family_of(capability) is None:
             return f"cuda_mma needs tensor cores (compute capability 7.0), this card has {capability[0]}.{capability[1]}"
