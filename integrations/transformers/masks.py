@@ -200,15 +200,23 @@ def user_mask(mask: Tensor) -> TileMask | Tensor:
     Args:
         mask: [B or 1, H or 1, Sq, Sk], bool or floating.
 
-    Cost: reads the mask once, as long as it is the same tensor and nobody writes to it.
+    Cost: reads the mask once, as long as it is the same tensor and nobody writes to it; in every layer for tensors of inference mode, which
+        do not tell.
     """
     if mask.dim() != 4 or isinstance(mask, TileMask) or torch.compiler.is_dynamo_compiling():
         return mask
+    if mask.is_inference():
+        made = _as_tiles(mask)
+        return mask if made is None else made
     version, made = _seen.get(mask, (None, None))
     if version != mask._version:
-        try:
-            made = TileMask.from_dense(mask)
-        except ConfigError:
-            made = None  # numbers that are added to scores
+        made = _as_tiles(mask)
         _seen[mask] = (mask._version, made)
     return mask if made is None else made
+
+
+def _as_tiles(mask: Tensor) -> TileMask | None:
+    try:
+        return TileMask.from_dense(mask)
+    except ConfigError:
+        return None  # numbers that are added to scores

@@ -133,11 +133,37 @@ PASSED_ON: dict[str, Callable[[TileMask], torch.Tensor]] = {
     "contiguous": lambda mask: mask.contiguous(),
     "alias": lambda mask: torch.ops.aten.alias(mask),
     "to the same device": lambda mask: mask.to("cpu"),
+    "to the same dtype": lambda mask: mask.to("cpu", torch.bool),
+    "as bool": lambda mask: mask.bool(),
+    "narrow": lambda mask: mask.narrow(2, 0, mask.shape[2]),
     "a copy on the same device": lambda mask: mask.to("cpu", copy=True),
     "cut to all columns": lambda mask: mask[:, :, :, : mask.shape[3]],
     "deepcopy": copy.deepcopy,
     "pickle": lambda mask: pickle.loads(pickle.dumps(mask)),
 }
+
+
+@pytest.mark.parametrize("passed", PASSED_ON.values(), ids=PASSED_ON.keys())
+@pytest.mark.parametrize(("made_in", "used_in"), [(False, False), (False, True), (True, False), (True, True)])
+def test_inference_mode_keeps_masks_lazy(passed: Callable[[TileMask], torch.Tensor], made_in: bool, used_in: bool) -> None:
+    with torch.inference_mode(made_in):
+        mask = TileMask.padded([3, 7], 7, 7)
+    with torch.inference_mode(used_in), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same = passed(mask)
+        assert isinstance(same, TileMask) and torch.equal(whole(same), whole(mask))
+        assert mask.key_range(0) == (4, 7) and int(mask.tiles(4, 4).hi.max()) == 2
+
+
+def test_what_was_worked_out_in_inference_mode_serves_training() -> None:
+    mask = TileMask.padded([3, 7], 7, 7)
+    with torch.inference_mode():
+        mask.tiles(4, 4)
+        mask.live_rows()
+    assert not mask.live_rows().is_inference() and not mask.tiles(4, 4).lo.is_inference()
+    x = torch.ones(2, 7, requires_grad=True)
+    (x * mask.live_rows()).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, mask.live_rows().float())
 
 
 @pytest.mark.parametrize("passed", PASSED_ON.values(), ids=PASSED_ON.keys())

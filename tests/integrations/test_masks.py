@@ -202,6 +202,17 @@ def test_masks_of_users_are_read_once_and_again_when_written_to() -> None:
     assert user_mask(bias) is bias and user_mask(second) is second
 
 
+def test_masks_of_inference_mode_are_served_too() -> None:
+    with torch.inference_mode():
+        dense = torch.rand(2, 1, 6, 6) < 0.5
+        mask = user_mask(dense)
+        assert isinstance(mask, TileMask) and torch.equal(whole(mask), dense)
+        dense[0] = False
+        again = user_mask(dense)
+        assert isinstance(again, TileMask) and torch.equal(whole(again), dense)
+        assert isinstance(again.detach(), TileMask) and isinstance(again.to("cpu", copy=True), TileMask)
+
+
 def test_using_them_registers_and_changes_nothing() -> None:
     before = dict(AttentionMaskInterface._global_mapping), dict(AttentionInterface._global_mapping)
     padding = torch.tensor([[False, True, True, False]])

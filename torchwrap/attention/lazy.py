@@ -145,17 +145,8 @@ class LazyMask(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
-        mask = args[0] if args else None
-        if isinstance(mask, LazyMask):
-            if func in _PASSING:
-                same = mask._map(lambda tensor: tensor, mask.device)
-                same._found = mask._found
-                return same
-            if func is _aten._to_copy.default and options.get("dtype") in (None, torch.bool):
-                device = torch.device(options.get("device") or mask.device)
-                return mask._map(lambda tensor: tensor.to(device, non_blocking=options.get("non_blocking", False)), device)
-            if func is _aten.slice.Tensor and (part := _sliced(mask, *args[1:])) is not None:
-                return part
+        if args and isinstance(args[0], LazyMask) and (passed := _passed(func, args, options)) is not None:
+            return passed
         _refuse_writing(func, args, options)
         leaves, layout = tree_flatten((args, options))
         for index, leaf in enumerate(leaves):
@@ -179,6 +170,24 @@ def _untraced() -> Callable[..., Any]:
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
+
+
+def _passed(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """What an operation gives that only hands its first argument, a mask, on, or that consists of others; None for all others."""
+    mask: LazyMask = args[0]
+    # In inference mode, operations that consist of others arrive whole.
+    if (whole := func.decompose(*args, **options)) is not NotImplemented:
+        return whole
+    # A view of a tensor made outside inference mode is no inference tensor, in whatever mode it is taken.
+    with torch.inference_mode(mask.is_inference()):
+        if func in _PASSING:
+            same = mask._map(lambda tensor: tensor, mask.device)
+            same._found = mask._found
+            return same
+        if func is _aten._to_copy.default and options.get("dtype") in (None, torch.bool):
+            device = torch.device(options.get("device") or mask.device)
+            return mask._map(lambda tensor: tensor.to(device, non_blocking=options.get("non_blocking", False)), device)
+        return _sliced(mask, *args[1:]) if func is _aten.slice.Tensor else None
 
 
 def _refuse_writing(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -377,7 +377,8 @@ class TileMask(LazyMask):
 
     def _once(self, name: object, work: Callable[[], T]) -> T:
         if name not in self._found:
-            self._found[name] = work()
+            with torch.inference_mode(False):  # kept for later calls, which may be of a training step
+                self._found[name] = work()
         value: T = self._found[name]
         return value
 
