@@ -85,6 +85,17 @@ def test_keys_and_values_that_no_row_sees_are_never_read() -> None:
     assert out.isfinite().all() and lse.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_window_of_a_long_cache_gives_the_bits_of_that_piece_alone(dtype: torch.dtype) -> None:
+    arguments = Case(keys=3000, rows=3, dtype=dtype).tensors()
+    k, v = arguments["k"], arguments["v"]
+    assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    window = arguments | {"limits": torch.tensor([1111, 2222], dtype=torch.int32).expand(1, 3, 2)}
+    piece = arguments | {"k": k[:, :, 1111:2222], "v": v[:, :, 1111:2222]}
+    for ours, alone in zip(native.decode(**window), native.decode(**piece), strict=True):  # type: ignore[arg-type]
+        assert torch.equal(ours, alone)
+
+
 def test_rows_that_see_nothing_give_zero_and_minus_infinity() -> None:
     case = Case(rows=3)
     limits = torch.tensor([[[0, 300], [7, 7], [300, 900]]], dtype=torch.int32)

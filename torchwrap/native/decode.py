@@ -15,7 +15,7 @@ from torchwrap.core.errors import ConfigError, UnsupportedModelError
 from torchwrap.native.library import instruction_sets, library
 from torchwrap.native.reference import decode_reference
 
-__all__ = ["MAX_ROWS", "MAX_WIDTH", "decode"]
+__all__ = ["MAX_ROWS", "MAX_WIDTH", "decode", "run"]
 
 MAX_ROWS, MAX_WIDTH = 64, 512
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -35,7 +35,7 @@ def decode(
     """Attention of R rows per key/value head over S keys, with the log-sum-exp that merging needs.
 
     A row sees column j when `first[b] <= j < end[b]` and `limits[b, r, 0] <= j < limits[b, r, 1]`; what is outside [0, S) is cut off. Keys
-    and values that no row sees are never read.
+    and values before the first and behind the last column that a batch entry's rows see are never read.
 
     Args:
         q: rows of queries.
@@ -61,7 +61,8 @@ def decode(
     Exactness: products and sums in float32, weights never rounded to a half type. Independent of the number of threads and of strides,
         not of the instruction set: sums are in another order.
 
-    Cost: reads K and V once; `R * (Dv + 2) * 4` bytes for each piece of at least 256 keys. Threads: as torch.get_num_threads().
+    Cost: reads what is seen of K and V once; `R * (Dv + 2) * 4` bytes for each piece of at least 256 keys. Threads: as
+        torch.get_num_threads(), one below 128 KiB.
 
     Source: Tri Dao and others, "Flash-Decoding for long-context inference", 2023.
     """
@@ -135,7 +136,24 @@ def run(
     instruction_set: str | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The call itself, after the checks; instruction set and threads are chosen by tests and measurements only."""
+    """The call itself, for callers that have made the checks of `decode` themselves: what does not fit is read as addresses.
+
+    Args:
+        q: as in `decode`, and so on.
+        k: keys.
+        v: values.
+        first: first columns.
+        end: ends of columns.
+        limits: of rows.
+        scale: factor of the scores.
+        softcap: 0 for none.
+        instruction_set: one of `instruction_sets()`, for tests; None: the best.
+        threads: None: as torch.get_num_threads().
+
+    Raises:
+        UnsupportedModelError: the library is not available.
+        MemoryError: no memory for partial results.
+    """
     loaded = library()
     batch, heads, rows, width = q.shape
     keys, value_width = k.shape[2], v.shape[3]

@@ -15,14 +15,14 @@ from torchwrap.core.errors import UnsupportedModelError
 __all__ = ["available", "describe", "instruction_sets", "library", "reason"]
 
 PATH = Path(__file__).with_name("kernels.native.so")
-INTERFACE = 1  # TORCHWRAP_INTERFACE in src/call.h
+INTERFACE = 2  # TORCHWRAP_INTERFACE in src/call.h
 BUILD = "install a C++17 compiler and build again: pip install -e .  or  python setup.py build_ext --inplace"
 
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     if not PATH.exists():
-        return None, "it was not built: no C++ compiler was found when torchwrap was installed"
+        return None, "it was not built: no C++ compiler was found at installation, or this checkout was never installed"
     try:
         loaded = ctypes.CDLL(str(PATH))
     except OSError as error:
@@ -34,6 +34,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     loaded.torchwrap_threads.restype = ctypes.c_char_p
     loaded.torchwrap_instruction_set.restype = ctypes.c_char_p
     loaded.torchwrap_decode.argtypes = [ctypes.c_void_p]
+    loaded.torchwrap_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+    loaded.torchwrap_read.restype = ctypes.c_uint64
     return loaded, ""
 
 

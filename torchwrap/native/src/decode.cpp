@@ -1,6 +1,7 @@
 // Shares a call of `decode` out over pieces of keys, lets threads take them in turn, and merges the pieces of each (batch, head).
 //
-// The pieces depend on the sizes alone and are merged in their order, so the result does not depend on the number of threads.
+// Only the columns that some row of a batch entry sees are cut: a window of a long cache still makes work for all threads. The pieces depend on
+// sizes and limits alone and are merged in their order, so the result does not depend on the number of threads.
 // Merge: with maxima m_i (base 2), sums l_i and values a_i of the pieces, m = max m_i, weight w_i = 2^(m_i - m),
 // out = sum w_i a_i / sum w_i l_i, lse = m ln 2 + ln(sum w_i l_i).
 #include <math.h>
@@ -51,6 +52,7 @@ struct Memory {
 struct Work {
     const DecodeCall &call;
     const Kernel &kernel;
+    const Range *spans;                 // (B): columns from the first to the last that some row sees
     int64_t length, splits, tasks;      // keys per piece, pieces per (batch, head), pieces in all
     float *values, *maximum, *sum;      // (tasks, R, V), (tasks, R), (tasks, R)
     std::atomic<int> *left;             // (batch * head): pieces not finished
@@ -91,14 +93,29 @@ struct Work {
             return;
         }
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-            const int64_t pair = task / splits, begin = task % splits * length, rows = call.rows;
-            const int64_t end = begin + length < call.keys ? begin + length : call.keys;
+            const int64_t pair = task / splits, rows = call.rows;
+            const Range span = spans[pair / call.heads];
+            const int64_t wanted = span.first + task % splits * length, begin = wanted < span.end ? wanted : span.end;
+            const int64_t end = begin + length < span.end ? begin + length : span.end;
             kernel.piece(call, {pair / call.heads, pair % call.heads, begin, end, maximum + task * rows, sum + task * rows,
                                 values + task * rows * call.value_width}, scratch.at);
             if (left[pair].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(pair);
         }
     }
 };
+
+// Columns from the first to the last that some row of a batch entry sees.
+Range span_of(const DecodeCall &call, int64_t batch) {
+    Range span{call.keys, 0};
+    // Without limits of their own all rows see the same.
+    for (int64_t r = 0; r < (call.limits ? call.rows : 1); r++) {
+        const Range seen = visible(call, batch, r);
+        if (seen.empty()) continue;
+        if (seen.first < span.first) span.first = seen.first;
+        if (seen.end > span.end) span.end = seen.end;
+    }
+    return span.empty() ? Range{0, 0} : span;
+}
 
 }  // namespace
 
@@ -116,6 +133,27 @@ EXPORT const char *torchwrap_threads() { return torchwrap::thread_source(); }
 EXPORT int torchwrap_instruction_sets() { return CHOICES; }
 EXPORT const char *torchwrap_instruction_set(int index) { return index < 0 || index >= CHOICES || !choices[index].runs() ? nullptr : choices[index].name; }
 
+// Reads memory as `decode` does, by the same threads, and does nothing else: what its speed is compared with.
+EXPORT uint64_t torchwrap_read(const uint64_t *memory, int64_t words, int threads) {
+    struct Reading {
+        const uint64_t *memory;
+        int64_t words;
+        std::atomic<int64_t> next{0};
+        std::atomic<uint64_t> total{0};
+    } reading{memory, words};
+    torchwrap::on_threads(threads, [](void *argument) {
+        Reading &all = *(Reading *)argument;
+        constexpr int64_t PART = 1 << 15;
+        uint64_t total = 0;
+        for (int64_t from; (from = all.next.fetch_add(PART, std::memory_order_relaxed)) < all.words;) {
+            const int64_t end = from + PART < all.words ? from + PART : all.words;
+            for (int64_t i = from; i < end; i++) total += all.memory[i];
+        }
+        all.total += total;
+    }, &reading);
+    return reading.total;
+}
+
 // 0: done. 1: no memory. 2: the instruction set cannot run here.
 EXPORT int torchwrap_decode(const DecodeCall *asked) {
     const DecodeCall &call = *asked;
@@ -124,17 +162,28 @@ EXPORT int torchwrap_decode(const DecodeCall *asked) {
         for (chosen = 0; !choices[chosen].runs();) chosen++;
     if (chosen >= CHOICES || !choices[chosen].runs()) return 2;
     const int64_t pairs = call.batch * call.heads, rows = call.rows;
-    int64_t length = (pairs * call.keys / PIECES + 63) / 64 * 64;
+    if (pairs == 0 || rows == 0) return 0;
+    const Memory spans_memory(call.batch * sizeof(Range));
+    if (!spans_memory.at) return 1;
+    Range *spans = (Range *)spans_memory.at;
+    int64_t longest = 0, total = 0;
+    for (int64_t b = 0; b < call.batch; b++) {
+        spans[b] = span_of(call, b);
+        const int64_t keys = spans[b].end - spans[b].first;
+        total += keys;
+        if (keys > longest) longest = keys;
+    }
+    int64_t length = (call.heads * total / PIECES + 63) / 64 * 64;
     length = length < SHORTEST ? SHORTEST : length > LONGEST ? LONGEST : length;
-    const int64_t splits = call.keys > length ? (call.keys + length - 1) / length : 1, tasks = pairs * splits;
+    const int64_t splits = longest > length ? (longest + length - 1) / length : 1, tasks = pairs * splits;
 
     const Memory parts(tasks * rows * (call.value_width + 2) * sizeof(float)), counters(pairs * sizeof(std::atomic<int>));
     if (!parts.at || !counters.at) return 1;
     float *values = (float *)parts.at, *maximum = values + tasks * rows * call.value_width;
-    Work work{call, *choices[chosen].kernel, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)counters.at};
+    Work work{call, *choices[chosen].kernel, spans, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)counters.at};
     for (int64_t pair = 0; pair < pairs; pair++) new (work.left + pair) std::atomic<int>((int)splits);
 
-    const int64_t bytes = pairs * call.keys * (call.width + call.value_width) * (call.dtype == FLOAT32 ? 4 : 2);
+    const int64_t bytes = call.heads * total * (call.width + call.value_width) * (call.dtype == FLOAT32 ? 4 : 2);
     int64_t threads = bytes * rows < ALONE ? 1 : call.threads;
     if (threads > tasks) threads = tasks;
     torchwrap::on_threads((int)threads, [](void *argument) { ((Work *)argument)->run(); }, &work);
