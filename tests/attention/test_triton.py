@@ -36,7 +36,7 @@ def call(rows: int = 8, columns: int = 8, width: int = 16, dtype: torch.dtype = 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["TestMasks", "TestFeatures", "TestFewQueries or TestProperties"])
+@pytest.mark.parametrize("group", ["TestMasks", "TestFeatures", "TestFewQueries or TestAttend or TestProperties"])
 def test_kernels_in_the_interpreter(group: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_cases.py"), "-k", group]
     done = subprocess.run(

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.mask import TileMask
 from torchwrap.attention.reference import attention
@@ -204,6 +205,27 @@ class TestFewQueries:
         given = call(rows=7, columns=90, heads=6, kv_heads=2, mask=masks[mask]())
         assert launches.packed_heads(given) == 3
         check(given, gradients=False)
+
+
+class TestAttend:
+    def test_gradients_flow_through_the_public_function(self) -> None:
+        made = call(mask=TileMask.causal(1, 40, 56), sinks=True, bias=(1, 2, 40, 56))
+        tensors = {name: getattr(made, name).detach().requires_grad_() for name in NAMES}
+        found = {}
+        for backend in ("triton", "eager"):
+            out, lse = attend(**tensors, mask=made.mask, backend=backend, return_lse=True)
+            found[backend] = torch.autograd.grad(out.square().sum() + lse.sum(), list(tensors.values()))
+        for ours, expected in zip(found["triton"], found["eager"], strict=True):
+            assert torch.allclose(ours, expected, atol=2e-5)
+
+    def test_a_bias_that_requires_nothing_costs_no_pass(self) -> None:
+        made = call(bias=(1, 2, 40, 56))
+        assert made.bias is not None
+        out, lse = Triton().forward(made)
+        asked = replace(made, bias=made.bias.detach(), q=made.q.clone().requires_grad_())
+        inside_an_operator = replace(made, bias=made.bias.detach())
+        steps = [len(launches.backward(given, INTERPRETER, out, lse, out, None)[0]) for given in (made, asked, inside_an_operator)]
+        assert steps == [4, 3, 4]
 
 
 class TestProperties:

@@ -77,7 +77,7 @@ class Triton:
         return out, lse
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        """The gradients of everything; that of a bias only where it requires one.
+        """The gradients of everything; None for a bias that is known to require none.
 
         Args:
             call: as given to `forward`.

@@ -104,6 +104,7 @@ def precision(dtype: torch.dtype, card: Card) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(
     kind: Pass, card: Card, dtype: torch.dtype, width: int, value_width: int, rows: int, wanted: Blocks | None = None
 ) -> Blocks | None:
