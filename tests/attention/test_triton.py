@@ -65,10 +65,10 @@ def test_missing_package_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_old_triton_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton
 
-    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
     backend._missing.cache_clear()
     try:
-        assert "3.2.0" in str(Triton().refuses(call()))
+        assert "3.3.1" in str(Triton().refuses(call()))
     finally:
         monkeypatch.undo()
         backend._missing.cache_clear()

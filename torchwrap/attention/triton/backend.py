@@ -18,8 +18,8 @@ from torchwrap.attention.triton.blocks import PASSES, Blocks, card_of, choose, i
 
 __all__ = ["Triton"]
 
-OLDEST = (3, 3)
-"""Version of triton from which functions of a kernel take tuples."""
+OLDEST = (3, 4)
+"""Version of triton from which tuples in a kernel may hold None."""
 
 WIDEST = 256
 """Elements of a vector: wider ones leave no room for two tiles."""
