@@ -167,3 +167,16 @@ def test_position_on_the_card_is_not_read_back() -> None:
 
 def test_bands_without_end_stay_within_32_bits() -> None:
     assert conditions.arguments(call(mask=TileMask.window(1, 8, 8, 2**40)), 32, 32)["left"] == 1 << 30
+
+
+@needs_triton
+def test_a_growing_cache_compiles_nothing_anew() -> None:
+    """What a kernel is compiled for stays the same from step to step, but for the powers of two of the merge."""
+    constants = set()
+    for columns in (600, 601, 617, 848, 4096):
+        steps, _, _ = launches.forward(call(rows=1, columns=columns, mask=TileMask.causal(1, 1, columns)), H100)
+        arguments = steps[0].arguments
+        varying = {parameter.name for parameter in steps[0].kernel.params if parameter.do_not_specialize}
+        varying |= {name for name, value in arguments.items() if isinstance(value, torch.Tensor) or "stride" in name}
+        constants.add(repr(sorted(item for item in arguments.items() if item[0] not in varying)))
+    assert len(constants) == 1

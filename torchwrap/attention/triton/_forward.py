@@ -61,9 +61,12 @@ def forward_kernel(
     q_length, kv_length, q_offset, kv_offset, right, left, chunk,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-    SPLITS: tl.constexpr, ALL_EDGES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    PARTIAL: tl.constexpr, ALL_EDGES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of rows * B * Hq / PACK, SPLITS). With SPLITS > 1 `out` and `lse` are float32 partials and sinks wait for the merge."""
+    """Grid (tiles of rows * B * Hq / PACK, parts). With PARTIAL, `out` and `lse` are float32 partials and sinks wait for the merge.
+
+    The number of parts is no constant: it grows with the cache, and a compilation at every step of it would stall a generation.
+    """
     tiles = tl.cdiv(q_length * PACK, BLOCK_M)
     tile = tl.program_id(0) % tiles
     pair = tl.program_id(0) // tiles
@@ -98,8 +101,8 @@ def forward_kernel(
     if ALL_EDGES:
         full_lo = lo
         full_hi = lo
-    if SPLITS > 1:
-        part = (hi - lo + SPLITS - 1) // SPLITS
+    if PARTIAL:
+        part = tl.cdiv(hi - lo, tl.num_programs(1))
         part_lo = tl.minimum(lo + split * part, hi)
         part_hi = tl.minimum(part_lo + part, hi)
         full_lo = tl.minimum(tl.maximum(full_lo, part_lo), part_hi)
@@ -128,7 +131,7 @@ def forward_kernel(
             accumulated, top, total, query, k, v, stride_kj, stride_vj, j0, i, b, h, b * HEADS + h, d, dv, scale, softcap,
             bias, bias_strides, conditions, dropout, keep, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, WIDEN, True,
         )  # fmt: skip
-    if SPLITS == 1 and sinks is not None:
+    if not PARTIAL and sinks is not None:
         # A sink is a key without a value (merge of a partial with out = 0, lse = sink).
         sink = tl.load(sinks + h).to(tl.float32) * LOG2E
         highest = tl.maximum(top, sink)

@@ -170,7 +170,9 @@ def finish(raw, i, j, b, h, scale, softcap, bias, bias_strides, q_length, kv_len
         scores = raw * (scale * LOG2E)
         capped = scores
     if bias is not None:
-        at = bias + b * bias_strides[0] + h * bias_strides[1] + i.to(tl.int64) * bias_strides[2] + j.to(tl.int64) * bias_strides[3]
+        zero = tl.zeros((), tl.int64)  # offsets of a bias pass 32 bits
+        at = bias + (zero + b) * bias_strides[0] + (zero + h) * bias_strides[1]
+        at = at + (zero + i) * bias_strides[2] + (zero + j) * bias_strides[3]
         scores += tl.load(at, mask=(i < q_length) & (j < kv_length), other=0).to(tl.float32) * LOG2E
     return scores, capped
 

@@ -166,16 +166,17 @@ def _smaller(blocks: Blocks) -> Blocks | None:
     if blocks.stages > 1:
         return replace(blocks, stages=blocks.stages - 1)
     if blocks.queries > 16:
-        return replace(blocks, queries=blocks.queries // 2)
+        # Eight warps on so few rows would each hold what the others hold.
+        return replace(blocks, queries=blocks.queries // 2, warps=min(blocks.warps, 4))
     return replace(blocks, keys=16) if blocks.keys > 16 else None
 
 
 def shared_bytes(kind: Pass, blocks: Blocks, dtype: torch.dtype, width: int, value_width: int, card: Card) -> int:
     """Shared memory of a program, from above, in bytes.
 
-    Formula: `stages` tiles of what the inner loop reads (keys and values, or queries and gradients), the tiles that stay, one tile of
-    scores in transit for each product that takes them (two of float32, whose operands travel in two parts), and a row of numbers. Where
-    nothing is pipelined, part of what is read is there a second time, transposed: half, or all of float32 (a half less in a forward).
+    Formula: `stages` tiles of what the inner loop reads (keys and values, or queries and gradients), the tiles that stay, a row of numbers,
+    and tiles of scores in transit: one for each product that takes them, more where operands travel in two parts (float32 in a forward) or
+    come from shared memory only (capability 10). Where nothing is pipelined, part of what is read is there a second time, transposed.
     """
     # Without matrix instructions operands are multiplied, and so exchanged, in float32.
     size = 4 if card.capability < 80 else dtype.itemsize
@@ -184,6 +185,7 @@ def shared_bytes(kind: Pass, blocks: Blocks, dtype: torch.dtype, width: int, val
     forward = kind == "forward"
     read = moving * both * size
     stays = staying * (padded_width(width) if forward else both) * size
-    scores = blocks.queries * blocks.keys * size * (1 if forward and size < 4 else 2)
+    copies = (4 if size == 4 else 1) if forward else 2
+    scores = blocks.queries * blocks.keys * size * (2 * copies if 100 <= card.capability < 120 else copies)
     twice = read * (size // 2 - forward) // 2 if blocks.stages == 1 else 0
     return blocks.stages * read + twice + stays + scores + 1024

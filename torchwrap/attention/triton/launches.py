@@ -89,7 +89,7 @@ def forward(call: Call, card: Card, wanted: Blocks | None = None, parts: int | N
         **_common(call, card, blocks), **conditions.arguments(call, blocks.queries, blocks.keys, pack),
         "out": partial, "lse": partial_lse, "sinks": call.sinks, "stride_os": partial.stride(0) if count > 1 else 0,
         "stride_ls": lse.numel(), "stride_ob": stride_ob, "stride_oh": stride_oh, "stride_oi": stride_oi,
-        "PACK": pack, "SPLITS": count,
+        "PACK": pack, "PARTIAL": count > 1,
     }  # fmt: skip
     launches = [Launch(kernel=forward_kernel, grid=(programs, count), arguments=arguments, warps=blocks.warps, stages=blocks.stages)]
     if count > 1:
