@@ -176,7 +176,7 @@ def shared_bytes(kind: Pass, blocks: Blocks, dtype: torch.dtype, width: int, val
 
     Formula: `stages` tiles of what the inner loop reads (keys and values, or queries and gradients), the tiles that stay, a row of numbers,
     and tiles of scores in transit: one for each product that takes them, more where operands travel in two parts (float32 in a forward) or
-    come from shared memory only (capability 10). Where nothing is pipelined, part of what is read is there a second time, transposed.
+    come from shared memory only (capability 10). Where nothing is pipelined, keys and values are partly there a second time, transposed.
     """
     # Without matrix instructions operands are multiplied, and so exchanged, in float32.
     size = 4 if card.capability < 80 else dtype.itemsize
@@ -187,5 +187,5 @@ def shared_bytes(kind: Pass, blocks: Blocks, dtype: torch.dtype, width: int, val
     stays = staying * (padded_width(width) if forward else both) * size
     copies = (4 if size == 4 else 1) if forward else 2
     scores = blocks.queries * blocks.keys * size * (2 * copies if 100 <= card.capability < 120 else copies)
-    twice = read * (size // 2 - forward) // 2 if blocks.stages == 1 else 0
+    twice = (stays if kind == "keys" else read) * (size // 2 - forward) // 2 if blocks.stages == 1 else 0
     return blocks.stages * read + twice + stays + scores + 1024
