@@ -331,3 +331,63 @@ def test_continuous_batching_is_refused_by_transformers_until_unwrapped() -> Non
     with pytest.raises(ValueError, match=attention.NAME):
         model.generate_batch([[5, 6, 7]])
     assert set(settings(model)) == {attention.NAME}
+
+
+def test_an_error_in_a_call_that_asks_for_weights_leaves_the_next_call_served() -> None:
+    model, given = tw.fast_attention(built("llama"), fallback="silent"), inputs("llama")
+    with pytest.raises(IndexError):
+        model(input_ids=given["input_ids"] + 1000, output_attentions=True)
+    handle = tw.handle_of(model, "fast_attention")
+    assert handle.stats()["served"] == {}
+    model(**given)
+    assert sum(handle.stats()["served"].values()) == 3
+
+
+def test_adapters_of_peft_around_the_model() -> None:
+    peft = pytest.importorskip("peft")
+    outputs, gradients, given = [], [], inputs("llama")
+    for wrap in (True, False):
+        torch.manual_seed(3)
+        model = peft.get_peft_model(built("llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        if wrap:
+            tw.fast_attention(model)
+            assert set(settings(model.base_model.model)) == {attention.NAME}
+        logits = model(**given).logits
+        logits[given["attention_mask"].bool()].square().mean().backward()
+        outputs.append(logits.detach()[given["attention_mask"].bool()])
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert len(gradients[0]) == 12
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_loaded_by_from_pretrained_under_a_decorated_class(tmp_path: Any) -> None:
+    import transformers
+
+    built("llama").save_pretrained(tmp_path)
+
+    @tw.fast_attention
+    class Decorated(transformers.LlamaForCausalLM):
+        pass
+
+    model, given = Decorated.from_pretrained(tmp_path), inputs("llama")
+    assert list(tw.wrappers_of(model)) == ["fast_attention"]
+    seen = given["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**given).logits[seen], eager("llama")(**given).logits[seen], rtol=1e-4, atol=1e-5)
+
+
+def test_two_models_of_one_config_are_both_right() -> None:
+    """The implementation is a field of the config, so a model that shares it is served as well."""
+    import transformers
+
+    config = transformers.LlamaConfig(**TEXT)
+    first, second, given = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config), inputs("llama")
+    seen = given["attention_mask"].bool()
+    with torch.no_grad():
+        expected = second.eval()(**given).logits[seen]
+        tw.fast_attention(first)
+        torch.testing.assert_close(second(**given).logits[seen], expected, rtol=1e-4, atol=1e-5)
+        tw.unwrap(first)
+        assert torch.equal(second(**given).logits[seen], expected)
