@@ -97,7 +97,10 @@ def rows() -> Iterator[Row]:
             group="training, window 512 at 4096", name=dtype, q_length=4096, kv_length=4096, dtype=dtype, train=True,
             mask=lambda: TileMask.window(1, 4096, 4096, 512), **small,
         )  # fmt: skip
-    yield Row(group="training, dense causal", name="2048 float32", q_length=2048, kv_length=2048, causal=True, train=True, **small)
+        yield Row(
+            group="training, dense causal", name=f"2048 {dtype}", q_length=2048, kv_length=2048, dtype=dtype, causal=True, train=True,
+            **small,
+        )  # fmt: skip
     causal: dict[str, Any] = {"q_length": 4096, "kv_length": 4096, "mask": lambda: TileMask.causal(1, 4096, 4096), "rivals": ("eager",)}
     yield Row(group="softcap and sinks at 4096", name="softcap", options={"softcap": 50.0}, **causal, **small)
     yield Row(group="softcap and sinks at 4096", name="sinks", options={"sinks": torch.linspace(-1, 1, 9)}, **causal, **small)

@@ -21,7 +21,7 @@ CPU = Composed()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mask", MASKS)
 def test_every_mask_is_as_exact_as_the_definition(mask: str, dtype: torch.dtype) -> None:
-    for seed in range(3):
+    for seed in range(3 if dtype == torch.float32 else 1):
         call, what = make(seed, mask=mask, extra="plain", dtype=dtype)
         assert_correct(CPU, call, what)
 
@@ -36,9 +36,8 @@ def test_every_extra_is_as_exact_as_the_definition(extra: str) -> None:
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_every_extra_in_half_dtypes(extra: str, dtype: torch.dtype) -> None:
-    for seed in range(2):
-        call, what = make(200 + seed, extra=extra, dtype=dtype, width=64)
-        assert_correct(CPU, call, what, with_lse=extra == "gradient of lse")
+    call, what = make(200, extra=extra, dtype=dtype, width=64)
+    assert_correct(CPU, call, what, with_lse=extra == "gradient of lse")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -127,8 +126,14 @@ LARGE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"sinks": True}, {"bias": True}, {"dropout": 0.1}], ids=str)
-@pytest.mark.parametrize("mask", LARGE)
+OPTIONS: list[dict[str, Any]] = [{"softcap": 3.0}, {"sinks": True}, {"bias": True}, {"dropout": 0.1}]
+
+
+@pytest.mark.parametrize(
+    ("mask", "options"),
+    [(mask, {}) for mask in LARGE] + [(mask, options) for mask in ("causal", "padded window") for options in OPTIONS],
+    ids=str,
+)
 def test_nothing_grows_with_the_square_of_the_length(mask: str, options: dict[str, Any]) -> None:
     made: dict[str, Any] = {**options}
     if "sinks" in options:
