@@ -177,6 +177,18 @@ def test_dropout_draws_from_the_default_generator_and_scales() -> None:
     assert abs(float(first.mean()) - 1.0) < 0.05
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}], ids=str)
+def test_autocast_casts_the_inputs_and_nothing_else(options: dict[str, Any]) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in inputs(1, (4, 2), 20, 30))
+    expected = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), return_lse=True, **options)
+    grads = torch.autograd.grad(expected[0].sum(), (q, k, v))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = attend(q, k.bfloat16(), v, return_lse=True, **options)
+        again = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    assert all(torch.equal(one, two) for one, two in zip(again, grads, strict=True))
+
+
 def test_a_float_mask_and_a_bool_mask_mean_the_same() -> None:
     q, k, v = inputs(2, (4, 2), 20, 30)
     seen = torch.rand(2, 1, 20, 30) < 0.5

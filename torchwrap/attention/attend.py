@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention import operator
+from torchwrap.attention.autocast import autocast, exact_dtypes
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import choose
@@ -78,6 +79,8 @@ def attend(
     Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), sinks (Hq), bias (B | 1, Hq | 1, Sq | 1, Sk | 1); out (B, Hq, Sq, Dv)
         in the dtype of q; lse (B, Hq, Sq), natural logarithm, float32 (float64 for float64).
 
+    Dtypes: under `torch.autocast`, q, k and v are cast to its dtype first, as torch's own attention does.
+
     Exactness: no farther from float64 than twice torch's own error in the same dtype, gradients included.
 
     Cost: memory grows with Sq + Sk, forward and backward, unless the back end is "eager" or "sdpa".
@@ -92,13 +95,15 @@ def attend(
     if isinstance(k, TieredTensor):  # part of the keys is on the host
         out, lse = k.attend(q, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
         return (out, lse) if return_lse else out
+    q, k, v = autocast(q, k, v)
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
     if torch.compiler.is_compiling():
         out, lse = operator.apply(call, backend)
     elif _needs_grad(call):
         out, lse = _Attend.apply(call, backend, q, k, v, sinks, call.bias)  # type: ignore[no-untyped-call]
     else:
-        out, lse = choose(call, backend).backend.forward(call)
+        with exact_dtypes(call.q):
+            out, lse = choose(call, backend).backend.forward(call)
     return (out, lse) if return_lse else out
 
 
@@ -113,7 +118,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.backend = choose(call, backend).backend
-        out, lse = ctx.backend.forward(call)
+        with exact_dtypes(call.q):
+            out, lse = ctx.backend.forward(call)
         ctx.save_for_backward(*tensors, call.seed, out, lse)
         ctx.rest = replace(call, q=call.q[:0], k=call.k[:0], v=call.v[:0], sinks=None, bias=None)
         ctx.set_materialize_grads(False)
@@ -125,4 +131,6 @@ class _Attend(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return (None,) * 7
         call = replace(ctx.rest, q=q, k=k, v=v, sinks=sinks, bias=bias, seed=seed)
-        return None, None, *ctx.backend.backward(call, out, lse, torch.zeros_like(out) if grad_out is None else grad_out, grad_lse)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        with exact_dtypes(q):
+            return None, None, *ctx.backend.backward(call, out, lse, grad_out, grad_lse)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchwrap.attention.autocast import exact_dtypes
 from torchwrap.attention.contract import Call
 from torchwrap.attention.dictionary import TileDictionary
 from torchwrap.attention.dispatch import choose
@@ -83,7 +84,8 @@ def _attend(
     numbers: Sequence[int], scale: float, softcap: float | None, dropout: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(q, k, v, sinks, bias, seed, tensors, numbers, scale, softcap, dropout)
-    out, lse = choose(call, backend).backend.forward(call)
+    with exact_dtypes(q):
+        out, lse = choose(call, backend).backend.forward(call)
     # Operators may not return views of their inputs or of each other, and compiled code counts on the strides of the fake result.
     return out.contiguous(), lse.contiguous()
 
@@ -104,7 +106,8 @@ def _attend_backward(
     dropout: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     call = _call(q, k, v, sinks, bias, seed, tensors, numbers, scale, softcap, dropout)
-    found = choose(call, backend).backend.backward(call, out, lse, grad_out, grad_lse)
+    with exact_dtypes(q):
+        found = choose(call, backend).backend.backward(call, out, lse, grad_out, grad_lse)
     dq, dk, dv, dsinks, dbias = (q.new_empty(0) if grad is None else grad.contiguous() for grad in found)
     return dq, dk, dv, dsinks, dbias
 
