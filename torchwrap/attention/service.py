@@ -18,6 +18,7 @@ from torch import Tensor
 
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import checked
+from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import choose
 from torchwrap.attention.mask import TileMask
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
@@ -73,10 +74,14 @@ class Service:
             kind = _kind(q, k, mask, softcap, sinks, bias, dropout)
             size = kind, q.shape[2].bit_length(), k.shape[2].bit_length()
             if size not in self._chosen:  # asked once for each kind and size class: the answer is for people
-                call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
-                choice = choose(replace(call, dropout=dropout), self.backend)
-                self.reasons[choice.backend.name, kind] = choice.reason
-                self._chosen[size] = choice.backend.name
+                if isinstance(k, TieredTensor):
+                    name, reason = "cooperative", "part of the keys is on the host"
+                else:
+                    call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
+                    choice = choose(replace(call, dropout=dropout), self.backend)
+                    name, reason = choice.backend.name, choice.reason
+                self.reasons[name, kind] = reason
+                self._chosen[size] = name
             with _lock:
                 self.served[where, self._chosen[size], kind] += 1
         out: Tensor = attend(
@@ -133,4 +138,5 @@ def _kind(
     else:
         seen = "dense mask"
     given = {"softcap": softcap is not None, "sinks": sinks is not None, "bias": bias is not None, "dropout": dropout > 0}
+    given["keys on two sides"] = isinstance(k, TieredTensor)
     return ", ".join([mode, seen, *(name for name, there in given.items() if there), str(q.dtype).removeprefix("torch.")])
