@@ -116,9 +116,10 @@ def test_empty_dimensions(shape: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("instruction_set", SETS)
-def test_what_is_not_finite_comes_out_as_in_the_reference(where: str, value: float, instruction_set: str) -> None:
-    arguments = Case(rows=3, keys=700).tensors()
+def test_what_is_not_finite_comes_out_as_in_the_reference(where: str, value: float, dtype: torch.dtype, instruction_set: str) -> None:
+    arguments = Case(rows=3, keys=700, dtype=dtype).tensors()
     tensor = arguments[where]
     assert isinstance(tensor, torch.Tensor)
     tensor[0, 1, 2, 5] = value
@@ -148,6 +149,17 @@ def test_strided_and_broadcast_inputs_give_the_same_bits() -> None:
     shared = plain | {"k": key[:, :1].expand(-1, 2, -1, -1)}
     copied = plain | {"k": key[:, :1].expand(-1, 2, -1, -1).contiguous()}
     assert torch.equal(native.decode(**shared)[0], native.decode(**copied)[0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_every_half_number_is_read_as_it_is(instruction_set: str) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    every = every[every.isfinite()].view(1, -1, 1, 64)
+    count = every.shape[1]
+    zero = torch.zeros(1, count, 1, 64, dtype=torch.float16)
+    out, lse = run(zero, zero, every, None, None, None, 1.0, 0.0, instruction_set)
+    assert torch.equal(out, every.float())
+    assert torch.equal(lse, torch.zeros(1, count, 1))
 
 
 WRONG = {

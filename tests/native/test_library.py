@@ -81,6 +81,13 @@ with open("/proc/self/maps") as maps:
 
 
 @needs_kernels
+@pytest.mark.parametrize("threads", [1, 3])
+def test_reading_reads_every_word_once(threads: int) -> None:
+    words = torch.arange(100_003)
+    assert library.library().torchwrap_read(words.data_ptr(), words.numel(), threads) == int(words.sum())
+
+
+@needs_kernels
 def test_several_threads_may_call_at_once() -> None:
     cases = [Case(keys=3000, seed=seed, dtype=torch.bfloat16) for seed in range(4)]
     wanted = [native.decode(**case.tensors())[0] for case in cases]  # type: ignore[arg-type]

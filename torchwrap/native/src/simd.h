@@ -150,22 +150,18 @@ INLINE Vector two_to(Vector whole) { return (Vector)((__builtin_convertvector(wh
 INLINE float sum(Vector a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 INLINE Vector sums(const Vector *a) { return Vector{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])}; }
 
-INLINE float widen(Float16 x) {
+INLINE Vector widen(const Float16 *p) {
+    typedef uint16_t Half __attribute__((vector_size(8)));
+    Half half;
+    memcpy(&half, p, sizeof half);
     // The exponent's bias differs by 112; a product with 2^112 also makes normal numbers of the small ones.
-    uint32_t sign = (uint32_t)(x.bits & 0x8000) << 16, rest = (uint32_t)(x.bits & 0x7fff) << 13;
-    float value;
-    memcpy(&value, &rest, sizeof value);
-    value *= 0x1p112f;
-    memcpy(&rest, &value, sizeof rest);
-    if ((x.bits & 0x7c00) == 0x7c00) rest |= 0x7f800000;
-    rest |= sign;
-    memcpy(&value, &rest, sizeof value);
-    return value;
+    const Bits bits = __builtin_convertvector(half, Bits), largest = (Bits)((bits & 0x7c00u) == 0x7c00u);
+    const Bits rest = (Bits)((Vector)((bits & 0x7fffu) << 13) * 0x1p112f);
+    return (Vector)(rest | (largest & 0x7f800000u) | (bits & 0x8000u) << 16);
 }
 INLINE void load_pair(const float *p, Vector &a, Vector &b) { a = load(p), b = load(p + W); }
 INLINE void load_pair(const Float16 *p, Vector &a, Vector &b) {
-    a = Vector{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
-    b = Vector{widen(p[4]), widen(p[5]), widen(p[6]), widen(p[7])};
+    a = widen(p), b = widen(p + W);
 }
 INLINE void load_pair(const BFloat16 *p, Vector &even, Vector &odd) {
     Bits bits;
