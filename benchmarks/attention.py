@@ -8,13 +8,16 @@ milliseconds is repeated within itself. Ratios are of medians: above 1, ours is 
 * `packed`: the same with a mask for one query, which then goes without copies of heads;
 * `eager`: the textbook form in transformers' way, for softcap and sinks, which no other form of torch has on CPUs.
 
-Masks are made before the clock starts, for all of them: a model makes one for all its layers.
+Masks are made before the clock starts, for all of them: a model makes one for all its layers. Peak memory is measured with the mask, one
+process for each figure: `python -m benchmarks.attention ours padded 8192` prints the bytes that one call adds to what is resident.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +37,7 @@ from torchwrap.attention.mask import TileMask
 __all__ = ["TITLE", "measure_attention", "table"]
 
 TITLE = "attention[cpu]"
+LENGTHS = (1024, 8192)
 TURN_S = 0.04
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DECODE = ((9, 3, 64, 16384), (9, 3, 64, 65536), (32, 8, 128, 32768), (8, 1, 128, 65536))
@@ -115,6 +119,7 @@ def measure_attention(*, rounds: int = 5, only: str | None = None, say: Callable
         say: told of each row when it is done.
 
     Returns:
+        `peak_bytes`: what one call adds to the resident memory, batch of 2, 9/3 heads, float32, only if all rows are measured, and `peak_ratio`, ours / transformers';
         `rows`: by "group: name", seconds of all turns, ratios of medians to each rival and to the best, and the greatest difference of
         results; `geometric`: by group, the geometric means of the ratios; `worst`: by group, the least ratio to `sdpa`.
     """
@@ -136,6 +141,11 @@ def measure_attention(*, rounds: int = 5, only: str | None = None, say: Callable
             )
     finally:
         torch.set_num_threads(threads)
+    peaks = (
+        {}
+        if only is not None
+        else {f"{kind} {length}": _peaks(kind, length) for kind in ("padded", "window", "causal") for length in LENGTHS}
+    )
     names = {group: sorted(set.intersection(*(set(ratios) for ratios in many))) for group, many in groups.items()}
     return {
         "title": TITLE,
@@ -144,6 +154,8 @@ def measure_attention(*, rounds: int = 5, only: str | None = None, say: Callable
         "rows": found,
         "geometric": {group: {name: geometric_mean(row[name] for row in groups[group]) for name in names[group]} for group in groups},
         "worst": {group: {name: min(row[name] for row in groups[group]) for name in names[group]} for group in groups},
+        "peak_bytes": peaks,
+        "peak_ratio": {kind: sizes["ours"] / sizes["transformers"] for kind, sizes in peaks.items()},
         "equal": all(row["difference"] <= row["tolerance"] for row in found.values()),
     }
 
@@ -159,6 +171,8 @@ def table(summary: dict[str, Any]) -> str:
         )
     for group, means in summary["geometric"].items():
         lines.append(f"geometric mean, {group:<46}  " + "  ".join(f"{name} {value:.2f}x" for name, value in means.items()))
+    for kind, peaks in summary["peak_bytes"].items():
+        lines.append(f"peak memory of one call, {kind:<37}  " + "  ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in peaks.items()))
     return "\n".join(lines)
 
 
@@ -254,3 +268,54 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, softcap: float 
     if sinks is not None:
         scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], -1)
     return torch.softmax(scores, -1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype) @ v
+
+
+def _peaks(kind: str, length: int) -> dict[str, int]:
+    """Bytes of one call of ours and of transformers', each in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.attention"]
+    names = ("ours", "transformers")
+    return {
+        name: int(subprocess.run([*command, name, kind, str(length)], check=True, capture_output=True, text=True).stdout) for name in names
+    }
+
+
+@torch.no_grad()
+def _peak(name: str, kind: str, length: int) -> int:
+    """What one call with its mask adds to the resident memory of this process."""
+    q = torch.randn(2, length, 9, 64).transpose(1, 2)
+    k, v = torch.randn(2, 3, length, 64), torch.randn(2, 3, length, 64)
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    shorter = length * 2 // 3
+
+    def run(q: Tensor, k: Tensor, v: Tensor, kind: str) -> Tensor:
+        if name == "ours":
+            masks = {
+                "causal": lambda: TileMask.causal(1, length, length),
+                "padded": lambda: TileMask.padded((length, shorter), length, length),
+                "window": lambda: TileMask.window(1, length, length, 512),
+                "none": lambda: None,
+            }
+            return attend(q, k, v, mask=masks[kind]()).transpose(1, 2).contiguous()
+        position = torch.arange(length)
+        seen = None if kind in ("causal", "none") else (position <= position[:, None])[None, None]
+        if kind == "window":
+            seen = seen & (position > position[:, None] - 512)
+        if kind == "padded":
+            seen = seen & (position >= torch.tensor([0, length - shorter])[:, None, None, None])
+        return _transformers()(module, q, k, v, seen)[0]
+
+    run(q[:, :, :8], k[:, :, :8], v[:, :, :8], "none")  # loads code and starts threads
+    with open("/proc/self/clear_refs", "w") as control:
+        control.write("5")  # the peak begins at what is resident now
+    before = _status("VmRSS")
+    run(q, k, v, kind)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    print(_peak(sys.argv[1], sys.argv[2], int(sys.argv[3])))
