@@ -119,9 +119,9 @@ def measure_attention(*, rounds: int = 5, only: str | None = None, say: Callable
         say: told of each row when it is done.
 
     Returns:
-        `peak_bytes`: what one call adds to the resident memory, batch of 2, 9/3 heads, float32, only if all rows are measured, and `peak_ratio`, ours / transformers';
         `rows`: by "group: name", seconds of all turns, ratios of medians to each rival and to the best, and the greatest difference of
-        results; `geometric`: by group, the geometric means of the ratios; `worst`: by group, the least ratio to `sdpa`.
+        results; `geometric`: by group, the geometric means of the ratios; `worst`: by group, the least ratios; `peak_bytes`: what one call
+        adds to the resident memory (batch of 2, 9/3 heads, float32; only if all rows are measured) and `peak_ratio`: ours / transformers'.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
