@@ -40,7 +40,7 @@ class LazyMask(torch.Tensor):
     dictionary: TileDictionary | None
     _found: dict[Any, Any]
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
     def _of(cls: type[Self], lengths: tuple[int, int, int], values: dict[str, Any], device: torch.device) -> Self:
@@ -137,8 +137,6 @@ class LazyMask(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _restore, (type(self), self._lengths, self._conditions(), self.device)
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

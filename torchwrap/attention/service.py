@@ -43,7 +43,9 @@ class Service:
     """
 
     def __init__(self, backend: str = "auto", fallback: str = "warn", cache: str = "keep") -> None:
-        self.backend, self.fallback, self.cache = backend, fallback, cache
+        self.backend: str = backend
+        self.fallback: str = fallback
+        self.cache: str = cache
         self.served: Counter[tuple[str, str, str]] = Counter()
         self.reasons: dict[tuple[str, str], str] = {}
         self._chosen: dict[tuple[str, int, int], str] = {}

@@ -112,7 +112,7 @@ class TieredTensor(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # printing must not gather anything
         return f"TieredTensor({list(self.shape)}, {self.kind} of layer {self.layer_index})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

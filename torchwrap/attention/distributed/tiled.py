@@ -55,8 +55,11 @@ class TiledRowParallel(nn.Module):
         timeout_s: float | None = None, start: StartSum | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.weight, self.bias = weight, bias
-        self.group, self.blocks, self.timeout_s = group, blocks, timeout_s
+        self.weight: Tensor = weight
+        self.bias: Tensor | None = bias
+        self.group: Group = group
+        self.blocks: int | Literal["auto"] = blocks
+        self.timeout_s: float | None = timeout_s
         self._start: StartSum = start or start_sum
         self._chosen: dict[tuple[int, ...], int] = {}
 
@@ -126,8 +129,11 @@ class TiledColumnParallel(nn.Module):
         start: StartSum | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.weight, self.bias = weight, bias
-        self.group, self.blocks, self.timeout_s = group, blocks, timeout_s
+        self.weight: Tensor = weight
+        self.bias: Tensor | None = bias
+        self.group: Group = group
+        self.blocks: int = blocks
+        self.timeout_s: float | None = timeout_s
         self._start: StartSum = start or start_sum
 
     def forward(self, x: Tensor) -> Tensor:

@@ -42,7 +42,8 @@ class Outstanding:
     """
 
     def __init__(self, what: str, *, timeout_s: float | None = None) -> None:
-        self.what, self.timeout_s = what, timeout_s
+        self.what: str = what
+        self.timeout_s: float | None = timeout_s
         self._works: list[tuple[int, Work]] = []
 
     def start(self, block: int, launch: Callable[[], Work | Sequence[Work]]) -> None:
