@@ -10,6 +10,7 @@ python -m benchmarks training-faults          twenty runs of training, each kill
 python -m benchmarks superpipeline            peak, time and transfers over (k, k') on a virtual clock; prints the table of the docs
 python -m benchmarks superpipeline-prefill    a prompt through 0.4 n of the blocks, in real time
 python -m benchmarks attention                attention on the CPU: every shape against torch and transformers
+python -m benchmarks attention-model          tokens per second and memory of SmolLM2: eager, sdpa, ours
 python -m benchmarks --check                  exit status 1 when a bar of targets.toml is missed
 """
 
@@ -33,6 +34,7 @@ GIB = 1 << 30
 _WHAT = (
     "all", "offload-limit", "offload-fits", "training", "training-faults", "forward-many", "superpipeline", "superpipeline-prefill",
     "attention",
+    "attention-model",
 )  # fmt: skip
 _SHOWN = (
     "equal_tokens",
@@ -118,6 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         runs[attention.TITLE] = attention.measure_attention(rounds=max(given.rounds, 5), only=given.rows)
         print(attention.table(runs[attention.TITLE]))
+    if given.what == "attention-model":
+        from benchmarks import model_attention
+
+        runs[model_attention.TITLE] = model_attention.measure_model(rounds=max(given.rounds, 5))
+        for key in ("tokens_per_s", "decode_ratio", "prefill_ratio", "equal_tokens", "memory"):
+            print(f"{model_attention.TITLE} {key}: {_rounded(runs[model_attention.TITLE].get(key))}")
     verdicts = [verdict for title, summary in runs.items() for verdict in judge(title, summary)]
     print(*verdict_lines(verdicts), sep="\n")
     if runs and not given.no_write:
