@@ -50,6 +50,19 @@ def test_torch_refuses_values_of_another_width(widths: tuple[int, int]) -> None:
     torch.testing.assert_close(kernel.forward(q, k, v, 0.3), exact(q, k, v), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("keys", [1, 7, 15])
+@pytest.mark.parametrize("causal", [False, True])
+def test_torch_loses_a_nan_among_few_keys(keys: int, causal: bool) -> None:
+    q, k, v = inputs(sk=keys)
+    whole = kernel.forward(q, k, v, 0.3, causal=causal)
+    torch.testing.assert_close(whole, tuple(raw(q, k, v, 0.0, causal, scale=0.3)), atol=1e-6, rtol=1e-6)
+    q[0, 1, 2, 0] = math.nan
+    assert not raw(q, k, v, 0.0, causal, scale=0.3)[0].isnan().any()
+    out, lse = kernel.forward(q, k, v, 0.3, causal=causal)
+    assert bool(out[0, 1, 2].isnan().all()) and bool(lse[0, 1, 2].isnan())
+    torch.testing.assert_close(out[:, 2:], whole[0][:, 2:])
+
+
 def test_torch_ends_the_process_where_there_is_no_key() -> None:
     code = (
         "import torch; q = torch.zeros(1, 1, 2, 8); torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q[:, :, :0], q[:, :, :0])"

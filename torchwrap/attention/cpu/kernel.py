@@ -8,6 +8,7 @@ to its caller, each with a test that fails when it changes (tests/attention/test
 * no query or no key at all divides by zero and ends the process;
 * a last stride other than 1 is ignored, and the result is wrong;
 * keys and values must have one width; zeros in the missing columns change nothing;
+* with fewer than 16 keys, a NaN among the scores gives zeros: keys that nobody sees make up the number;
 * scores, and with them sums of many terms, are in float32 for bfloat16 and float16.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 __all__ = ["backward", "forward"]
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FEWEST = 16
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
@@ -46,6 +48,9 @@ def forward(
         return q.new_zeros(*q.shape[:3], v.shape[3]), _empty_lse(q)
     width = v.shape[3]
     q, k, v = _ready(q, k, v)
+    if k.shape[2] < _FEWEST:
+        k, v, added = _made_up(q, k, v, causal, added)
+        causal = False
     out, lse = _forward(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
     if live is not None:
         lse = lse.masked_fill(~live, -math.inf)
@@ -79,6 +84,19 @@ def backward(
     out, grad_out = (_unit(F.pad(tensor, (0, v.shape[3] - v_width)) if v.shape[3] > v_width else tensor) for tensor in (out, grad_out))
     dq, dk, dv = _backward(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=added, scale=scale)
     return dq[..., :q_width], dk[..., :q_width], dv[..., :v_width]
+
+
+def _made_up(q: Tensor, k: Tensor, v: Tensor, causal: bool, added: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values with hidden ones behind them, and what is added to the scores of all."""
+    rows, keys = q.shape[2], k.shape[2]
+    missing = _FEWEST - keys
+    if added is None:
+        added = q.new_zeros(rows if causal else 1, keys)
+        if causal:
+            added.masked_fill_(torch.ones_like(added, dtype=torch.bool).triu(1), -math.inf)
+    added = F.pad(added, (0, missing), value=-math.inf)
+    k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (k, v))
+    return k, v, added.expand(*added.shape[:-2], rows, _FEWEST)
 
 
 def _empty_lse(q: Tensor) -> Tensor:
