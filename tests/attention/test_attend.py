@@ -80,6 +80,15 @@ def test_a_change_in_place_before_backward_is_an_error() -> None:
         out.sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager", "sdpa"])
+def test_second_derivatives_are_refused(backend: str) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in inputs(1, (2, 2), 5, 5))
+    loss = attend(q, k, v, backend=backend).square().sum()
+    (first,) = torch.autograd.grad(loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (loss + first.square().sum()).backward()
+
+
 def test_partial_gradients_sum_to_the_whole() -> None:
     q, k, v = inputs(1, (4, 2), 40, 100, dtype=torch.float64)
     whole = checked(q, k, v, mask=TileMask.causal(1, 40, 100))

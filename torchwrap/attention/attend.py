@@ -2,7 +2,7 @@
 
 Without gradients it is the back end's forward and nothing else. With them it is one node of autograd that saves the inputs, out and lse,
 and whose backward is the back end's. Under `torch.compile` it is one operator, `torchwrap::attend`, with the mask as its tensors and
-numbers, so that no graph is broken; masks themselves are made outside of compiled code. Second derivatives are not defined.
+numbers, so that no graph is broken; masks themselves are made outside of compiled code. Second derivatives are refused.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from torchwrap.attention import operator
 from torchwrap.attention.autocast import autocast, exact_dtypes
@@ -126,6 +127,7 @@ class _Attend(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
         q, k, v, sinks, bias, seed, out, lse = ctx.saved_tensors
         if grad_out is None and grad_lse is None:
