@@ -38,6 +38,7 @@ def call(**changed: Any) -> Any:
         pytest.param({"mask": torch.zeros(5, 3, dtype=torch.bool)}, r"mask is \[5, 3\]", id="mask"),
         pytest.param({"mask": torch.zeros(3, 5, dtype=torch.int64)}, "mask is .*int64", id="mask dtype"),
         pytest.param({"k": torch.zeros(2, 2, 5, 8, device="meta"), "v": torch.zeros(2, 2, 5, 6, device="meta")}, "k on meta", id="device"),
+        pytest.param({"mask": torch.zeros(3, 5, dtype=torch.bool, device="meta")}, "the mask on meta", id="device of the mask"),
     ],
 )
 def test_a_call_that_does_not_fit_is_refused(changed: dict[str, Any], said: str) -> None:

@@ -201,7 +201,7 @@ def checked(
                 f"sinks are {_said(sinks)}, and q has {q.shape[1]} heads", where="attend", fix="Give one number for each query head."
             )
         _same_device(q, sinks, "sinks")
-    seen, added = _masks(mask, shape)
+    seen, added = _masks(mask, shape, q)
     if bias is not None:
         _check_added(bias, shape, "bias")
         _same_device(q, bias, "bias")
@@ -241,7 +241,7 @@ def _mismatch(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return f"{heads} query heads cannot share {kv_heads} key heads evenly" if (heads % kv_heads if kv_heads else heads) else None
 
 
-def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int]) -> tuple[TileMask | None, Tensor | None]:
+def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: Tensor) -> tuple[TileMask | None, Tensor | None]:
     """What hides keys, and what is added to scores."""
     if mask is None:
         return None, None
@@ -255,6 +255,7 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int]) -> 
             )
         return mask, None
     _check_added(mask, shape, "mask")
+    _same_device(q, mask, "the mask")
     mask = mask[(None,) * (4 - mask.dim())]
     return (TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None) if mask.dtype == torch.bool else (None, mask)
 
