@@ -130,6 +130,13 @@ def test_a_call_for_weights_may_be_an_error_or_silent(fallback: str) -> None:
                 module(inputs, inputs, inputs)
 
 
+def test_a_hint_of_causality_without_a_mask_is_torchs_error() -> None:
+    inputs = x(B, T, E)
+    module = tw.fast_attention(nn.MultiheadAttention(E, 4, batch_first=True))
+    with pytest.raises(RuntimeError, match="Need attn_mask"):
+        module(inputs, inputs, inputs, is_causal=True, need_weights=False)
+
+
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
 def test_keys_of_the_modules_own_are_torchs(options: dict[str, Any]) -> None:
     module, inputs = multihead(**options), x(B, T, E)
@@ -260,6 +267,23 @@ def test_modules_that_call_the_function_are_found(options: dict[str, Any]) -> No
     assert set(tw.handle_of(model, "fast_attention").stats()["served"]) == {
         f"{name} cpu prefill, {'causal' if options.get('causal', True) else 'unmasked'}, float32" for name in "02"
     }
+
+
+class Mixed(Attention):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        q, (k, v) = self.q(x), self.kv(x).chunk(2, -1)
+        heads = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in (q.float(), k, v))
+        return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
+def test_autocast_takes_parts_of_different_dtypes_as_torch_does() -> None:
+    model, inputs = nn.Sequential(Mixed()), x(B, T, E)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(inputs)
+        tw.fast_attention(model)
+        torch.testing.assert_close(model(inputs), expected, atol=2e-2, rtol=2e-2)
+    (served,) = tw.handle_of(model, "fast_attention").stats()["served"]
+    assert served.endswith("bfloat16")
 
 
 @pytest.mark.parametrize("mask", [~BANDS, x(T, T), x(B, 4, T, T)], ids=["bool", "added", "heads"])

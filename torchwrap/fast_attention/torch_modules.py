@@ -78,6 +78,8 @@ class MultiheadLayer(_Replacing):
         assert isinstance(module, nn.MultiheadAttention)
         given = self._named(nn.MultiheadAttention.forward, args, kwargs)
         query, key, value = given["query"], given["key"], given["value"]
+        if given["is_causal"] and given["attn_mask"] is None:
+            return call(*args, **kwargs)  # a hint about a mask that is missing: torch says so
         reason = _not_served(module, query, key, value, given)
         if reason is not None:
             self.service.leave(self.fqn, *reason)
