@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.attend import attend
+from torchwrap.attention.autocast import autocast
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import choose
@@ -72,6 +73,8 @@ class Service:
         Returns:
             `[B, Hq, Sq, Dv]`.
         """
+        if not isinstance(k, TieredTensor):
+            q, k, v = autocast(q, k, v)  # here too: the record is of what is computed
         if not torch.compiler.is_compiling():
             kind = _kind(q, k, mask, softcap, sinks, bias, dropout)
             size = kind, q.shape[2].bit_length(), k.shape[2].bit_length()
