@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
 from tests.attention.cases import EXTRAS, MASKS, assert_correct, make
+from torchwrap.attention import dispatch
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.dispatch import BACKENDS, backend, choose
@@ -102,3 +104,51 @@ def test_causal_in_torchs_sense_is_not_taken_for_another() -> None:
     assert not of(TileMask.window(1, 5, 5, 3), 5, 5)
     assert not of(TileMask.padded([3], 5, 5), 5, 5)
     assert not of(None, 5, 5)
+
+
+class Broken(Eager):
+    """A back end whose kernel cannot be launched."""
+
+    name = "cpu"
+
+    def __init__(self, doing: str) -> None:
+        self.doing, self.asked = doing, 0
+
+    def forward(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        self.fail("forward")
+        return super().forward(call)
+
+    def backward(self, call: Call, *given: Any) -> Any:
+        self.fail("backward")
+        return super().backward(call, *given)
+
+    def fail(self, doing: str) -> None:
+        self.asked += 1
+        if doing == self.doing:
+            raise errors.KernelError("no such card", where="here")
+
+
+@pytest.mark.parametrize("doing", ["forward", "backward"])
+def test_after_a_kernel_that_cannot_run_the_next_back_end_computes_the_call(monkeypatch: pytest.MonkeyPatch, doing: str) -> None:
+    broken = Broken(doing)
+    monkeypatch.setattr(dispatch, "_failed", {})
+    monkeypatch.setattr(dispatch, "backend", lambda name: broken if name == "cpu" else backend(name))
+    q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
+
+    def results(name: str) -> tuple[torch.Tensor, ...]:
+        out = attend(q, k, v, backend=name)
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    with pytest.warns(errors.TorchwrapWarning, match="'cpu' cannot run.*no such card"):
+        first = results("auto")
+    for found, expected in zip(first, results("eager"), strict=True):
+        torch.testing.assert_close(found, expected)
+    asked = broken.asked
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = results("auto")
+    torch.testing.assert_close(first, again)
+    assert broken.asked == asked, "it is not asked again"
+    assert "failed here before" in choose(checked(q, k, v)).reason
+    with pytest.raises(errors.KernelError, match="no such card"):
+        results("cpu")

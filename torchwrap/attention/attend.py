@@ -18,7 +18,7 @@ from torchwrap.attention import operator
 from torchwrap.attention.autocast import autocast, exact_dtypes
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
-from torchwrap.attention.dispatch import choose
+from torchwrap.attention.dispatch import attempt
 
 if TYPE_CHECKING:
     from torchwrap.attention.mask import TileMask
@@ -104,7 +104,7 @@ def attend(
         out, lse = _Attend.apply(call, backend, q, k, v, sinks, call.bias)  # type: ignore[no-untyped-call]
     else:
         with exact_dtypes(call.q):
-            out, lse = choose(call, backend).backend.forward(call)
+            out, lse = attempt(call, backend, lambda found: found.forward(call))
     return (out, lse) if return_lse else out
 
 
@@ -118,9 +118,9 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.backend = choose(call, backend).backend
+        ctx.backend = backend
         with exact_dtypes(call.q):
-            out, lse = ctx.backend.forward(call)
+            out, lse = attempt(call, backend, lambda found: found.forward(call))
         ctx.save_for_backward(*tensors, call.seed, out, lse)
         ctx.rest = replace(call, q=call.q[:0], k=call.k[:0], v=call.v[:0], sinks=None, bias=None)
         ctx.set_materialize_grads(False)
@@ -135,4 +135,5 @@ class _Attend(torch.autograd.Function):
         call = replace(ctx.rest, q=q, k=k, v=v, sinks=sinks, bias=bias, seed=seed)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         with exact_dtypes(q):
-            return None, None, *ctx.backend.backward(call, out, lse, grad_out, grad_lse)
+            # Whoever computed the forward: out and lse are the same for all.
+            return None, None, *attempt(call, ctx.backend, lambda found: found.backward(call, out, lse, grad_out, grad_lse))

@@ -3,19 +3,28 @@
 Every back end says of a call why it cannot compute it, or nothing. Of those that can, the first of a list is taken; the list depends on the
 device. On CPUs "cpu" comes first: its compositions use torch's kernel for what torch does well, so there is nothing that torch alone does
 faster but by the cost of Python around it (see `cpu.backend` for the choice among compositions, and docs/results for measurements).
-"eager", which stores all scores, comes last.
+"eager", which stores all scores, comes last. A back end whose kernel could not be compiled or launched is not asked again for calls of that
+kind in this process: the next one computes the same call.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import threading
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
 
 from torchwrap.attention.contract import Backend, Call
 from torchwrap.core import errors
 
-__all__ = ["BACKENDS", "Choice", "backend", "choose", "order"]
+__all__ = ["BACKENDS", "Choice", "attempt", "backend", "choose", "order"]
+
+R = TypeVar("R")
 
 BACKENDS = {
     "cpu": "torchwrap.attention.cpu.backend:Composed",
@@ -25,6 +34,10 @@ BACKENDS = {
     "eager": "torchwrap.attention.reference:Eager",
 }
 """Where each back end is defined; loaded when it is first asked for."""
+
+_Kind = tuple[str, torch.device, torch.dtype, int, int]
+_failed: dict[_Kind, str] = {}
+_lock = threading.Lock()
 
 _ORDER = {"cpu": ("cpu", "sdpa", "eager"), "cuda": ("triton", "cuda_mma", "sdpa", "eager")}
 
@@ -66,11 +79,41 @@ def choose(call: Call, name: str = "auto") -> Choice:
     refused: list[str] = []
     for candidate in order(call):
         found = backend(candidate)
-        why_not = found.refuses(call)
+        why_not = _failed.get(_kind(candidate, call)) or found.refuses(call)
         if why_not is None:
             return Choice(found, call, (f"first that can, on {call.q.device.type}", *refused))
         refused.append(f"not {candidate}: {why_not}")
     raise errors.UnsupportedModelError("no back end can compute this call: " + "; ".join(refused), where="attend")
+
+
+def attempt(call: Call, name: str, work: Callable[[Backend], R]) -> R:
+    """Have a call computed; under "auto" by the next back end if the kernel of the first cannot run here.
+
+    Args:
+        call: the call.
+        name: as in `choose`.
+        work: a method of the back end that it is given; it must leave nothing half-done when it raises.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as in `choose`.
+        KernelError: the kernel of the back end that was asked for cannot run.
+    """
+    while True:
+        found = choose(call, name).backend
+        try:
+            return work(found)
+        except errors.KernelError as error:
+            if name != "auto":
+                raise
+            with _lock:
+                first = _kind(found.name, call) not in _failed
+                _failed[_kind(found.name, call)] = f"it failed here before: {error}"
+            if first:
+                warnings.warn(
+                    f"attention: the kernel of back end {found.name!r} cannot run, another one is used from now on: {error}",
+                    errors.TorchwrapWarning,
+                    stacklevel=3,
+                )
 
 
 def order(call: Call) -> tuple[str, ...]:
@@ -92,6 +135,11 @@ def backend(name: str) -> Backend:
     module, _, cls = BACKENDS[name].partition(":")
     found: Backend = getattr(importlib.import_module(module), cls)()
     return found
+
+
+def _kind(name: str, call: Call) -> _Kind:
+    """What one kernel is compiled for."""
+    return name, call.q.device, call.q.dtype, call.width, call.value_width
 
 
 def _forced(call: Call, name: str) -> Backend:

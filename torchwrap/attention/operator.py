@@ -15,7 +15,7 @@ from torch import Tensor
 from torchwrap.attention.autocast import exact_dtypes
 from torchwrap.attention.contract import Call
 from torchwrap.attention.dictionary import TileDictionary
-from torchwrap.attention.dispatch import choose
+from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.fields import TENSOR_FIELDS
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(q, k, v, sinks, bias, seed, tensors, numbers, scale, softcap, dropout)
     with exact_dtypes(q):
-        out, lse = choose(call, backend).backend.forward(call)
+        out, lse = attempt(call, backend, lambda found: found.forward(call))
     # Operators may not return views of their inputs or of each other, and compiled code counts on the strides of the fake result.
     return out.contiguous(), lse.contiguous()
 
@@ -107,7 +107,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     call = _call(q, k, v, sinks, bias, seed, tensors, numbers, scale, softcap, dropout)
     with exact_dtypes(q):
-        found = choose(call, backend).backend.backward(call, out, lse, grad_out, grad_lse)
+        found = attempt(call, backend, lambda chosen: chosen.backward(call, out, lse, grad_out, grad_lse))
     dq, dk, dv, dsinks, dbias = (q.new_empty(0) if grad is None else grad.contiguous() for grad in found)
     return dq, dk, dv, dsinks, dbias
 

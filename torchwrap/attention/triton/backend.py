@@ -15,6 +15,7 @@ from torch import Tensor
 from torchwrap.attention.contract import Call, Gradients
 from torchwrap.attention.triton import launches
 from torchwrap.attention.triton.blocks import PASSES, Blocks, card_of, choose, interpreted
+from torchwrap.core import errors
 
 __all__ = ["Triton"]
 
@@ -134,6 +135,14 @@ def _of_empty(call: Call, grad_lse: Tensor | None) -> Tensor:
 
 
 def _run(steps: list[launches.Launch], device: torch.device) -> None:
+    from triton.compiler.errors import CompilationError  # an optional package, and slow to import
+    from triton.runtime.errors import TritonError
+
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for step in steps:
-            step.run()
+            try:
+                step.run()
+            except (CompilationError, TritonError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not str(error).startswith("Triton Error"):  # what its driver says
+                    raise
+                raise errors.KernelError(f"triton cannot run the kernel: {error}", where=str(device)) from error
