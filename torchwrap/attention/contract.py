@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Backend", "Call", "Gradients", "Mode", "checked"]
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Mode = Literal["decode", "chunked", "prefill"]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """Of q, k, v, the sinks and the bias; the last two are None where the call has none."""
@@ -189,6 +190,9 @@ def checked(
     """
     _check_tensors(q, k, v)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    for name, number in {"softcap": softcap, "scale": scale, "dropout": dropout}.items():
+        if number is not None and not hasattr(number, "__float__"):  # models also give tensors of no dimension
+            raise errors.ConfigError(f"{name} is a {type(number).__name__}", where="attend", fix="Give a number.")
     if softcap is not None and not 0 < softcap < math.inf:
         raise errors.ConfigError(f"softcap is {softcap}", where="attend", fix="Give a positive number, or None for no cap.")
     if scale is not None and not math.isfinite(scale):
@@ -214,6 +218,10 @@ def checked(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, given in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(given, Tensor):
+            fix = "Give tensors (torch.tensor, torch.from_numpy)."
+            raise errors.ConfigError(f"{name} is a {type(given).__name__}", where="attend", fix=fix)
     wrong = _mismatch(q, k, v)
     if wrong:
         raise errors.ConfigError(
@@ -228,8 +236,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 def _mismatch(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if not q.dim() == k.dim() == v.dim() == 4:
         return "q, k and v must have four dimensions"
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        return "q, k and v must be of one floating dtype"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
+        return "q, k and v must be of one floating dtype of at least 16 bits"
     (batch, heads, _, width), key_shape, value_shape = q.shape, k.shape, v.shape
     if not batch == key_shape[0] == value_shape[0]:
         return "q, k and v have different batch sizes"
@@ -254,6 +262,8 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
                 f"the mask is {tuple(mask.shape)} and the scores are {shape}", where="attend", fix="Build the mask for these lengths."
             )
         return mask, None
+    if not isinstance(mask, Tensor):
+        raise errors.ConfigError(f"the mask is a {type(mask).__name__}", where="attend", fix="Give a TileMask or a tensor.")
     _check_added(mask, shape, "mask")
     _same_device(q, mask, "the mask")
     mask = mask[(None,) * (4 - mask.dim())]
