@@ -29,12 +29,14 @@ def _loss(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("built", ["before", "after"], ids=["optimizer-before-wrapping", "optimizer-after-wrapping"])
 def test_three_steps_equal_those_of_the_unwrapped_model(case: Case, fixture: ModelFixture, built: str) -> None:
     model, twin = fixture.build().train(), fixture.build().train()
-    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (twin, model)]
+    # Adam makes a step of full length from a gradient that is rounding noise (the biases of keys have no other), whatever its size.
+    kind: Any = torch.optim.SGD if case.tolerance else torch.optim.AdamW
+    optimizers = [kind(each.parameters(), lr=1e-2) for each in (twin, model)]
     if case.passes("training") and not case.passes(case.training(fixture.has_dropout)):
         pytest.skip(case.exempt["dropout"].reason)
     case.apply(model)
     if built == "after":
-        optimizers[1] = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizers[1] = kind(model.parameters(), lr=1e-2)
     expected = _three_steps(twin, fixture, optimizers[0])
     away = any(is_placeholder(parameter) for parameter in model.parameters())  # a technique may leave a small model alone
     with case.expects("stepping") if away else nullcontext():

@@ -344,8 +344,16 @@ def test_killed_at_each_call_of_a_commit(number: int, tmp_path: Path, faults: Fa
     run.end()
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """An interrupt is raised here, although a shell starts what runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @overlapping
-def test_ctrl_c_while_a_step_waits(overlap: bool, tmp_path: Path, faults: Faults) -> None:
+def test_ctrl_c_while_a_step_waits(overlap: bool, tmp_path: Path, faults: Faults, interrupts: None) -> None:
     run = Training(path=tmp_path / "run", overlap=overlap)
     run.steps(0, 1)
     run.optimizer.commit()
