@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from torchwrap.attention.distributed.tiled import TiledRowParallel
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 
 TOKENS, HEADS, KV_HEADS, WIDTH, MODEL, SIZE, RUNS = 2048, 8, 2, 64, 1024, 2, 9
 Interval = tuple[int, float, float]  # block, begin, end

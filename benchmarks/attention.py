@@ -32,7 +32,7 @@ from torch import Tensor
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import checked
 from torchwrap.attention.dispatch import choose
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["TITLE", "measure_attention", "table"]
 

@@ -18,7 +18,7 @@ import torch
 
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.dispatch import BACKENDS, backend
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core.errors import TorchwrapError
 
 device, size = ("cuda", 8) if torch.cuda.is_available() else ("cpu", 1)

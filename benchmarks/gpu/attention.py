@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.harness.statistics import ratio_of_medians, spread
 from torchwrap.attention.attend import attend
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["CASES", "Case", "measure"]
 

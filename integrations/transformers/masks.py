@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import causal_mask_function
 
-from torchwrap.attention.mask import TileMask
-from torchwrap.attention.packing import key_conditions
+from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.masks.packing import key_conditions
 from torchwrap.core.errors import ConfigError
 
 __all__ = ["tile_mask", "user_mask"]

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchwrap.attention.contract import Call, Gradients, checked
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import Eager, attention
 
 HEADS = ((4, 4), (8, 2), (9, 3), (8, 1))

@@ -16,7 +16,7 @@ from torchwrap.attention.distributed import works
 from torchwrap.attention.distributed.ring import Layout, ring_attend, shard
 from torchwrap.attention.distributed.tiled import TiledColumnParallel, TiledRowParallel
 from torchwrap.attention.distributed.ulysses import ulysses_attend
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 
 TOKENS, HEADS, KV_HEADS, WIDTH, VALUE_WIDTH, MODEL = 48, 8, 4, 8, 6, 20
 

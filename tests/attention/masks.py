@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchwrap.attention.dictionary import of_dense
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.dictionary import of_dense
+from torchwrap.attention.masks.mask import TileMask
 
 
 def whole(mask: TileMask) -> torch.Tensor:

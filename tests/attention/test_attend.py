@@ -15,7 +15,7 @@ from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cpu import compose, parts, tiled
 from torchwrap.attention.cpu.backend import Composed
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.operator import mask_of, taken_apart
 from torchwrap.attention.reference import visible
 

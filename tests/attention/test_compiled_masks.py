@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attention.masks import whole
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 
 SEGMENTS = torch.tensor([[0, 0, 1, 1, 1]], dtype=torch.int32)
 MASKS: dict[str, Callable[[], TileMask]] = {

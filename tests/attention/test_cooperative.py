@@ -17,7 +17,7 @@ from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.machine import Machine, OneMemory, machine_for
 from torchwrap.attention.cooperative.planner import CacheShape, Rates, plan_cache
 from torchwrap.attention.cooperative.tiers import Room
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 from torchwrap.core import errors
 

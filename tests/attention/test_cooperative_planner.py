@@ -15,7 +15,7 @@ from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.machine import OneMemory
 from torchwrap.attention.cooperative.measure import measure_rates
 from torchwrap.attention.cooperative.planner import CacheShape, Plan, Rates, Split, plan_cache
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 from torchwrap.core import errors
 

@@ -12,7 +12,7 @@ from tests.attention.cases import DTYPES, EXTRAS, MASKS, WIDTHS, assert_correct,
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cpu import decode
 from torchwrap.attention.cpu.backend import Composed
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 
 CPU = Composed()

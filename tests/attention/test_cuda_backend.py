@@ -14,7 +14,7 @@ import torch
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cuda import CudaMma, nvrtc, variants
 from torchwrap.attention.cuda.backend import unsupported
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core.errors import KernelError
 
 

@@ -20,7 +20,7 @@ from tests.attention.cuda_host import COMPILER, Host
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cuda.backend import run_backward, run_forward
 from torchwrap.attention.cuda.variants import Family
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++ to build the kernels for the host")

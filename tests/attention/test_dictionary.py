@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.attention.masks import Largest, whole
-from torchwrap.attention.dictionary import compiled, of_dense
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.dictionary import compiled, of_dense
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core.errors import ConfigError
 
 Tensor = torch.Tensor

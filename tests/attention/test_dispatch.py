@@ -14,9 +14,10 @@ from torchwrap.attention import dispatch
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.dispatch import BACKENDS, backend, choose
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import Eager
 from torchwrap.attention.sdpa import TorchSdpa, is_causal
+from torchwrap.attention.service import Service
 from torchwrap.core import errors
 
 
@@ -150,5 +151,24 @@ def test_after_a_kernel_that_cannot_run_the_next_back_end_computes_the_call(monk
     torch.testing.assert_close(first, again)
     assert broken.asked == asked, "it is not asked again"
     assert "failed here before" in choose(checked(q, k, v)).reason
-    with pytest.raises(errors.KernelError, match="no such card"):
-        results("cpu")
+
+
+def test_the_record_names_who_computed_a_call_after_another_had_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Broken("forward")
+    monkeypatch.setattr(dispatch, "_failed", {})
+    monkeypatch.setattr(dispatch, "backend", lambda name: broken if name == "cpu" else backend(name))
+    service, x = Service(), torch.randn(1, 2, 6, 8)
+    with pytest.warns(errors.TorchwrapWarning):
+        service.attend("a", x, x, x)
+    service.attend("a", x, x, x)
+    assert list(service.stats()["served"].values()) == [2] and "cpu" not in next(iter(service.stats()["served"])).split()
+    assert "failed here before" in service.explain()
+
+
+def test_a_back_end_that_was_asked_for_fails_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_failed", {})
+    monkeypatch.setattr(dispatch, "backend", lambda name: Broken("forward") if name == "cpu" else backend(name))
+    q = k = v = torch.randn(1, 2, 6, 8)
+    for _ in range(2):
+        with pytest.raises(errors.KernelError, match="no such card"):
+            attend(q, k, v, backend="cpu")

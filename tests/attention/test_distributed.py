@@ -17,7 +17,7 @@ from torchwrap.attention.contract import checked
 from torchwrap.attention.distributed.blocks import Link, best_count, equal_work, pipeline_seconds
 from torchwrap.attention.distributed.ring import shard, unshard
 from torchwrap.attention.distributed.works import Outstanding, group_size
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 from torchwrap.core import errors
 

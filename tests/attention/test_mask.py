@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.attention.masks import whole
-from torchwrap.attention.dictionary import TileDictionary, of_dense
-from torchwrap.attention.fields import TENSOR_FIELDS
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.dictionary import TileDictionary, of_dense
+from torchwrap.attention.masks.fields import TENSOR_FIELDS
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core.errors import ConfigError, TorchwrapWarning
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.attention.masks import whole
-from torchwrap.attention.mask import TileMask
-from torchwrap.attention.packing import key_conditions
+from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.masks.packing import key_conditions
 from torchwrap.core.errors import ConfigError
 
 Tensor = torch.Tensor

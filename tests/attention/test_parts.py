@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.attention.cases import MASKS, make
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cpu.parts import SMALL, TILE, Block, Strip, plan
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import visible
 
 

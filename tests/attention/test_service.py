@@ -15,7 +15,7 @@ from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.machine import machine_for
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.cooperative.tiers import Room
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.service import Service
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
 

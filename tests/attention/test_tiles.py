@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attention.masks import Largest, random_mask, whole
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from torchwrap.attention.contract import checked
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.triton import Blocks, Triton, backend, conditions, launches
 from torchwrap.attention.triton.blocks import Card, choose, interpreted, shared_bytes, widen
 

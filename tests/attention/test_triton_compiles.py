@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from tests.attention.triton_compiler import MATRIX_INSTRUCTION, card, compiled
 from torchwrap.attention.contract import Call, checked
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.triton import Blocks, launches
 from torchwrap.attention.triton.blocks import interpreted, shared_bytes
 from torchwrap.attention.triton.launches import Launch

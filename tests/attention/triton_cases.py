@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 from torchwrap.attention.triton import Blocks, Triton, launches
 from torchwrap.attention.triton.blocks import INTERPRETER, interpreted

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from tests.attention.triton_cases import NAMES, assert_law, textbook
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.triton import Blocks, Triton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

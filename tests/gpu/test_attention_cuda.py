@@ -17,7 +17,7 @@ from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cuda.backend import CudaMma, run_backward, run_forward
 from torchwrap.attention.cuda.driver import Card
 from torchwrap.attention.cuda.variants import Family
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 
 FAMILIES: tuple[Family, ...] = ("volta", "turing")

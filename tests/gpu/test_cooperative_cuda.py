@@ -12,7 +12,7 @@ from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.machine import CudaMachine
 from torchwrap.attention.cooperative.measure import measure_rates
 from torchwrap.attention.cooperative.planner import CacheShape, plan_cache
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 
 SHAPE = CacheShape(layers=2, batch=1, heads=8, kv_heads=2, width=64, value_width=64, itemsize=4)
 

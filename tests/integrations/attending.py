@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.integrations import tiny
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 
 __all__ = [
     "FAMILIES", "GENERATING", "HOW", "LENGTH", "TEXT", "built", "eager", "every_family", "inputs", "no_materialisation", "prompt",

@@ -9,7 +9,7 @@ import torch
 
 import torchwrap as tw
 from tests import torchvision_ops
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core.errors import StorageError
 from torchwrap.demo import weights
 

@@ -14,8 +14,8 @@ from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
 from tests.attention.masks import whole
-from torchwrap.attention.fields import TENSOR_FIELDS
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.fields import TENSOR_FIELDS
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core.errors import ConfigError
 from torchwrap.integrations.transformers import masks as subject
 from torchwrap.integrations.transformers.masks import tile_mask, user_mask

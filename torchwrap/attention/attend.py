@@ -21,7 +21,7 @@ from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import attempt
 
 if TYPE_CHECKING:
-    from torchwrap.attention.mask import TileMask
+    from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["attend"]
 

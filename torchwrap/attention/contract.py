@@ -21,7 +21,7 @@ from torch import Tensor
 from torchwrap.core import errors
 
 if TYPE_CHECKING:
-    from torchwrap.attention.mask import TileMask
+    from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["Backend", "Call", "Gradients", "Mode", "checked"]
 
@@ -253,7 +253,7 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
     """What hides keys, and what is added to scores."""
     if mask is None:
         return None, None
-    from torchwrap.attention.mask import TileMask  # here, so that calls without a mask need nothing of it
+    from torchwrap.attention.masks.mask import TileMask  # here, so that calls without a mask need nothing of it
 
     if isinstance(mask, TileMask):
         fits = mask.shape[0] in (1, shape[0]) and mask.shape[1] in (1, shape[1]) and mask.shape[2:] == shape[2:]

@@ -22,7 +22,7 @@ import torch
 from torchwrap.attention.contract import Backend, Call
 from torchwrap.core import errors
 
-__all__ = ["BACKENDS", "Choice", "attempt", "backend", "choose", "order"]
+__all__ = ["BACKENDS", "Choice", "attempt", "backend", "choose", "failures", "order"]
 
 R = TypeVar("R")
 
@@ -114,6 +114,11 @@ def attempt(call: Call, name: str, work: Callable[[Backend], R]) -> R:
                     errors.TorchwrapWarning,
                     stacklevel=3,
                 )
+
+
+def failures() -> int:
+    """How many kinds of kernels have failed in this process; a choice made before the last of them may be another now."""
+    return len(_failed)
 
 
 def order(call: Call) -> tuple[str, ...]:

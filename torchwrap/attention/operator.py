@@ -14,12 +14,12 @@ from torch import Tensor
 
 from torchwrap.attention.autocast import exact_dtypes
 from torchwrap.attention.contract import Call
-from torchwrap.attention.dictionary import TileDictionary
 from torchwrap.attention.dispatch import attempt
-from torchwrap.attention.fields import TENSOR_FIELDS
+from torchwrap.attention.masks.dictionary import TileDictionary
+from torchwrap.attention.masks.fields import TENSOR_FIELDS
 
 if TYPE_CHECKING:
-    from torchwrap.attention.mask import TileMask
+    from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["apply", "mask_of", "taken_apart"]
 
@@ -47,7 +47,7 @@ def mask_of(tensors: Sequence[Tensor], numbers: Sequence[int]) -> TileMask | Non
     """The mask that `taken_apart` took apart."""
     if numbers[0] == _ABSENT:
         return None
-    from torchwrap.attention.mask import TileMask  # here: masks import dictionaries, and this module is imported by both
+    from torchwrap.attention.masks.mask import TileMask  # here: masks import dictionaries, and this module is imported by both
 
     batch, q_length, kv_length, *rest = numbers
     values: dict[str, Any] = {name: None if value == _ABSENT else value for name, value in zip(_NUMBERS, rest, strict=False)}

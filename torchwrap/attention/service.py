@@ -20,8 +20,8 @@ from torchwrap.attention.attend import attend
 from torchwrap.attention.autocast import autocast
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
-from torchwrap.attention.dispatch import choose
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.dispatch import choose, failures
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
 
 __all__ = ["Service"]
@@ -49,7 +49,7 @@ class Service:
         self.cache: str = cache
         self.served: Counter[tuple[str, str, str]] = Counter()
         self.reasons: dict[tuple[str, str], str] = {}
-        self._chosen: dict[tuple[str, int, int], str] = {}
+        self._chosen: dict[tuple[str, int, int, int], str] = {}
         self.left: Counter[tuple[str, str]] = Counter()
 
     def attend(
@@ -75,9 +75,13 @@ class Service:
         """
         if not isinstance(k, TieredTensor):
             q, k, v = autocast(q, k, v)  # here too: the record is of what is computed
+        out: Tensor = attend(
+            q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=self.backend
+        )
+        # Afterwards, because a back end may have failed and another one have computed it.
         if not torch.compiler.is_compiling():
             kind = _kind(q, k, mask, softcap, sinks, bias, dropout)
-            size = kind, q.shape[2].bit_length(), k.shape[2].bit_length()
+            size = kind, q.shape[2].bit_length(), k.shape[2].bit_length(), failures()
             if size not in self._chosen:  # asked once for each kind and size class: the answer is for people
                 if isinstance(k, TieredTensor):
                     name, reason = "cooperative", "part of the keys is on the host"
@@ -89,9 +93,6 @@ class Service:
                 self._chosen[size] = name
             with _lock:
                 self.served[where, self._chosen[size], kind] += 1
-        out: Tensor = attend(
-            q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=self.backend
-        )
         return out
 
     def leave(self, where: str, reason: str, fix: str) -> None:

@@ -23,7 +23,7 @@ from torchwrap.attention.cooperative.planner import Plan
 from torchwrap.attention.cooperative.step import Attend, HostError, Query, Staging, Workers, attend_tiers
 from torchwrap.attention.cooperative.tiers import Room, TieredLayer
 from torchwrap.attention.cpu import decode
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core import errors
 
 __all__ = ["TieredCache"]

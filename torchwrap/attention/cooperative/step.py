@@ -24,7 +24,7 @@ from torch import Tensor
 
 from torchwrap.attention.cooperative.machine import Machine, Mark
 from torchwrap.attention.cooperative.tiers import Piece, TieredLayer
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.merge import merge_all, with_sinks
 
 __all__ = ["HostError", "Query", "Staging", "Workers", "attend_tiers"]

@@ -20,7 +20,7 @@ from torchwrap.attention.cpu.parts import Block, plan
 from torchwrap.attention.merge import merge, merge_stack, with_sinks
 
 if TYPE_CHECKING:
-    from torchwrap.attention.mask import TileMask
+    from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["PIECE", "Form", "form", "forward", "native_refuses", "partial"]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torchwrap.attention.contract import Call
 
 if TYPE_CHECKING:
-    from torchwrap.attention.mask import TileMask
+    from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["Block", "Part", "Strip", "plan"]
 

@@ -24,7 +24,7 @@ from torchwrap.attention.dropout import factors
 from torchwrap.attention.merge import grad_of_sinks, with_sinks
 
 if TYPE_CHECKING:
-    from torchwrap.attention.mask import TileMask
+    from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["backward", "forward"]
 

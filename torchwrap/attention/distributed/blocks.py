@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from torchwrap.attention.distributed.works import Group
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["Link", "best_count", "equal_work", "measure_link", "pipeline_seconds"]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torchwrap.attention.contract import Backend, Call, checked
 from torchwrap.attention.dispatch import backend, order
 from torchwrap.attention.distributed.works import Group, Outstanding, exchange, group_size
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.merge import grad_of_sinks, merge, with_sinks
 from torchwrap.core import errors
 

@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 from torchwrap.attention.attend import attend
 from torchwrap.attention.distributed.blocks import best_count, equal_work, measure_link
 from torchwrap.attention.distributed.works import Group, Outstanding, Work, group_size, start_sum
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["TiledColumnParallel", "TiledRowParallel"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchwrap.attention.attend import attend
 from torchwrap.attention.distributed.works import Group, Outstanding, group_size
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core import errors
 
 __all__ = ["ulysses_attend"]

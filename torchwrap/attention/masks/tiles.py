@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from torchwrap.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torchwrap.attention.mask import TileMask
+    from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["Spans", "Tiles", "live_rows", "spans", "tiles"]
 

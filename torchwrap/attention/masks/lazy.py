@@ -15,8 +15,8 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from torchwrap.attention.dictionary import TileDictionary
-from torchwrap.attention.fields import FIELDS
+from torchwrap.attention.masks.dictionary import TileDictionary
+from torchwrap.attention.masks.fields import FIELDS
 from torchwrap.core.errors import ConfigError, TorchwrapWarning
 
 __all__ = ["LazyMask", "made_dense"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchwrap.attention.dictionary import TileDictionary
+from torchwrap.attention.masks.dictionary import TileDictionary
 from torchwrap.core.errors import ConfigError
 
 __all__ = ["FIELDS", "TENSOR_FIELDS", "check", "device_of", "inside", "left_of"]

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from torchwrap.attention import packing
-from torchwrap.attention.blocks import block_mask
-from torchwrap.attention.dictionary import MaskFunction, compiled, of_dense
-from torchwrap.attention.fields import FIELDS, TENSOR_FIELDS, check, device_of, inside, left_of
-from torchwrap.attention.lazy import LazyMask, made_dense
-from torchwrap.attention.tiles import Spans, Tiles, live_rows, spans, tiles
+from torchwrap.attention.masks import packing
+from torchwrap.attention.masks.block_mask import block_mask
+from torchwrap.attention.masks.dictionary import MaskFunction, compiled, of_dense
+from torchwrap.attention.masks.fields import FIELDS, TENSOR_FIELDS, check, device_of, inside, left_of
+from torchwrap.attention.masks.lazy import LazyMask, made_dense
+from torchwrap.attention.masks.tiles import Spans, Tiles, live_rows, spans, tiles
 from torchwrap.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class TileMask(LazyMask):
     Cost: the tensors given, 4 to 16 bytes per token; nothing of Sq x Sk.
 
     Example:
-        >>> from torchwrap.attention.mask import TileMask
+        >>> from torchwrap.attention.masks.mask import TileMask
         >>> mask = TileMask.window(1, 65536, 65536, 1024)
         >>> mask.rectangle(0, (4096, 4098), (3072, 3076)).int().tolist()
         [[[0, 1, 1, 1], [0, 0, 1, 1]]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchwrap.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torchwrap.attention.mask import TileMask
+    from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["cumulative_lengths", "key_conditions", "of_cumulative", "position_segments", "segments"]
 

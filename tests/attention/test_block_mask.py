@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from tests.attention.masks import random_mask, whole
-from torchwrap.attention.blocks import index_function
-from torchwrap.attention.mask import TileMask
+from torchwrap.attention.masks.block_mask import index_function
+from torchwrap.attention.masks.mask import TileMask
 
 
 def test_the_function_of_indices_is_the_mask() -> None:
