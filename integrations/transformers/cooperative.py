@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from torchwrap.attention.cooperative.cache import TieredCache
-from torchwrap.attention.cooperative.machine import machine_for
+from torchwrap.attention.cooperative.machine import cores, free_on, machine_for
 from torchwrap.attention.cooperative.measure import measure_rates
 from torchwrap.attention.cooperative.planner import RECENT, CacheShape, Rates, Split, plan_cache
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.core.config import parse_size
-from torchwrap.core.errors import UnsupportedModelError
+from torchwrap.core.errors import ConfigError, UnsupportedModelError
+from torchwrap.storage.limits import memory_available
 
 __all__ = ["CooperativeCache", "CooperativeLayer"]
 
@@ -29,22 +30,26 @@ class CooperativeCache(DynamicCache):
     Args:
         model: a transformers model; its config says how many layers and heads there are.
         tokens: longest sequence, prompt and answer together.
-        device_memory: for keys and values on the device, as bytes or like "2 GiB".
-        host_memory: the same on the host.
+        device_memory: for keys and values on the device, as bytes or like "2 GiB"; None: 0.9 of what is free there.
+        host_memory: the same on the host, of which 0.9 is used; None: what is free.
         batch: sequences at a time; beams and returned sequences count.
         device: where the model computes; None: where its parameters are.
         dtype: of keys and values; None: that of the model.
-        split: "token", "layer", "upload", or "auto" for the fastest by prediction.
-        recent: most recent tokens that stay on the device.
-        chunk_memory: one of the two buffers on the device for what comes from the host.
+        kv_host: how much lies on the host, at least: "auto" for what the device has no memory for, or is predicted to be faster there; a
+            share of all in [0.0, 1.0] (a float); bytes, or a size like "2 GiB"; None: nothing.
+        kv_split: "token", "layer", "upload", or "auto" for the fastest by prediction.
+        kv_recent: most recent tokens that stay on the device.
+        stream_chunk_mib: one of the two buffers on the device for what comes from the host, in MiB.
+        host_threads: threads that attend on the host; None: one for each core, less one.
+        prefill_chunk: tokens of a prompt to process at a time, or "auto".
         rates: of the machine; None: measured now, which takes a moment.
-        workers: threads that attend on the host.
 
     Attributes:
-        plan: what lies where, and the predicted time; `plan.prefill_tokens` is a good `prefill_chunk_size` for `generate`.
+        plan: what lies where, and the predicted time; `plan.prefill_tokens` is what `prefill_chunk_size` of `generate` should be.
         store: the keys and values.
 
     Raises:
+        ConfigError: a value is out of its range.
         PlanError: the memory does not suffice; nothing stays allocated.
         UnsupportedModelError: the model has no layer of full attention with a cache of its own.
 
@@ -56,12 +61,12 @@ class CooperativeCache(DynamicCache):
     """
 
     def __init__(
-        self, model: Any, *, tokens: int, device_memory: int | str, host_memory: int | str, batch: int = 1,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None, split: Split | Literal["auto"] = "auto",
-        recent: int = RECENT, chunk_memory: int | str = "8 MiB", rates: Rates | None = None, workers: int = 1,
+        self, model: Any, *, tokens: int, device_memory: int | str | None = None, host_memory: int | str | None = None, batch: int = 1,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, kv_host: float | str | None = "auto",
+        kv_split: Split | Literal["auto"] = "auto", kv_recent: int = RECENT, stream_chunk_mib: float = 8.0, host_threads: int | None = None,
+        prefill_chunk: int | Literal["auto"] = "auto", rates: Rates | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config=model.config)
-        config = model.config.get_text_config(decoder=True)
         divided = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         if not divided:
             raise UnsupportedModelError(
@@ -69,18 +74,16 @@ class CooperativeCache(DynamicCache):
                 where="CooperativeCache",
                 fix="Use the model's own cache.",
             )
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
         dtype = dtype or model.dtype
-        shape = CacheShape(
-            layers=len(divided), batch=batch, heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, width=width,
-            value_width=width, itemsize=dtype.itemsize,
-        )  # fmt: skip
+        shape = _shape(model, len(divided), batch, dtype)
         machine = machine_for(torch.device(device or model.device))
-        chunk_bytes = parse_size(chunk_memory, field="chunk_memory")
+        chunk_bytes, workers = _chunk_bytes(stream_chunk_mib), _threads(host_threads)
+        whole = shape.layers * tokens * shape.token_bytes
+        host = parse_size(host_memory, field="host_memory") if host_memory is not None else memory_available() or 0
+        near = parse_size(device_memory, field="device_memory") if device_memory is not None else free_on(machine.device)
         self.plan = plan_cache(
-            shape, tokens, device_bytes=parse_size(device_memory, field="device_memory"),
-            host_bytes=parse_size(host_memory, field="host_memory"), split=split, recent=recent, chunk_bytes=chunk_bytes,
+            shape, tokens, device_bytes=_left_to_device(kv_host, whole, near, 2 * chunk_bytes), host_bytes=0 if kv_host is None else host,
+            split=kv_split, recent=kv_recent, chunk_bytes=chunk_bytes, prefill_tokens=prefill_chunk,
             rates=rates or measure_rates(machine, shape, dtype, chunk_bytes=chunk_bytes, workers=workers),
         )  # fmt: skip
         self.store = TieredCache.from_plan(self.plan, machine, dtype, workers=workers)
@@ -159,3 +162,37 @@ class CooperativeLayer(DynamicLayer):
             self.keys = TieredTensor(self.store, self.place, "keys")
             self.values = TieredTensor(self.store, self.place, "values")
         return self.keys, self.values
+
+
+def _shape(model: Any, layers: int, batch: int, dtype: torch.dtype) -> CacheShape:
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return CacheShape(
+        layers=layers, batch=batch, heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, width=width,
+        value_width=width, itemsize=dtype.itemsize,
+    )  # fmt: skip
+
+
+def _chunk_bytes(mib: float) -> int:
+    if not 0 < mib < 1 << 20:
+        raise ConfigError(f"a staging buffer of {mib} MiB", where="stream_chunk_mib", fix="Give a positive number of MiB, such as 8.")
+    return max(1, round(mib * (1 << 20)))
+
+
+def _threads(count: int | None) -> int:
+    if count is not None and count < 1:
+        raise ConfigError(f"{count} threads", where="host_threads", fix="Give at least 1, or None for one for each core, less one.")
+    return count or max(1, cores() - 1)
+
+
+def _left_to_device(kv_host: float | str | None, whole: int, near: int, staging: int) -> int:
+    """Bytes of the device that a plan may use when so much of `whole` bytes is to lie on the host."""
+    if kv_host is None or kv_host == "auto":
+        return near
+    if isinstance(kv_host, float):
+        if not 0 <= kv_host <= 1:
+            raise ConfigError(f"kv_host is {kv_host}", where="kv_host", fix="Give a share in [0.0, 1.0], bytes as an int, or a size.")
+        kv_host = round(kv_host * whole)
+    there = parse_size(kv_host, field="kv_host")
+    return min(near, max(0, whole - there) + staging) if there else near

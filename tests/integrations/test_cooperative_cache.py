@@ -58,7 +58,7 @@ def cache_for(model: Any, tokens: int, share: float, batch: int, **options: Any)
     config = model.config
     token = 2 * batch * config.num_key_value_heads * config.head_dim * 4
     whole = config.num_hidden_layers * tokens * token
-    options = {"rates": RATES, "recent": 8, "chunk_memory": 4 * token, **options}
+    options = {"rates": RATES, "kv_recent": 8, "stream_chunk_mib": 4 * token / (1 << 20), "host_threads": 1, **options}
     return CooperativeCache(
         model, tokens=tokens, device_memory=int(share * whole) + 8 * token, host_memory=4 * whole, batch=batch, **options
     )
@@ -77,7 +77,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_generated_tokens_are_those_of_a_plain_cache(model: Any, served: Any, prompt: Any, way: str, split: Any) -> None:
     options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **WAYS[way]}
     expected = model.generate(**prompt, **options)
-    cache = cache_for(served, 64, 0.4, 2 * WAYS[way].get("num_beams", 1), split=split)
+    cache = cache_for(served, 64, 0.4, 2 * WAYS[way].get("num_beams", 1), kv_split=split)
     before = TieredTensor.materialisations
     assert (cache.plan.streamed == 1.0) == (split == "upload")
     found = served.generate(**prompt, **options, past_key_values=cache)
@@ -130,14 +130,37 @@ def test_another_batch_than_planned_is_refused_with_the_numbers(served: Any, pro
         served.generate(**prompt, max_new_tokens=2, past_key_values=cache_for(served, 64, 0.4, 1))
 
 
+@pytest.mark.parametrize(("kv_host", "least"), [(0.75, 0.75), (40_000, 40_000 / 49_152), ("30 KiB", 30 / 48), (0.0, 0.0), (None, 0.0)])
+def test_so_much_goes_to_the_host_as_is_asked_for(served: Any, kv_host: Any, least: float) -> None:
+    """64 tokens of two sequences take 48 KiB; the device would have room for all."""
+    cache = cache_for(served, 64, 2.0, 2, kv_host=kv_host, kv_split="token", rates=Rates(device=700e9, host=60e9, link=12e9))
+    share = 1 - sum(cache.plan.device_tokens) / (3 * 64)
+    assert least <= share <= least + 0.06
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [({"kv_host": 1.5}, "kv_host"), ({"kv_host": "much"}, "kv_host"), ({"stream_chunk_mib": 0}, "stream_chunk_mib"),
+     ({"host_threads": 0}, "host_threads"), ({"prefill_chunk": 0}, "prefill_chunk")],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(served: Any, given: dict[str, Any], where: str) -> None:
+    with pytest.raises(errors.ConfigError, match=where):
+        cache_for(served, 64, 0.4, 2, **given)
+
+
+def test_a_cache_that_may_not_use_the_host_is_refused_where_the_device_is_too_small(served: Any) -> None:
+    with pytest.raises(errors.PlanError, match="64 tokens"):
+        cache_for(served, 64, 0.4, 2, kv_host=None)
+
+
 def test_too_little_memory_is_refused_before_generation(served: Any) -> None:
     with pytest.raises(errors.PlanError, match="1000000 tokens"):
-        CooperativeCache(served, tokens=1_000_000, device_memory="1 MiB", host_memory="1 MiB", chunk_memory="64 KiB", rates=RATES)
+        CooperativeCache(served, tokens=1_000_000, device_memory="1 MiB", host_memory="1 MiB", stream_chunk_mib=1 / 16, rates=RATES)
 
 
 def test_a_pass_that_failed_can_be_repeated(model: Any, served: Any, prompt: Any) -> None:
     """A worker dies in the second layer of the second pass: the cache is as before that pass, and the pass works when it is tried again."""
-    cache = cache_for(served, 64, 0.4, 2, split="token")
+    cache = cache_for(served, 64, 0.4, 2, kv_split="token")
     work, calls = cache.store._partial, []
 
     def fails(q: torch.Tensor, k: torch.Tensor, *others: Any) -> Any:
@@ -180,7 +203,13 @@ def test_smollm2_says_the_same_with_most_of_its_cache_on_the_host() -> None:
     options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(**prompt, **options)
     cache = CooperativeCache(
-        tw.fast_attention(model), tokens=40, device_memory="700 KiB", host_memory="64 MiB", recent=8, chunk_memory="64 KiB", rates=RATES
+        tw.fast_attention(model),
+        tokens=40,
+        device_memory="700 KiB",
+        host_memory="64 MiB",
+        kv_recent=8,
+        stream_chunk_mib=1 / 16,
+        rates=RATES,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error", errors.TorchwrapWarning)

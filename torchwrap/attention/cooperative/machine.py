@@ -11,16 +11,18 @@ upload; a staging buffer is filled again after the device has attended what lay 
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 
 from torchwrap.core import errors
 
-__all__ = ["CudaMachine", "Lane", "Machine", "Mark", "OneMemory", "machine_for"]
+__all__ = ["CudaMachine", "Lane", "Machine", "Mark", "OneMemory", "cores", "free_on", "machine_for"]
 
 T = TypeVar("T")
 Lane = tuple[int, int]  # number of a worker thread, and how many there are
@@ -194,6 +196,24 @@ def machine_for(device: torch.device) -> Machine:
         where="device",
         fix='Use device="cuda" or device="cpu".',
     )
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that a cache may count on: 0.9 of what is free on a card; on a CPU, which has no memory of its own, half of what is free."""
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def cores() -> int:
+    """Cores that this process may use; two threads of one core share what reads memory, and count once."""
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            siblings.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii"))
+        except OSError:
+            siblings.add(str(cpu))
+    return len(siblings)
 
 
 def _host_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -152,6 +152,7 @@ def plan_cache(
     split: Split | Literal["auto"] = "auto",
     recent: int = RECENT,
     chunk_bytes: int = 8 << 20,
+    prefill_tokens: int | Literal["auto"] = "auto",
 ) -> Plan:
     """Divide a cache of `tokens` tokens between device and host.
 
@@ -164,12 +165,16 @@ def plan_cache(
         split: "auto" takes the fastest by prediction.
         recent: most recent tokens that stay on the device whatever the split, if they fit.
         chunk_bytes: size of one of two staging buffers.
+        prefill_tokens: tokens of a prompt to process at a time; "auto": enough to hide the link behind computing, at least 2048.
 
     Raises:
         PlanError: device and host together are too small; nothing was allocated.
     """
     if tokens < 1 or min(shape.layers, shape.batch, shape.kv_heads, shape.token_bytes) < 1:
         raise errors.ConfigError(f"a cache of {tokens} tokens and {shape}", where="plan_cache", fix="Give positive numbers.")
+    if prefill_tokens != "auto" and prefill_tokens < 1:
+        raise errors.ConfigError(f"prompts in chunks of {prefill_tokens} tokens", where="prefill_chunk", fix='Give at least 1, or "auto".')
+    prefill = _prefill_tokens(shape, rates) if prefill_tokens == "auto" else prefill_tokens
     whole = shape.layers * tokens * shape.token_bytes
     chunk = max(1, min(chunk_bytes // shape.token_bytes, tokens))
     room = device_bytes if whole <= device_bytes else device_bytes - 2 * chunk * shape.token_bytes
@@ -186,7 +191,7 @@ def plan_cache(
             window = min(recent, max(min(kept) // 2, min(kept) - 1, 0)) if kind != "layer" else recent
             plan = Plan(
                 shape=shape, tokens=tokens, rates=rates, split=kind, device_tokens=kept, recent=window, spill=max(1, min(256, window // 4)),
-                streamed=streamed, chunk_tokens=chunk, prefill_tokens=_prefill_tokens(shape, rates),
+                streamed=streamed, chunk_tokens=chunk, prefill_tokens=prefill,
             )  # fmt: skip
             plans.append(plan)
     fitting = [plan for plan in plans if plan.host_bytes <= HOST_SHARE * host_bytes]
