@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from torchwrap.core import errors
 
-__all__ = ["Group", "Outstanding", "Work", "exchange", "group_size", "start_sum"]
+__all__ = ["Group", "Outstanding", "Work", "exchange", "group_name", "group_named", "group_size", "start_sum"]
 
 Group = Any  # torch.distributed.ProcessGroup, or None for the default one
 
@@ -109,6 +110,35 @@ def group_size(group: Group) -> tuple[int, int]:
     if not dist.is_available() or not dist.is_initialized():
         raise errors.ConfigError("there is no process group", where="group", fix="Call torch.distributed.init_process_group(...) first.")
     return dist.get_rank(group), dist.get_world_size(group)
+
+
+def group_name(group: object, *, where: str) -> str | None:
+    """The name of a process group, by which torch knows it in every process; None for None.
+
+    Raises:
+        ConfigError: it is neither a group nor a name.
+    """
+    name = group if group is None or isinstance(group, str) else getattr(group, "group_name", group)
+    if name is None or isinstance(name, str):
+        return name
+    raise errors.ConfigError(
+        f"{group!r} is no process group",
+        where=where,
+        fix="Give what torch.distributed.new_group(...) returns, mesh.get_group() of a device mesh, or torch.distributed.group.WORLD.",
+    )
+
+
+def group_named(name: str) -> Group:
+    """The process group of this name.
+
+    Raises:
+        ConfigError: there is none (any more).
+    """
+    try:
+        return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]  # torch 2.13: there is no public way
+    except RuntimeError as error:
+        fix = "Make the group first, in every process, and then wrap the model."
+        raise errors.ConfigError(f"there is no process group {name!r}", where="group", fix=fix) from error
 
 
 def start_sum(tensor: Tensor, group: Group) -> Work:
