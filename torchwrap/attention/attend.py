@@ -19,6 +19,7 @@ from torchwrap.attention.autocast import autocast, exact_dtypes
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import attempt
+from torchwrap.attention.settings import Settings
 
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
@@ -29,17 +30,18 @@ __all__ = ["attend"]
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str = ..., return_lse: Literal[False] = ...,
+    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str | Settings = ...,
+    return_lse: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str = ..., return_lse: Literal[True],
+    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str | Settings = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
-    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str = ..., return_lse: bool,
+    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str | Settings = ..., return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def attend(
     q: Tensor,
@@ -52,7 +54,7 @@ def attend(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     dropout: float = 0.0,
-    backend: str = "auto",
+    backend: str | Settings = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention: `softmax(cap(scale * q @ k^T) + bias) @ v` over the keys that each query sees.
@@ -67,7 +69,7 @@ def attend(
         sinks: a logit for each query head that takes probability and gives nothing.
         bias: added to the scores.
         dropout: probability with which a weight is dropped, by torch's default generator.
-        backend: "auto", or a name of `dispatch.BACKENDS`.
+        backend: "auto", a name of `dispatch.BACKENDS`, or `Settings`, which say more.
         return_lse: return lse as well.
 
     Returns:
@@ -99,7 +101,7 @@ def attend(
     q, k, v = autocast(q, k, v)
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
     if torch.compiler.is_compiling():
-        out, lse = operator.apply(call, backend)
+        out, lse = operator.apply(call, backend if isinstance(backend, str) else backend.text)
     elif _needs_grad(call):
         out, lse = _Attend.apply(call, backend, q, k, v, sinks, call.bias)  # type: ignore[no-untyped-call]
     else:
@@ -117,7 +119,7 @@ class _Attend(torch.autograd.Function):
     """One node: the call is rebuilt from what autograd saved, so that changes in place are noticed."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, backend: str, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, backend: str | Settings, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.backend = backend
         with exact_dtypes(call.q):
             out, lse = attempt(call, backend, lambda found: found.forward(call))

@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 
 from torchwrap.attention.contract import Backend, Call
+from torchwrap.attention.settings import Settings, settings_of
 from torchwrap.core import errors
 
 __all__ = ["BACKENDS", "Choice", "attempt", "backend", "choose", "failures", "order"]
@@ -63,17 +64,18 @@ class Choice:
         return "; ".join([f"{self.backend.name}: {self.notes[0]}", *([describe(self.call)] if describe else []), *self.notes[1:]])
 
 
-def choose(call: Call, name: str = "auto") -> Choice:
+def choose(call: Call, given: str | Settings = "auto") -> Choice:
     """The back end for a call.
 
     Args:
         call: the call.
-        name: "auto", or one of `BACKENDS`.
+        given: "auto", one of `BACKENDS`, or settings.
 
     Raises:
         ConfigError: there is no back end of that name.
         UnsupportedModelError: it cannot compute this call; the message has the check that failed and a back end that can.
     """
+    name = settings_of(given).backend
     if name != "auto":
         return Choice(_forced(call, name), call, ("asked for",))
     refused: list[str] = []
@@ -86,12 +88,12 @@ def choose(call: Call, name: str = "auto") -> Choice:
     raise errors.UnsupportedModelError("no back end can compute this call: " + "; ".join(refused), where="attend")
 
 
-def attempt(call: Call, name: str, work: Callable[[Backend], R]) -> R:
+def attempt(call: Call, given: str | Settings, work: Callable[[Backend], R]) -> R:
     """Have a call computed; under "auto" by the next back end if the kernel of the first cannot run here.
 
     Args:
         call: the call.
-        name: as in `choose`.
+        given: as in `choose`.
         work: a method of the back end that it is given; it must leave nothing half-done when it raises.
 
     Raises:
@@ -99,11 +101,11 @@ def attempt(call: Call, name: str, work: Callable[[Backend], R]) -> R:
         KernelError: the kernel of the back end that was asked for cannot run.
     """
     while True:
-        found = choose(call, name).backend
+        found = choose(call, given).backend
         try:
             return work(found)
         except errors.KernelError as error:
-            if name != "auto":
+            if settings_of(given).backend != "auto":
                 raise
             with _lock:
                 first = _kind(found.name, call) not in _failed

@@ -22,6 +22,7 @@ from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import choose, failures
 from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.settings import Settings
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
 
 __all__ = ["Service"]
@@ -33,7 +34,7 @@ class Service:
     """Calls of `attend` with one model's settings.
 
     Args:
-        backend: as in `attend`.
+        backend: as in `attend`: a name, or settings.
         fallback: what to do when a call has to go to the model's own attention: `warn` once per reason, `error` or `silent`.
         cache: `arena` if growing caches are to write in place.
 
@@ -43,8 +44,8 @@ class Service:
         left: `{(module, reason): calls}` that went to the model's own attention.
     """
 
-    def __init__(self, backend: str = "auto", fallback: str = "warn", cache: str = "keep") -> None:
-        self.backend: str = backend
+    def __init__(self, backend: str | Settings = "auto", fallback: str = "warn", cache: str = "keep") -> None:
+        self.backend: str | Settings = backend
         self.fallback: str = fallback
         self.cache: str = cache
         self.served: Counter[tuple[str, str, str]] = Counter()
