@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 import torch
 
 from tests.native.cases import Case, check
 from torchwrap import native
-from torchwrap.core.errors import ConfigError
+from torchwrap.core.errors import BudgetError, ConfigError
 from torchwrap.native.decode import run
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
@@ -185,6 +186,18 @@ WRONG = {
 def test_wrong_arguments_are_refused_before_an_address_is_taken(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"torchwrap\.native\.decode"):
         native.decode(**(Case().tensors() | wrong))  # type: ignore[arg-type]
+
+
+def test_no_memory_is_an_error_with_the_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def torchwrap_decode(self, call: int) -> int:
+            return 1  # what the library says when malloc gave nothing
+
+    monkeypatch.setattr(sys.modules[run.__module__], "library", Full)
+    q, k = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 500, 16)
+    with pytest.raises(BudgetError, match="2 x 3 x 4 rows of 16 over 500 keys, at least 1728 bytes") as caught:
+        run(q, k, k, None, None, None, 1.0, 0.0, None)
+    assert isinstance(caught.value, MemoryError) and caught.value.needed == 1728
 
 
 def test_operator_passes_the_checks_of_torch() -> None:

@@ -7,6 +7,7 @@ numbers, so that no graph is broken; masks themselves are made outside of compil
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -19,7 +20,9 @@ from torchwrap.attention.autocast import autocast, exact_dtypes
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import attempt
+from torchwrap.attention.rows import probabilities, row_numbers
 from torchwrap.attention.settings import Settings
+from torchwrap.core import errors
 
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
@@ -32,17 +35,32 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
     sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str | Settings = ...,
     return_lse: Literal[False] = ...,
+    need_rows: None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
     sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str | Settings = ..., return_lse: Literal[True],
+    need_rows: None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
     sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str | Settings = ..., return_lse: bool,
+    need_rows: None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str | Settings = ...,
+    return_lse: Literal[False] = ..., need_rows: Sequence[int] | Tensor,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = ..., scale: float | None = ..., softcap: float | None = ...,
+    sinks: Tensor | None = ..., bias: Tensor | None = ..., dropout: float = ..., backend: str | Settings = ..., return_lse: Literal[True],
+    need_rows: Sequence[int] | Tensor,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
 def attend(
     q: Tensor,
     k: Tensor,
@@ -56,7 +74,8 @@ def attend(
     dropout: float = 0.0,
     backend: str | Settings = "auto",
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    need_rows: Sequence[int] | Tensor | None = None,
+) -> Tensor | tuple[Tensor, ...]:
     """Exact attention: `softmax(cap(scale * q @ k^T) + bias) @ v` over the keys that each query sees.
 
     Args:
@@ -71,9 +90,11 @@ def attend(
         dropout: probability with which a weight is dropped, by torch's default generator.
         backend: "auto", a name of `dispatch.BACKENDS`, or `Settings`, which say more.
         return_lse: return lse as well.
+        need_rows: numbers of query rows whose probabilities are returned as well, negative ones from the end.
 
     Returns:
-        out, or (out, lse). Rows that see no key: out 0, lse -inf (with a sink: lse = sink).
+        out, or (out, lse), and then the probabilities of `need_rows` if they are asked for: (B, Hq, R, Sk) in the dtype of q, before
+        dropout and without gradients. Rows that see no key: out 0, lse -inf (with a sink: lse = sink), probabilities 0.
 
     Raises:
         ConfigError: shapes, dtypes or numbers do not fit together; nothing was computed.
@@ -86,7 +107,7 @@ def attend(
 
     Exactness: no farther from float64 than twice torch's own error in the same dtype, gradients included.
 
-    Cost: memory grows with Sq + Sk, forward and backward, unless the back end is "eager" or "sdpa".
+    Cost: memory grows with Sq + Sk, forward and backward, unless the back end is "eager" or "sdpa"; R rows take R * Sk more for each head.
 
     Source: Tri Dao, "FlashAttention-2", 2023; H. Lin et al., "FastAttention", 2024.
 
@@ -97,9 +118,16 @@ def attend(
     """
     if isinstance(k, TieredTensor):  # part of the keys is on the host
         out, lse = k.attend(q, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
+        if need_rows is not None:
+            raise errors.UnsupportedModelError(
+                "probabilities of rows are not computed from keys on two sides",
+                where="attend",
+                fix="Use a cache on one device for this call.",
+            )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
+    rows = None if need_rows is None else row_numbers(need_rows, call.q_length)
     if torch.compiler.is_compiling():
         out, lse = operator.apply(call, backend if isinstance(backend, str) else backend.text)
     elif _needs_grad(call):
@@ -107,7 +135,11 @@ def attend(
     else:
         with exact_dtypes(call.q):
             out, lse = attempt(call, backend, lambda found: found.forward(call))
-    return (out, lse) if return_lse else out
+    if rows is None:
+        return (out, lse) if return_lse else out
+    with exact_dtypes(call.q):
+        found = probabilities(call, lse, rows)
+    return (out, lse, found) if return_lse else (out, found)
 
 
 def _needs_grad(call: Call) -> bool:

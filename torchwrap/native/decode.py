@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from torchwrap.core.errors import ConfigError, UnsupportedModelError
+from torchwrap.core.errors import BudgetError, ConfigError, UnsupportedModelError
 from torchwrap.native.library import instruction_sets, library
 from torchwrap.native.reference import decode_reference
 
@@ -152,7 +152,7 @@ def run(
 
     Raises:
         UnsupportedModelError: the library is not available.
-        MemoryError: no memory for partial results.
+        BudgetError: no memory for partial results.
     """
     loaded = library()
     batch, heads, rows, width = q.shape
@@ -175,7 +175,14 @@ def run(
     )
     status = loaded.torchwrap_decode(ctypes.addressof(call))
     if status == 1:
-        raise MemoryError("torchwrap.native.decode: no memory for partial results")
+        needed = batch * heads * rows * (value_width + 2) * 4
+        raise BudgetError(
+            f"no memory for partial results of {batch} x {heads} x {rows} rows of {value_width} over {keys} keys, at least {needed} bytes",
+            needed=needed,
+            available=0,
+            where="torchwrap.native.decode",
+            fix="Free memory, or use a smaller batch or a shorter cache.",
+        )
     if status:
         raise UnsupportedModelError(f"this processor cannot run {instruction_set}", where="torchwrap.native.decode")
     return out, lse
