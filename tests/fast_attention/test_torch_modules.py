@@ -137,6 +137,33 @@ def test_a_hint_of_causality_without_a_mask_is_torchs_error() -> None:
         module(inputs, inputs, inputs, is_causal=True, need_weights=False)
 
 
+WRONG: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "width": ((B, T, E + 1), (B, S, E), (B, S, E), {}),
+    "width of keys": ((B, T, E), (B, S, 8), (B, S, E), {}),
+    "lengths of keys and values": ((B, T, E), (B, S, E), (B, S + 1, E), {}),
+    "batch": ((B, T, E), (B + 1, S, E), (B + 1, S, E), {}),
+    "batch of one": ((B, T, E), (1, S, E), (1, S, E), {}),
+    "dimensions": ((B, T, E), (S, E), (S, E), {}),
+    "four dimensions": ((1, B, T, E), (1, B, S, E), (1, B, S, E), {}),
+    "mask": ((B, T, E), (B, S, E), (B, S, E), {"attn_mask": torch.zeros(1, S)}),
+    "mask of heads": ((B, T, E), (B, S, E), (B, S, E), {"attn_mask": torch.zeros(4, T, S)}),
+    "mask of integers": ((B, T, E), (B, S, E), (B, S, E), {"attn_mask": torch.zeros(T, S, dtype=torch.long)}),
+    "padding": ((B, T, E), (B, S, E), (B, S, E), {"key_padding_mask": torch.zeros(B, T, dtype=torch.bool)}),
+    "padding of one row": ((B, T, E), (B, S, E), (B, S, E), {"key_padding_mask": torch.zeros(1, S, dtype=torch.bool)}),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_does_not_fit_is_torchs_error(what: str) -> None:
+    *shapes, options = WRONG[what]
+    given = [x(*shape) for shape in shapes]  # type: ignore[arg-type]
+    with pytest.raises(Exception) as expected:
+        multihead()(*given, **options, need_weights=False)
+    with pytest.raises(type(expected.value)) as found:
+        tw.fast_attention(multihead())(*given, **options, need_weights=False)
+    assert str(found.value) == str(expected.value)
+
+
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}])
 def test_keys_of_the_modules_own_are_torchs(options: dict[str, Any]) -> None:
     module, inputs = multihead(**options), x(B, T, E)

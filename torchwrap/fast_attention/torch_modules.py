@@ -84,6 +84,8 @@ class MultiheadLayer(_Replacing):
         if reason is not None:
             self.service.leave(self.fqn, *reason)
             return call(*args, **kwargs)
+        if not _fits(module, query, key, value, given):
+            return call(*args, **kwargs)  # torch says what is wrong with it
         flat = query.dim() == 2
         q, k, v = _projected(module, query, key, value)
         mask, bias = _masks(module, q.shape, k.shape, given)
@@ -95,9 +97,7 @@ class MultiheadLayer(_Replacing):
         return (out if module.batch_first else out.transpose(0, 1)), None
 
 
-def _not_served(
-    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]
-) -> tuple[str, str] | None:
+def _not_served(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> tuple[str, str] | None:
     """Why this call goes to torch, and what can be done about it."""
     if given["need_weights"]:
         return "nn.MultiheadAttention returns the weights of attention", "Call it with need_weights=False, if they are not used."
@@ -106,6 +106,28 @@ def _not_served(
     if module.bias_k is not None or module.add_zero_attn:
         return "nn.MultiheadAttention adds keys of its own (add_bias_kv, add_zero_attn)", "Nothing has to be done."
     return None
+
+
+def _fits(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> bool:
+    """Do all shapes and the kinds of the masks go together as torch wants them? Attention alone would broadcast some that do not."""
+    tensors = (query, key, value)
+    if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim() or key.shape[:-1] != value.shape[:-1]:
+        return False
+    if tuple(x.shape[-1] for x in tensors) != (module.embed_dim, module.kdim, module.vdim):
+        return False
+    along = 0 if query.dim() == 2 or not module.batch_first else 1
+    rows, columns, batch = query.shape[along], key.shape[along], 1 if query.dim() == 2 else query.shape[1 - along]
+    if query.dim() == 3 and key.shape[1 - along] != batch:
+        return False
+    mask, padding = given["attn_mask"], given["key_padding_mask"]
+    heads = batch * module.num_heads
+    return (padding is None or (_is_mask(padding) and tuple(padding.shape) == ((columns,) if query.dim() == 2 else (batch, columns)))) and (
+        mask is None or (_is_mask(mask) and tuple(mask.shape) in ((rows, columns), (heads, rows, columns)))
+    )
+
+
+def _is_mask(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or mask.is_floating_point()
 
 
 def _projected(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
