@@ -203,7 +203,7 @@ def _visible(added: Tensor) -> Tensor:
     other = added[~shown & (added > torch.finfo(added.dtype).min) | added.isnan()]
     if len(other):
         raise ConfigError(
-            f"A floating mask holds {float(other[0])}", where="from_dense", fix="Masks hold 0 and -inf; pass other numbers as bias=."
+            f"A floating mask holds {other[0].item()}", where="from_dense", fix="Masks hold 0 and -inf; pass other numbers as bias=."
         )
     return shown
 
