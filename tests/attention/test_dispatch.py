@@ -16,8 +16,9 @@ from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.dispatch import BACKENDS, backend, choose
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import Eager
-from torchwrap.attention.sdpa import TorchSdpa, is_causal
 from torchwrap.attention.service import Service
+from torchwrap.attention.torch_kernels.backend import TorchSdpa
+from torchwrap.attention.torch_kernels.masks import is_causal
 from torchwrap.core import errors
 
 

@@ -31,7 +31,10 @@ BACKENDS = {
     "cpu": "torchwrap.attention.cpu.backend:Composed",
     "triton": "torchwrap.attention.triton.backend:Triton",
     "cuda_mma": "torchwrap.attention.cuda.backend:CudaMma",
-    "sdpa": "torchwrap.attention.sdpa:TorchSdpa",
+    "sdpa": "torchwrap.attention.torch_kernels.backend:TorchSdpa",
+    "sdpa-flash": "torchwrap.attention.torch_kernels.flash:Flash",
+    "sdpa-efficient": "torchwrap.attention.torch_kernels.efficient:Efficient",
+    "sdpa-cudnn": "torchwrap.attention.torch_kernels.cudnn:Cudnn",
     "eager": "torchwrap.attention.reference:Eager",
 }
 """Where each back end is defined; loaded when it is first asked for."""

@@ -1,0 +1,145 @@
+"""What torch's kernels for CUDA have in common: torch says whether one can run, and what they leave to their caller.
+
+They are the functions that `F.scaled_dot_product_attention` runs, called below it, where they return the lse. Their backward takes out
+and lse as arguments: given those of the whole call, sinks included, the gradients are those of the whole call. Widths are filled up with
+zeros to what a kernel takes. Rows without a key get an lse of each kernel's own making, which is replaced.
+
+None of it has run on a card yet; the tests check each call against the function's schema and torch's fake registrations, and the
+arithmetic around it against kernels emulated on the CPU (tests/attention/test_torch_kernels.py), and tests/gpu runs it on a card.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+import warnings
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchwrap.attention.contract import Call, Gradients
+from torchwrap.attention.cpu import tiled
+from torchwrap.attention.merge import grad_of_sinks, with_sinks
+from torchwrap.attention.torch_kernels.masks import masked
+
+__all__ = ["CardKernel", "filled", "on_card", "outline", "permits", "unit"]
+
+_lock = threading.Lock()
+
+
+def on_card(call: Call) -> str | None:
+    """Why the call is not on a CUDA card, or None."""
+    return None if call.q.device.type == "cuda" else f"q is on {call.q.device}, and this kernel of torch's is for CUDA"
+
+
+class CardKernel:
+    """One of torch's kernels for CUDA; subclasses say which."""
+
+    name: ClassVar[str]
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether gradients are the same bits in every run: these kernels add in any order, unless torch was told not to."""
+        return torch.are_deterministic_algorithms_enabled()
+
+    def refuses(self, call: Call) -> str | None:
+        """The first check that fails, the last of which is torch's own; None: the call can run."""
+        elsewhere = on_card(call)
+        if elsewhere is not None:
+            return elsewhere
+        if call.q.dtype == torch.float64:
+            return "float64, which torch's kernels do not compute"
+        if call.softcap is not None:
+            return f"softcap={call.softcap}, which torch's kernels do not have"
+        if call.dropout:
+            return f"dropout={call.dropout}: torch would draw other weights than the contract's"
+        if call.bias is not None and call.bias.requires_grad:
+            return "the bias needs a gradient, which is not asked of torch's kernels"
+        return None if call.is_empty else self.cannot(call)
+
+    def memory(self, call: Call) -> int:
+        """Bytes beyond inputs and results that grow with Sq * Sk."""
+        return 0
+
+    def cannot(self, call: Call) -> str | None:
+        """What this kernel lacks."""
+        raise NotImplementedError
+
+    def run(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Out `[B, Hq, Sq, Dv]` and lse `[B, Hq, Sq]` without sinks; rows without a key have any values."""
+        raise NotImplementedError
+
+    def run_backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v; lse is +inf in rows without a key, so that `exp(score - lse)` is 0."""
+        raise NotImplementedError
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        """Out and lse, as in `contract`."""
+        if call.is_empty:
+            return call.empty_result()
+        out, lse = self.run(call)
+        dead = masked(call)
+        if dead is not None:
+            out, lse = out.masked_fill(dead[:, None, :, None], 0.0), lse.masked_fill(dead[:, None], -math.inf)
+        return with_sinks(out, lse, call.sinks)
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """Gradients; by tiles of our own if lse has a gradient, which torch's kernels do not take."""
+        if call.is_empty or grad_lse is not None:
+            return tiled.backward(call, out, lse, grad_out, grad_lse)
+        dq, dk, dv = self.run_backward(call, out, torch.where(lse == -math.inf, math.inf, lse), grad_out)
+        delta = (grad_out.to(lse.dtype) * out).sum(-1) if call.sinks is not None else None
+        return dq, dk, dv, None if call.sinks is None or delta is None else grad_of_sinks(call.sinks, lse, delta), None
+
+
+def unit(tensor: Tensor) -> Tensor:
+    """With unit last stride."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def filled(tensor: Tensor, width: int) -> Tensor:
+    """With zeros behind each vector, up to a width, and unit last stride."""
+    return F.pad(tensor, (0, width - tensor.shape[-1])) if tensor.shape[-1] < width else unit(tensor)
+
+
+def outline(tensor: Tensor, width: int) -> Tensor:
+    """What torch's checks look at: a tensor shaped as `filled` makes it, without the work."""
+    if tensor.shape[-1] == width and tensor.stride(-1) == 1:
+        return tensor
+    return tensor.new_empty(*tensor.shape[:-1], width).requires_grad_(tensor.requires_grad)
+
+
+def permits(kernel: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> str | None:
+    """What torch's own check says against a kernel, or None.
+
+    Args:
+        kernel: "flash", "efficient" or "cudnn".
+        q: `[B, Hq, Sq, D]`.
+        k: `[B, Hkv, Sk, D]`.
+        v: `[B, Hkv, Sk, Dv]`.
+        mask: what is added to the scores.
+        causal: `is_causal` of torch's function.
+    """
+    parameters = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, causal, q.shape[1] != k.shape[1])
+    check = getattr(torch.backends.cuda, f"can_use_{kernel}_attention")
+    if check(parameters):
+        return None
+    return _reason(kernel, q.device, q.dtype, q.shape, k.shape, v.shape, mask is not None, causal)
+
+
+@functools.lru_cache(maxsize=256)
+def _reason(
+    kernel: str, device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size, mask: bool, causal: bool
+) -> str:
+    """What torch warns of when it is asked to explain its refusal."""
+    query, key, value = (torch.empty(shape, dtype=dtype, device=device) for shape in (q, k, v))
+    added = torch.empty((), dtype=dtype, device=device).expand(q[0], q[1], q[2], k[2]) if mask else None
+    parameters = torch.backends.cuda.SDPAParams(query, key, value, added, 0.0, causal, q[1] != k[1])
+    with _lock, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        getattr(torch.backends.cuda, f"can_use_{kernel}_attention")(parameters, debug=True)
+    reasons = [str(one.message).split(" (Triggered internally")[0] for one in said]
+    return f"torch's check of its {kernel} kernel says: {' '.join(reasons) or 'no'}"
