@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from torchwrap.attention.cooperative.tensors import TieredTensor
+from torchwrap.attention.distributed.tiled import Tiling
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.service import Service
 from torchwrap.core.errors import UnsupportedModelError
@@ -29,6 +31,7 @@ from torchwrap.core.layer import CallState, Layer, held_back
 from torchwrap.core.swap import layers_of, original_class
 from torchwrap.integrations.transformers.cache import into_arenas
 from torchwrap.integrations.transformers.masks import tile_mask, user_mask
+from torchwrap.integrations.transformers.tensor_parallel import ProjectionLayer, find, same_processes
 
 __all__ = ["NAME", "AttentionLayer", "ModelLayer", "TransformersRoute", "attention_forward", "attention_mask", "route"]
 
@@ -46,8 +49,14 @@ class AttentionLayer(Layer):
 
     where = "outside"
 
-    def __init__(self, fqn: str, service: Service, original: str | None) -> None:
-        self.fqn, self.service, self.original = fqn, service, original
+    def __init__(self, fqn: str, service: Service, original: str | None, projection: ProjectionLayer | None = None) -> None:
+        self.fqn, self.service, self.original, self.projection = fqn, service, original, projection
+
+    def tiles(self, module: nn.Module, query: Tensor, key: Tensor) -> bool:
+        """Is this call to be computed together with its projection, in blocks of rows?"""
+        if self.projection is None or query.shape[2] <= 1 or isinstance(key, TieredTensor) or torch.compiler.is_compiling():
+            return False
+        return self.projection.takes(module)
 
 
 @dataclass
@@ -120,13 +129,42 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
     for _, module in (*models, *sites):
         configs.update((id(config), config) for config in _with_nested(module.config))
     found.originals = [(config, config._attn_implementation_internal) for config in configs.values()]
+    projections = _projections(sites, service)
     for fqn, module in sites:
-        found.places.append((fqn, module, AttentionLayer(fqn, service, module.config._attn_implementation_internal)))
+        _, _, projection = projections.get(fqn, (None, None, None))
+        found.places.append((fqn, module, AttentionLayer(fqn, service, module.config._attn_implementation_internal, projection)))
         found.attends.append(fqn)
+    found.places += projections.values()
     found.places += [(fqn, module, ModelLayer(fqn, service, found)) for fqn, module in models]
     names = sorted({str(name) for _, name in found.originals})
+    if projections:
+        found.notes.append(f"{len(projections)} output projections summed over their processes in blocks ({service.allreduce_blocks})")
     found.notes.append(f"{len(sites)} attention modules through {NAME!r} instead of {', '.join(map(repr, names))}")
     return found
+
+
+def _projections(sites: list[tuple[str, nn.Module]], service: Service) -> dict[str, tuple[str, nn.Module, ProjectionLayer]]:
+    """Places on the output projections that are summed over processes, by the name of their attention module."""
+    if service.allreduce_blocks == 1:
+        return {}
+    known: dict[str, Tiling] = {}
+    places: dict[str, tuple[str, nn.Module, ProjectionLayer]] = {}
+    for fqn, module in sites:
+        projection = find(module)
+        if projection is None:
+            continue
+        if service.tp_group is not None:
+            same_processes(service.tp_group, projection.group)
+        group = service.tp_group or projection.group
+        tiling = known.setdefault(group, Tiling(group, service.allreduce_blocks))
+        places[fqn] = (f"{fqn}.{projection.name}", projection.module, ProjectionLayer(projection.name, tiling))
+    if service.tp_group is not None and not places:
+        raise UnsupportedModelError(
+            "there is a tp_group, and no attention module has an output projection that is summed over processes",
+            where="FastAttention.tp_group",
+            fix='Load the model with from_pretrained(..., distributed_config=DistributedConfig(tp_plan="auto")), or leave tp_group out.',
+        )
+    return places
 
 
 def _refuse(fqn: str, model: Any) -> None:
@@ -241,9 +279,10 @@ def attention_forward(
             )
     if query.shape[0] != key.shape[0]:  # learned queries shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
-    out = service.attend(
-        fqn, query, key, value, mask=attention_mask, scale=scaling, softcap=softcap, sinks=s_aux, bias=position_bias, dropout=dropout
-    )
+    options: dict[str, Any] = dict(mask=attention_mask, scale=scaling, softcap=softcap, sinks=s_aux, bias=position_bias, dropout=dropout)
+    if layer is not None and layer.tiles(module, query, key):
+        return service.defer(fqn, query, key, value, **options), None
+    out = service.attend(fqn, query, key, value, **options)
     return out.transpose(1, 2).contiguous(), None
 
 

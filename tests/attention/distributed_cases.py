@@ -90,7 +90,7 @@ def tiled(rank: int, size: int, *, mask: str, blocks: Any) -> dict[str, Any]:
     q, k, v = split_heads(column(x), size)
     y = row(q, k, v, mask=MASKS[mask]())
     y.backward(layer.grad)
-    return {"y": y.detach(), "x": x.grad, "qkv": qkv.grad, "out": out.grad, "bias": bias.grad, "count": list(row._chosen.values())}
+    return {"y": y.detach(), "x": x.grad, "qkv": qkv.grad, "out": out.grad, "bias": bias.grad, "count": list(row.tiling.chosen.values())}
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import threading
 import warnings
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from torchwrap.attention.autocast import autocast
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import choose, failures
+from torchwrap.attention.distributed.deferred import Deferred
+from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.settings import Settings
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
@@ -37,6 +40,8 @@ class Service:
         backend: as in `attend`: a name, or settings.
         fallback: what to do when a call has to go to the model's own attention: `warn` once per reason, `error` or `silent`.
         cache: `arena` if growing caches are to write in place.
+        tp_group: name of the group over which output projections are summed; None: that of the model's own mesh.
+        allreduce_blocks: into how many blocks of rows a tensor-parallel model's attention is cut; 1: its own order.
 
     Attributes:
         served: `{(module, back end, kind of call): calls}`.
@@ -44,18 +49,33 @@ class Service:
         left: `{(module, reason): calls}` that went to the model's own attention.
     """
 
-    def __init__(self, backend: str | Settings = "auto", fallback: str = "warn", cache: str = "keep") -> None:
+    def __init__(
+        self, backend: str | Settings = "auto", fallback: str = "warn", cache: str = "keep", *, tp_group: str | None = None,
+        allreduce_blocks: int | Literal["auto"] = 1,
+    ) -> None:  # fmt: skip
         self.backend: str | Settings = backend
         self.fallback: str = fallback
         self.cache: str = cache
+        self.tp_group: str | None = tp_group
+        self.allreduce_blocks: int | Literal["auto"] = allreduce_blocks
         self.served: Counter[tuple[str, str, str]] = Counter()
         self.reasons: dict[tuple[str, str], str] = {}
         self._chosen: dict[tuple[str, int, int, int], str] = {}
         self.left: Counter[tuple[str, str]] = Counter()
 
     def attend(
-        self, where: str, q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = None, scale: float | None = None,
-        softcap: float | None = None, sinks: Tensor | None = None, bias: Tensor | None = None, dropout: float = 0.0,
+        self,
+        where: str,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: TileMask | Tensor | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
         """As `torchwrap.attention.attend.attend`, for the module named `where`.
 
@@ -95,6 +115,23 @@ class Service:
             with _lock:
                 self.served[where, self._chosen[size], kind] += 1
         return out
+
+    def defer(self, where: str, q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = None, **options: Any) -> Deferred:
+        """As `attend`, for a projection that computes it in blocks of rows; each block is a call in the record.
+
+        Args:
+            where: name of the module that asks.
+            q: `[B, Hq, Sq, D]`.
+            k: `[B, Hkv, Sk, D]`.
+            v: `[B, Hkv, Sk, Dv]`.
+            mask: what each query sees.
+            options: others of `attend`.
+
+        Returns:
+            `[B, Sq, Hq, Dv]`, not computed yet.
+        """
+        q, k, v = autocast(q, k, v)  # it is asked for its dtype before anything is computed
+        return Deferred.of(Rows(q, k, v, mask, options, partial(self.attend, where)))
 
     def leave(self, where: str, reason: str, fix: str) -> None:
         """A call of the module named `where` goes to the model's own attention.

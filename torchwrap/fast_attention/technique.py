@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from torchwrap.attention.distributed.works import group_name
 from torchwrap.attention.service import Service
 from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.integration import AttentionRoute, Integration, integration_for
@@ -59,7 +60,8 @@ class FastAttentionTechnique(Technique[FastAttention]):
 
     def prepare(self, model: nn.Module, config: FastAttention, integration: Integration) -> Prepared[FastAttention]:
         """Find every attention module and how it is reached; touches nothing."""
-        service = Service(config.backend, config.fallback, config.cache)
+        tp_group = group_name(config.tp_group, where="FastAttention.tp_group")
+        service = Service(config.backend, config.fallback, config.cache, tp_group=tp_group, allreduce_blocks=config.allreduce_blocks)
         routes = list(_routes("", model, service))
         served = {id(module) for route in routes for _, module, _ in route.places}
         own = torch_modules.route(model, service, served)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from torchwrap.attention.contract import Backend, Call, checked
 from torchwrap.attention.dispatch import backend, order
-from torchwrap.attention.distributed.works import Group, Outstanding, exchange, group_size
+from torchwrap.attention.distributed.works import Group, Outstanding, exchange, group_size, resolved
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.merge import grad_of_sinks, merge, with_sinks
 from torchwrap.core import errors
@@ -132,7 +132,7 @@ class _Ring:
 
     def outstanding(self) -> Outstanding:
         """A context for exchanges."""
-        return Outstanding("the exchange of keys and values", timeout_s=self.timeout_s)
+        return Outstanding("the exchange of keys and values", group=resolved(self.group), timeout_s=self.timeout_s)
 
     def send_on(self, works: Outstanding, step: int, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Begin to send tensors to the next process; returns where those of the one before arrive."""
@@ -143,9 +143,7 @@ class _Ring:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call, ring: _Ring
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: Call, ring: _Ring) -> tuple[Tensor, Tensor]:
         out = q.new_zeros(*q.shape[:3], v.shape[3], dtype=call.accumulate)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=call.accumulate)
         here: tuple[Tensor, ...] = (k.contiguous(), v.contiguous())

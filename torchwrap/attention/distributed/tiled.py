@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -25,13 +26,137 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from torchwrap.attention.attend import attend
-from torchwrap.attention.distributed.blocks import best_count, equal_work, measure_link
-from torchwrap.attention.distributed.works import Group, Outstanding, Work, group_size, start_sum
+from torchwrap.attention.distributed.blocks import Link, best_count, equal_work, measure_link
+from torchwrap.attention.distributed.works import Group, Outstanding, Work, resolved, start_sum
 from torchwrap.attention.masks.mask import TileMask
+from torchwrap.core import errors
 
-__all__ = ["TiledColumnParallel", "TiledRowParallel"]
+__all__ = ["Rows", "TiledColumnParallel", "TiledRowParallel", "Tiling"]
 
 StartSum = Callable[[Tensor, Group], Work]
+
+
+class Tiling:
+    """How rows are cut and their sums run, for all layers of a model: counts and the link are measured once for all of them.
+
+    Args:
+        group: of processes, or its name; None: the default one.
+        blocks: number of blocks; 1 is the usual order. "auto": measured at the first call of each class of sizes (powers of two of queries
+            and keys), which every process must make.
+        timeout_s: longest wait for one block's sum in seconds; None: what the process group allows.
+        start: begins a sum over the group in place and returns its work; None: `torch.distributed.all_reduce`.
+
+    Attributes:
+        chosen: measured numbers of blocks, by (batch, bits of queries, bits of keys, model width).
+    """
+
+    def __init__(
+        self, group: Group = None, blocks: int | Literal["auto"] = "auto", timeout_s: float | None = None, start: StartSum | None = None
+    ) -> None:
+        self.group: Group = group
+        self.blocks: int | Literal["auto"] = blocks
+        self.timeout_s: float | None = timeout_s
+        self.start: StartSum = start or start_sum
+        self.chosen: dict[tuple[int, ...], int] = {}
+        self._link: Link | None = None
+
+    def count(self, rows: Rows, weight: Tensor) -> int:
+        """Number of blocks for this call: the same on every process, or sums would not match.
+
+        Raises:
+            WorkError: measuring failed, in one of the processes.
+        """
+        batch, _, queries, _ = rows.q.shape
+        if self.blocks != "auto" or queries <= 1:
+            return 1 if self.blocks == "auto" else min(self.blocks, max(queries, 1))
+        # Not the numbers of heads: processes may have different ones, and all must measure together.
+        key = (batch, queries.bit_length(), rows.k.shape[2].bit_length(), weight.shape[0])
+        if key not in self.chosen:
+            self.chosen[key] = self._measured(rows, weight)
+        return min(self.chosen[key], queries)
+
+    def _measured(self, rows: Rows, weight: Tensor) -> int:
+        group = resolved(self.group)
+        times = []
+        with torch.no_grad():
+            for _ in range(2):  # the first may load or tune something
+                begin = time.perf_counter()
+                part = rows.without_dropout().part(0, rows.q.shape[2], weight)
+                float(part.flatten()[:1].sum())  # waits for a device
+                times.append(time.perf_counter() - begin)
+        taken = torch.tensor(min(times), dtype=torch.float64, device=part.device)
+        with Outstanding("measuring the all-reduce", group=group, timeout_s=self.timeout_s) as works:
+            works.start(0, lambda: dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=group, async_op=True))
+            works.wait()
+            try:
+                self._link = self._link or measure_link(group, part.device)
+            except RuntimeError as error:
+                raise errors.WorkError(f"measuring the all-reduce failed: {error}", where="measure_link") from error
+        return best_count(float(taken), part.nbytes, self._link)
+
+    def summed(self, rows: Rows, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+        """Attention, projection and sum: `[B, S, E]`, complete on every process.
+
+        Raises:
+            WorkError: a sum failed or did not end in time; the message names its block. Everything started was waited for.
+        """
+        group = resolved(self.group)
+        parts = []
+        with Outstanding("the all-reduce", group=group, timeout_s=self.timeout_s) as works:
+            for block, (first, end) in enumerate(rows.cut(count, weight.shape[0])):
+                part = rows.part(first, end, weight)
+                parts.append(_Sum.apply(part, works, block, self.start, group))  # type: ignore[no-untyped-call]
+        out = torch.cat(parts, 1) if parts else rows.q.new_zeros(rows.q.shape[0], 0, weight.shape[0])
+        return out if bias is None else out + bias
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One call of attention over local heads, of which any rows can be computed by themselves.
+
+    Attributes:
+        q: `[B, Hq, S, D]`.
+        k: `[B, Hkv, Sk, D]`.
+        v: `[B, Hkv, Sk, Dv]`.
+        mask: `[B | 1, 1, S, Sk]`, a tensor that broadcasts to it, or None.
+        options: others of `attend`; of these `bias` is cut as well.
+        attend: who computes attention.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: TileMask | Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    attend: Callable[..., Tensor] = attend
+
+    def cut(self, count: int, width: int) -> list[tuple[int, int]]:
+        """At most `count` runs of rows of about equal work, for a projection to `width` numbers."""
+        mask = self.mask if isinstance(self.mask, TileMask) else None
+        return equal_work(self.q.shape[2], self.k.shape[2], count, mask=mask, row_cost=width / 2)
+
+    def heads(self, first: int, end: int) -> Tensor:
+        """Attention of the rows `[first, end)`: `[B, Hq, end - first, Dv]`."""
+        if (first, end) == (0, self.q.shape[2]):
+            return self.attend(self.q, self.k, self.v, mask=self.mask, **self.options)
+        options = dict(self.options)
+        if options.get("bias") is not None:
+            options["bias"] = _cut(options["bias"], first, end)
+        return self.attend(self.q[:, :, first:end], self.k, self.v, mask=_cut(self.mask, first, end), **options)
+
+    def part(self, first: int, end: int, weight: Tensor) -> Tensor:
+        """This process' summand for these rows: `[B, end - first, E]`."""
+        return linear(self.heads(first, end).transpose(1, 2).flatten(2), weight)
+
+    def without_dropout(self) -> Rows:
+        """The same call for measuring, which must not draw random numbers."""
+        return replace(self, options=self.options | {"dropout": 0.0}) if self.options.get("dropout") else self
+
+
+def _cut(x: TileMask | Tensor | None, first: int, end: int) -> TileMask | Tensor | None:
+    if isinstance(x, TileMask):
+        return x.sub(rows=(first, end))
+    return x if x is None or x.dim() < 2 or x.shape[-2] == 1 else x[..., first:end, :]
 
 
 class TiledRowParallel(nn.Module):
@@ -40,10 +165,7 @@ class TiledRowParallel(nn.Module):
     Args:
         weight: this process' columns of the output projection, `[E, Hq * Dv]`; used as it is, so that it stays the model's parameter.
         bias: `[E]`, the same on every process, added once; or None.
-        group: of processes; None: the default one.
-        blocks: number of blocks; 1 is the usual order. "auto": measured at the first call of each shape (every process must make it).
-        timeout_s: longest wait for one block's sum in seconds; None: what the process group allows.
-        start: begins a sum over the group in place and returns its work; None: `torch.distributed.all_reduce`.
+        group, blocks, timeout_s, start: as for `Tiling`.
 
     Exactness: of `[B, S, E]` sums over processes, which add in the order of the back end; rows are independent of the blocks but for the
         rounding of products of other heights.
@@ -57,11 +179,7 @@ class TiledRowParallel(nn.Module):
         super().__init__()
         self.weight: Tensor = weight
         self.bias: Tensor | None = bias
-        self.group: Group = group
-        self.blocks: int | Literal["auto"] = blocks
-        self.timeout_s: float | None = timeout_s
-        self._start: StartSum = start or start_sum
-        self._chosen: dict[tuple[int, ...], int] = {}
+        self.tiling: Tiling = Tiling(group, blocks, timeout_s, start)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | None = None, **options: Any) -> Tensor:
         """The layer's output, complete on every process.
@@ -71,7 +189,7 @@ class TiledRowParallel(nn.Module):
             k: `[B, Hkv, Sk, D]`.
             v: `[B, Hkv, Sk, Dv]`.
             mask: `[B | 1, 1, S, Sk]`, or None.
-            options: `scale`, `softcap`, `sinks`, `backend` of `attend`.
+            options: `scale`, `softcap`, `sinks`, `bias`, `dropout`, `backend` of `attend`.
 
         Returns:
             `[B, S, E]`.
@@ -79,38 +197,8 @@ class TiledRowParallel(nn.Module):
         Raises:
             WorkError: a sum failed or did not end in time; the message names its block. Everything started was waited for.
         """
-        group_size(self.group)
-        count = self._count(q, k, v, mask, options) if self.blocks == "auto" else self.blocks
-        parts = []
-        with Outstanding("the all-reduce", timeout_s=self.timeout_s) as works:
-            runs = equal_work(q.shape[2], k.shape[2], count, mask=mask, row_cost=self.weight.shape[0] / 2)
-            for block, (first, end) in enumerate(runs):
-                part = self._block(q, k, v, mask, options, first, end)
-                parts.append(_Sum.apply(part, works, block, self._start, self.group))  # type: ignore[no-untyped-call]
-        out = torch.cat(parts, 1) if parts else q.new_zeros(q.shape[0], 0, self.weight.shape[0])
-        return out if self.bias is None else out + self.bias
-
-    def _block(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: TileMask | None, options: dict[str, Any], first: int, end: int
-    ) -> Tensor:
-        """This process' summand for the rows `[first, end)`: `[B, end - first, E]`."""
-        seen = None if mask is None else mask.sub(rows=(first, end))
-        out = attend(q[:, :, first:end], k, v, mask=seen, **options)
-        return linear(out.transpose(1, 2).flatten(2), self.weight)
-
-    def _count(self, q: Tensor, k: Tensor, v: Tensor, mask: TileMask | None, options: dict[str, Any]) -> int:
-        """The best number of blocks for calls of this shape: the same on every process, or sums would not match."""
-        key = (*q.shape, *k.shape)
-        if key not in self._chosen:
-            with torch.no_grad():
-                begin = time.perf_counter()
-                part = self._block(q, k, v, mask, options, 0, q.shape[2])
-                float(part.flatten()[:1].sum())  # waits for a device
-                taken = torch.tensor(time.perf_counter() - begin, dtype=torch.float64, device=q.device)
-            dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=self.group)
-            link = measure_link(self.group, q.device)
-            self._chosen[key] = best_count(float(taken), part.nbytes, link)
-        return self._chosen[key]
+        rows = Rows(q, k, v, mask, options)
+        return self.tiling.summed(rows, self.weight, self.bias, self.tiling.count(rows, self.weight))
 
 
 class TiledColumnParallel(nn.Module):
@@ -138,7 +226,7 @@ class TiledColumnParallel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """This process' outputs. Shapes: x `[B, S, E]`, result `[B, S, O]`."""
-        group_size(self.group)
+        resolved(self.group)
         found: Tensor = _ColumnLinear.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
         return found
 
@@ -170,11 +258,12 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), layer, grad = ctx.saved_tensors, ctx.layer, grads[0]
         parts, grad_weight, grad_bias = [], None, None
-        with Outstanding("the backward all-reduce", timeout_s=layer.timeout_s) as works:
+        group = resolved(layer.group)
+        with Outstanding("the backward all-reduce", group=group, timeout_s=layer.timeout_s) as works:
             if ctx.needs_input_grad[0]:
                 for block, (first, end) in enumerate(equal_work(grad.shape[1], 1, layer.blocks)):
                     parts.append(grad[:, first:end] @ weight)
-                    works.start(block, lambda: layer._start(parts[-1], layer.group))
+                    works.start(block, lambda: layer._start(parts[-1], group))
             if ctx.needs_input_grad[1]:
                 grad_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1)
             if ctx.has_bias and ctx.needs_input_grad[2]:

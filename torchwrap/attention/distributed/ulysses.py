@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchwrap.attention.attend import attend
-from torchwrap.attention.distributed.works import Group, Outstanding, group_size
+from torchwrap.attention.distributed.works import Group, Outstanding, group_size, resolved
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core import errors
 
@@ -85,6 +85,7 @@ def _exchanged(x: Tensor, gather: bool, group: Group, timeout_s: float | None, b
     from_dim, to_dim = (1, 2) if gather else (2, 1)
     out = torch.stack(x.chunk(size, from_dim))
     into = torch.empty_like(out)
-    with Outstanding("the exchange of heads", timeout_s=timeout_s) as works:
-        works.start(block, lambda: dist.all_to_all_single(into, out, group=group, async_op=True))
+    found = resolved(group)
+    with Outstanding("the exchange of heads", group=found, timeout_s=timeout_s) as works:
+        works.start(block, lambda: dist.all_to_all_single(into, out, group=found, async_op=True))
     return torch.cat(into.unbind(), to_dim)
