@@ -30,6 +30,7 @@ from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.layer import CallState, Layer, held_back
 from torchwrap.core.swap import layers_of, original_class
 from torchwrap.integrations.transformers.cache import into_arenas
+from torchwrap.integrations.transformers.generating import CacheMaker, generates_with_a_growing_cache
 from torchwrap.integrations.transformers.masks import tile_mask, user_mask
 from torchwrap.integrations.transformers.tensor_parallel import ProjectionLayer, find, same_processes
 
@@ -65,20 +66,26 @@ class TransformersRoute(AttentionRoute):
 
     Attributes:
         originals: every config of the model with the implementation it had.
+        makers: for each model that generates with caches on two sides, what makes them.
     """
 
     originals: list[tuple[Any, str | None]] = field(default_factory=list)
+    makers: list[CacheMaker] = field(default_factory=list)
 
     def set(self) -> None:
-        """Write our name into every config."""
+        """Write our name into every config, and let `generate` ask for its cache here."""
         for config, _ in self.originals:
             config._attn_implementation_internal = NAME
+        for maker in self.makers:
+            maker.put()
 
     def restore(self) -> None:
         """Write back what was there, where our name still is."""
         for config, original in self.originals:
             if config._attn_implementation_internal == NAME:
                 config._attn_implementation_internal = original
+        for maker in self.makers:
+            maker.take()
 
     def original(self, config: object) -> tuple[bool, str | None]:
         """Whether the config belongs to this model, and the implementation it had."""
@@ -102,7 +109,7 @@ class ModelLayer(Layer):
             )  # fmt: skip
             asked = (*asked, *(config for config, _ in self.route.originals))
         _weights_asked.push(asked)
-        if self.service.cache == "arena" and not torch.compiler.is_dynamo_compiling():
+        if self.service.cache != "keep" and not torch.compiler.is_dynamo_compiling():
             into_arenas(kwargs.get("past_key_values"))
         return args, kwargs
 
@@ -135,7 +142,12 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
         found.places.append((fqn, module, AttentionLayer(fqn, service, module.config._attn_implementation_internal, projection)))
         found.attends.append(fqn)
     found.places += projections.values()
-    found.places += [(fqn, module, ModelLayer(fqn, service, found)) for fqn, module in models]
+    for fqn, module in models:
+        layer = ModelLayer(fqn, service, found)
+        found.places.append((fqn, module, layer))
+        if service.cooperation is not None and generates_with_a_growing_cache(module):
+            found.makers.append(CacheMaker(module, service.cooperation, layer))
+            found.generates.append(fqn)
     names = sorted({str(name) for _, name in found.originals})
     if projections:
         found.notes.append(f"{len(projections)} output projections summed over their processes in blocks ({service.allreduce_blocks})")

@@ -1,12 +1,15 @@
-"""Leads a module's calls of `torch.nn.functional.scaled_dot_product_attention` elsewhere, for the length of one call of the module.
+"""Leads calls of `torch.nn.functional.scaled_dot_product_attention` elsewhere, for the length of a block or of one call of a module.
 
 The function is a builtin that many libraries hold under names of their own, so it is not rebound anywhere: a `TorchFunctionMode` sees the
-calls of the thread that entered it, and nothing remains when the call ends, however it ends.
+calls of the thread that entered it, and nothing remains when the block ends, however it ends. While a mode works it sees nothing itself,
+and torch's `multi_head_attention_forward`, which is Python and calls the function, is such work: its code is run with other names.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,9 +18,19 @@ from torch.overrides import TorchFunctionMode
 
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.service import Service
+from torchwrap.core.errors import ConfigError
 from torchwrap.core.layer import Layer
 
 __all__ = ["Diverted", "FunctionLayer"]
+
+
+class _Working(threading.local):
+    """Whether a service computes a call of this thread: what a back end calls is its own business, whatever blocks are around."""
+
+    now: bool = False
+
+
+_working = _Working()
 
 
 class Diverted(TorchFunctionMode):
@@ -35,9 +48,23 @@ class Diverted(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if _working.now:
+            return func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
-            return _attend(self.where, self.service, *args, **(kwargs or {}))
+            return self.attend(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward:
+            # Under a mode torch takes this function and no native one in its place, and asks it for the mode once more.
+            names = {**func.__globals__, "has_torch_function": _nothing, "scaled_dot_product_attention": self.attend}
+            func = FunctionType(func.__code__, names, None, func.__defaults__, func.__closure__)
         return func(*args, **(kwargs or {}))
+
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `scaled_dot_product_attention`, by the service."""
+        _working.now = True
+        try:
+            return _attend(self.where, self.service, *args, **kwargs)
+        finally:
+            _working.now = False
 
 
 class FunctionLayer(Layer):
@@ -54,24 +81,44 @@ class FunctionLayer(Layer):
             return call(*args, **kwargs)
 
 
+_BROADCAST = "its inputs do not have the shapes and the dtype of one attention, and torch broadcasts them", "Expand them before the call."
+
+
+def _nothing(*_: Any) -> bool:
+    return False
+
+
 def _attend(
     where: str, service: Service, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """torch's own signature; leading dimensions of any number, broadcast as torch does."""
+    """torch's own signature; leading dimensions of any number, broadcast as torch does. What does not fit is torch's error."""
+
+    def own(reason: str, fix: str) -> Tensor:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        service.leave(where, reason, fix)
+        return out
+
     if query.is_nested or key.is_nested or value.is_nested or query.dim() < 3:
-        service.leave(where, "its inputs are nested tensors or have no heads", "Give padded tensors with a mask.")
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return own("its inputs are nested tensors or have no heads", "Give padded tensors with a mask.")
+    if is_causal and attn_mask is not None:
+        return own("it is given a mask and is_causal", "Give one of them.")
+    if not query.dim() == key.dim() == value.dim() or (not enable_gqa and key.shape[-3] not in (1, query.shape[-3])):
+        return own(*_BROADCAST)
     lead = query.shape[:-3]
-    q, k, v = (x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())] for x in (query, key, value))
-    rows = max(q.shape[0], k.shape[0])
-    q, k, v = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
-    mask: TileMask | Tensor | None = attn_mask
+    try:
+        q, k, v = (x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())] for x in (query, key, value))
+        rows = max(q.shape[0], k.shape[0])
+        q, k, v = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
+        mask: TileMask | Tensor | None = attn_mask
+        if attn_mask is not None and attn_mask.dim() > 4:
+            mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+    except RuntimeError:
+        return own(*_BROADCAST)
     if is_causal:
         mask = TileMask.causal(1, q.shape[2], k.shape[2], q_offset=0, device=q.device)
-    elif attn_mask is not None and attn_mask.dim() > 4:
-        mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
-    out = service.attend(where, q, k, v, mask=mask, scale=scale, dropout=dropout_p)
+    try:
+        out = service.attend(where, q, k, v, mask=mask, scale=scale, dropout=dropout_p)
+    except ConfigError:
+        return own(*_BROADCAST)
     return out.reshape(*(lead or (() if query.dim() == 3 and rows == 1 else (rows,))), *out.shape[1:])

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchwrap.attention.attend import attend
 from torchwrap.attention.autocast import autocast
 from torchwrap.attention.contract import checked
+from torchwrap.attention.cooperative.settings import CacheSettings
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import choose, failures
 from torchwrap.attention.distributed.deferred import Deferred
@@ -39,7 +40,8 @@ class Service:
     Args:
         backend: as in `attend`: a name, or settings.
         fallback: what to do when a call has to go to the model's own attention: `warn` once per reason, `error` or `silent`.
-        cache: `arena` if growing caches are to write in place.
+        cache: `arena` or `cooperative` if growing caches are to write in place.
+        cooperation: how caches are to be divided between device and host; None: they are not.
         tp_group: name of the group over which output projections are summed; None: that of the model's own mesh.
         allreduce_blocks: into how many blocks of rows a tensor-parallel model's attention is cut; 1: its own order.
 
@@ -50,12 +52,13 @@ class Service:
     """
 
     def __init__(
-        self, backend: str | Settings = "auto", fallback: str = "warn", cache: str = "keep", *, tp_group: str | None = None,
-        allreduce_blocks: int | Literal["auto"] = 1,
+        self, backend: str | Settings = "auto", fallback: str = "warn", cache: str = "keep", *, cooperation: CacheSettings | None = None,
+        tp_group: str | None = None, allreduce_blocks: int | Literal["auto"] = 1,
     ) -> None:  # fmt: skip
         self.backend: str | Settings = backend
         self.fallback: str = fallback
         self.cache: str = cache
+        self.cooperation: CacheSettings | None = cooperation
         self.tp_group: str | None = tp_group
         self.allreduce_blocks: int | Literal["auto"] = allreduce_blocks
         self.served: Counter[tuple[str, str, str]] = Counter()

@@ -92,11 +92,13 @@ class AttentionRoute:
     Attributes:
         places: layers to stand on modules, as (name in the model, module, layer).
         attends: names of the modules whose attention is led through the function.
+        generates: names of models that will generate with caches made by the route, if the service asks for such.
         notes: remarks for `describe`.
     """
 
     places: list[tuple[str, nn.Module, Layer]] = field(default_factory=list)
     attends: list[str] = field(default_factory=list)
+    generates: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def set(self) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
+from torchwrap.attention.cooperative.planner import RECENT
+from torchwrap.attention.cooperative.settings import CacheSettings
 from torchwrap.attention.dispatch import BACKENDS
 from torchwrap.attention.distributed.works import group_name
 from torchwrap.core.config import Config, option
+from torchwrap.core.errors import ConfigError
 
 __all__ = ["FastAttention"]
 
@@ -19,7 +23,13 @@ class FastAttention(Config):
     Attributes:
         backend: which way of computing attention; a named one that cannot run a call raises.
         fallback: what to do when a call must go to the model's own attention, because it asks for something no back end returns.
-        cache: `arena` lets growing caches write in place, `keep` leaves them as they are.
+        cache: `arena` lets growing caches write in place, `cooperative` lets `generate` keep part of them on the host, `keep` leaves them.
+        kv_host: how much of a cooperative cache lies on the host.
+        kv_split: how a cooperative cache is divided.
+        kv_recent: most recent tokens that stay on the device.
+        stream_chunk_mib: one of the two buffers for what comes from the host.
+        host_threads: threads that attend on the host.
+        prefill_chunk: tokens of a prompt to process at a time.
         tp_group: processes that divide the heads among them.
         allreduce_blocks: into how many blocks the rows are cut whose sums over these processes run while the next are computed.
         sp_group: processes that divide the sequence among them.
@@ -27,6 +37,10 @@ class FastAttention(Config):
     """
 
     technique: ClassVar[str] = "fast_attention"
+    OF_A_CACHE: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(CacheSettings))
+    """Fields that say something about cooperative caches only."""
+    OF_A_MODEL: ClassVar[tuple[str, ...]] = ("cache", *OF_A_CACHE, "tp_group", "allreduce_blocks", "sp_group", "ring")
+    """Fields that say something about a model only, and nothing about single calls."""
 
     backend: str = option(
         "auto", choices=("auto", *BACKENDS), doc="Which way of computing attention; a named one that cannot run a call raises."
@@ -36,8 +50,30 @@ class FastAttention(Config):
         doc="When a call must go to the model's own attention (it asks for attention's weights): warn once per reason, raise, or neither.",
     )  # fmt: skip
     cache: str = option(
-        "arena", choices=("arena", "keep"),
-        doc="`arena` lets a model's growing caches write new tokens in place instead of copying all tokens for each one.",
+        "arena", choices=("arena", "cooperative", "keep"),
+        doc="`arena` lets a model's growing caches write new tokens in place instead of copying all tokens for each one; `cooperative` "
+        "also gives `generate` a cache of which part lies on the host, attended there, where the caller passes none.",
+    )  # fmt: skip
+    kv_host: float | int | str | None = option(
+        "auto",
+        doc="How much of a cooperative cache lies on the host: what the device has no memory for or what is predicted to be faster there "
+        "(`auto`), a share of all in [0.0, 1.0] (a float), bytes or a size such as `2 GiB`; none: nothing.",
+    )  # fmt: skip
+    kv_split: str = option(
+        "auto", choices=("auto", "token", "layer", "upload"),
+        doc="How a cooperative cache is divided: every layer by tokens, whole layers, storage on the host only, or the fastest by "
+        "prediction.",
+    )  # fmt: skip
+    kv_recent: int = option(RECENT, low=0, unit="tokens", doc="The most recent tokens, which stay on the device, in a cooperative cache.")
+    stream_chunk_mib: float = option(
+        8.0, low=1 / 1024, unit="MiB", doc="One of the two buffers on the device for what comes from the host, in a cooperative cache."
+    )
+    host_threads: int | None = option(
+        None, low=1, machine=True, doc="Threads that attend on the host, in a cooperative cache; none: one for each core, less one."
+    )
+    prefill_chunk: int | Literal["auto"] = option(
+        "auto", low=1, unit="tokens",
+        doc="Tokens of a prompt that `generate` processes at a time where part of it lies on the host; `auto`: as many as hide the link.",
     )  # fmt: skip
     tp_group: object = option(
         None, machine=True,
@@ -58,6 +94,24 @@ class FastAttention(Config):
     )  # fmt: skip
 
     def validate(self) -> None:
-        """Groups are kept by name, so that settings stay values that can be compared, copied and stored."""
+        """Groups are kept by name and sizes as bytes, so that settings stay values that can be compared, copied and stored."""
         for name in ("tp_group", "sp_group"):
             object.__setattr__(self, name, group_name(getattr(self, name), where=f"FastAttention.{name}"))
+        object.__setattr__(self, "kv_host", self.cache_settings().kv_host)
+        if self.cache != "cooperative":
+            self._without_effect(self.OF_A_CACHE, 'only a cache on two sides has it. Use cache="cooperative", or leave it out.')
+
+    def cache_settings(self) -> CacheSettings:
+        """What is said about cooperative caches."""
+        return CacheSettings(**{name: getattr(self, name) for name in self.OF_A_CACHE})
+
+    def said(self, names: Iterable[str]) -> list[str]:
+        """Those of these fields that were given another value than their default."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
+    def _without_effect(self, names: Iterable[str], why: str) -> None:
+        for name in self.said(names):
+            raise ConfigError(
+                f"{name}={getattr(self, name)!r} would have no effect", where=f"FastAttention.{name}", fix=why[0].upper() + why[1:]
+            )

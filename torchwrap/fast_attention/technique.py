@@ -10,21 +10,26 @@ masks where FlashAttention does not reach. Where we differ: any model as it is, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, TypeVar, overload
 
 from torch import nn
 
 from torchwrap.attention.distributed.works import group_name
+from torchwrap.attention.divert import Diverted
 from torchwrap.attention.service import Service
-from torchwrap.core.errors import UnsupportedModelError
+from torchwrap.core.errors import ConfigError, UnsupportedModelError
 from torchwrap.core.integration import AttentionRoute, Integration, integration_for
 from torchwrap.core.order import PHASES
 from torchwrap.core.technique import Prepared, Technique, register
+from torchwrap.core.transaction import applied, handle_of
 from torchwrap.fast_attention import torch_modules
 from torchwrap.fast_attention.config import FastAttention
 from torchwrap.fast_attention.handle import FastAttentionHandle
 
 __all__ = ["FastAttentionTechnique", "fast_attention"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class FastAttentionTechnique(Technique[FastAttention]):
@@ -60,8 +65,7 @@ class FastAttentionTechnique(Technique[FastAttention]):
 
     def prepare(self, model: nn.Module, config: FastAttention, integration: Integration) -> Prepared[FastAttention]:
         """Find every attention module and how it is reached; touches nothing."""
-        tp_group = group_name(config.tp_group, where="FastAttention.tp_group")
-        service = Service(config.backend, config.fallback, config.cache, tp_group=tp_group, allreduce_blocks=config.allreduce_blocks)
+        service = _service(config)
         routes = list(_routes("", model, service))
         served = {id(module) for route in routes for _, module, _ in route.places}
         own = torch_modules.route(model, service, served)
@@ -74,6 +78,13 @@ class FastAttentionTechnique(Technique[FastAttention]):
                 f"modules whose forward calls scaled_dot_product_attention, and for those known to the {integration.name} integration",
                 where=type(model).__name__,
                 fix="Call torchwrap.attention.attend.attend in the model's own code, or give the part of it that has attention.",
+            )
+        if config.cache == "cooperative" and not any(route.generates for route in routes):
+            raise UnsupportedModelError(
+                f'cache="cooperative": no model in this {type(model).__name__} generates with a growing cache of layers of full attention, '
+                f"as far as the {integration.name} integration knows",
+                where=type(model).__name__,
+                fix='Use cache="arena", the default.',
             )
         layers = [place for route in routes for place in route.places]
         notes = [note for route in routes for note in route.notes]
@@ -88,6 +99,68 @@ class FastAttentionTechnique(Technique[FastAttention]):
             handle.close()
             raise
         return handle
+
+    @overload
+    def scope(
+        self, model: None = None, config: FastAttention | None = None, /, **options: object
+    ) -> AbstractContextManager[FastAttentionHandle]: ...
+    @overload
+    def scope(self, model: M, config: FastAttention | None = None, /, **options: object) -> AbstractContextManager[M]: ...
+    def scope(
+        self, model: nn.Module | None = None, config: FastAttention | None = None, /, **options: object
+    ) -> AbstractContextManager[Any]:
+        """A block in which attention is computed here, without a model: every call of `F.scaled_dot_product_attention` by this thread.
+
+        Blocks nest, the innermost serves; an error leaves nothing behind; other threads are not touched. With a model it is
+        `torchwrap.applied(model, FastAttention(...))`. Code that torch.compile compiled is compiled once more for the block.
+
+        Args:
+            model: None: the calls of this thread.
+            config: the settings as an object.
+            **options: the settings as fields; not together with `config`.
+
+        Returns:
+            a context manager that gives a handle (`stats()`, `explain()`), with a model the model.
+
+        Raises:
+            ConfigError: a field is unknown, out of range, or of no effect without a model.
+
+        Example:
+            >>> import torch, torchwrap as tw
+            >>> q = torch.randn(1, 2, 5, 8)
+            >>> with tw.fast_attention.scope() as handle:
+            ...     out = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+            >>> sum(handle.stats()["served"].values())
+            1
+        """
+        settings = self._settings(config, options)
+        without = settings.said(FastAttention.OF_A_MODEL) if model is None else []
+        if without:
+            raise ConfigError(
+                f"{', '.join(without)} would have no effect: scope() was given no model",
+                where="fast_attention.scope",
+                fix="Leave it out, or give the model.",
+            )
+        return _in_this_thread(settings) if model is None else applied(model, settings)
+
+    def explain(self, model: nn.Module) -> str:
+        """The handle's `explain()`: which back end computed which calls of a wrapped model, and why."""
+        handle: FastAttentionHandle = handle_of(model, self.name)
+        return handle.explain()
+
+
+def _service(config: FastAttention) -> Service:
+    return Service(
+        config.backend, config.fallback, config.cache, cooperation=config.cache_settings() if config.cache == "cooperative" else None,
+        tp_group=group_name(config.tp_group, where="FastAttention.tp_group"), allreduce_blocks=config.allreduce_blocks,
+    )  # fmt: skip
+
+
+@contextmanager
+def _in_this_thread(config: FastAttention) -> Iterator[FastAttentionHandle]:
+    service = _service(config)
+    with Diverted("scope", service):
+        yield FastAttentionHandle(service, [])
 
 
 def _routes(prefix: str, module: nn.Module, service: Service) -> Iterator[AttentionRoute]:

@@ -1,0 +1,113 @@
+"""Gives `generate` a cache on two sides where its caller passes none.
+
+`generate` makes its cache in one place, the method `_prepare_cache_for_generation` (transformers 5.23), which knows what a plan needs: how
+many sequences there will be and how long they may get. So that method of a wrapped model is ours, as an attribute of the object that
+`unwrap` takes away again. The cache goes on as one that the caller had passed: it is what `generate` uses and returns. What the caller
+chose (a cache, a kind of cache, no cache) stays, and so do caches of models that only propose tokens for another.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from torchwrap.attention.cooperative.planner import Rates
+from torchwrap.attention.cooperative.settings import CacheSettings
+from torchwrap.core.errors import UnsupportedModelError
+from torchwrap.core.layer import Layer, held_back
+from torchwrap.core.swap import original_class
+from torchwrap.integrations.transformers.cooperative import CooperativeCache
+
+__all__ = ["CacheMaker", "generates_with_a_growing_cache"]
+
+_METHOD = "_prepare_cache_for_generation"
+
+
+def generates_with_a_growing_cache(model: nn.Module) -> bool:
+    """Can `model.generate` work with a growing cache that has layers of full attention?"""
+    kind: Any = original_class(model)
+    config: Any = getattr(model, "config", None)
+    if not hasattr(kind, _METHOD) or not kind.can_generate() or config.is_encoder_decoder or not kind._supports_default_dynamic_cache():
+        return False
+    return any(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+
+
+class CacheMaker:
+    """Stands for one model's method that makes the cache of a generation.
+
+    Args:
+        model: of transformers; `generates_with_a_growing_cache` says yes to it.
+        settings: of the caches.
+        layer: that stands on the model; while it is held back the model's own method works.
+    """
+
+    def __init__(self, model: nn.Module, settings: CacheSettings, layer: Layer) -> None:
+        self.model, self.settings, self.layer = model, settings, layer
+        self._rates: dict[tuple[int, torch.device, torch.dtype], Rates] = {}
+
+    def put(self) -> None:
+        """Let the model's `generate` ask here."""
+        self.model.__dict__[_METHOD] = self
+
+    def take(self) -> None:
+        """Let it ask the model's own method again, unless somebody else's stands there."""
+        if self.model.__dict__.get(_METHOD) is self:
+            del self.model.__dict__[_METHOD]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `GenerationMixin._prepare_cache_for_generation`.
+
+        Raises:
+            PlanError: device and host together have no memory for the sequences; nothing was generated.
+            UnsupportedModelError: the model lies on several devices.
+        """
+        own: Callable[..., Any] = getattr(original_class(self.model), _METHOD)
+        asked = inspect.signature(own).bind(self.model, *args, **kwargs).arguments
+        config, given = asked["generation_config"], asked["model_kwargs"]
+        if not self._wanted(config, given):
+            return own(self.model, *args, **kwargs)
+        beams = max(config.num_beams or 1, config.num_return_sequences or 1)
+        # The last token that is generated is never stored; proposed ones may be, and memory grows for them.
+        cache = self._made(asked["max_cache_length"], asked["batch_size"] * beams, given)
+        given["past_key_values"] = cache
+        chunk = cache.plan.prefill_tokens
+        if config.prefill_chunk_size is None and cache.plan.host_bytes and cache.plan.tokens > chunk and not _is_multimodal(given):
+            config.prefill_chunk_size = chunk  # of this generation: `generate` works on a copy
+        return None
+
+    def _wanted(self, config: Any, given: dict[str, Any]) -> bool:
+        if any(held is self.layer for held in held_back()):
+            return False
+        if given.get("past_key_values") is not None or config.use_cache is False or config.is_assistant:
+            return False
+        return config.cache_implementation in (None, "dynamic")
+
+    def _made(self, tokens: int, batch: int, given: dict[str, Any]) -> CooperativeCache:
+        model: Any = self.model
+        places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+        if len(places) > 1:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} lies on {', '.join(sorted(places))}, and a cooperative cache is for one device and its host",
+                where="generate",
+                fix='Use cache="arena", or load the model on one device.',
+            )
+        mask = given.get("attention_mask")
+        # Weights may be placed elsewhere between calls; a mask on a card says where it is computed.
+        device = mask.device if isinstance(mask, torch.Tensor) and model.device.type in ("cpu", "meta") else model.device
+        kind = batch, device, model.dtype
+        cache = CooperativeCache(
+            model, tokens=max(1, tokens), batch=batch, device=device, rates=self._rates.get(kind), **asdict(self.settings)
+        )
+        self._rates[kind] = cache.plan.rates
+        return cache
+
+
+def _is_multimodal(given: dict[str, Any]) -> bool:
+    """Inputs beside tokens, which `generate` cannot cut into chunks."""
+    return any(isinstance(value, torch.Tensor) and value.is_floating_point() for name, value in given.items() if name != "attention_mask")
