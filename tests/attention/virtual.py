@@ -56,9 +56,10 @@ class VirtualMachine:
         self.rates = rates
         self.limits = {"device": device_bytes, "host": host_bytes}
         self.allocated = {"device": 0, "host": 0}
-        self.busy = {"device": 0.0, "link": 0.0}  # the end of what each lane was given
+        self.busy = {"device": 0.0, "link": 0.0, "disk": 0.0}  # the end of what each lane was given
         self.hosts: dict[int, float] = {}
         self.uploaded = 0
+        self._asked = 0.0  # when the last query went to the host
         self._uses: dict[int, Use] = {}
         self._waiting: list[Mark] = []
         self._lock = threading.RLock()
@@ -100,6 +101,7 @@ class VirtualMachine:
     def download(self, source: Tensor, target: Tensor) -> Mark:
         with self._lock:
             self._check_free(target, self.busy["device"])
+            self._asked = self.busy["device"]
             # In order with the device's work, which may overwrite the source as soon as this is issued.
             return self._copy("device", source.clone(), target)
 
@@ -125,10 +127,19 @@ class VirtualMachine:
             self.hosts[lane[0]] = end = start + self.rates.wake_s + nbytes * lane[1] / self.rates.host
         return work(), Mark(end, "host")
 
+    def read(self, start: Callable[[], T], nbytes: int) -> tuple[T, Mark]:
+        with self._lock:
+            # Two blocks are on their way at a time, so that the disk never waits for who reads it, once the step has begun.
+            self.busy["disk"] = max(self.busy["disk"], self._asked) + nbytes / self.rates.disk
+            found = start()
+            for name in ("keys", "values"):  # where something else may have been before
+                self._uses.pop(getattr(found, name).data_ptr(), None)
+            return found, Mark(self.busy["disk"], "disk")
+
     def now(self) -> float:
         with self._lock:
             self._wait(self._waiting, 0.0)
-            return max(self.busy["device"], self.busy["link"], *self.hosts.values(), 0.0)
+            return max(*self.busy.values(), *self.hosts.values(), 0.0)
 
     def _copy(self, lane: str, source: Tensor, target: Tensor) -> Mark:
         mark = Mark(self.busy[lane], lane, [lambda: target.copy_(source)])

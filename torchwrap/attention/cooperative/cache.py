@@ -9,6 +9,7 @@ Letters: B sequences, Hq and Hkv query and key heads, Sq queries, n new tokens, 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +19,14 @@ from torch import Tensor
 
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import checked
+from torchwrap.attention.cooperative.disk import Disk
+from torchwrap.attention.cooperative.heads import HeadLayer, HeadRoom
 from torchwrap.attention.cooperative.machine import Machine
 from torchwrap.attention.cooperative.planner import Plan
-from torchwrap.attention.cooperative.step import Attend, HostError, Query, Staging, Workers, attend_tiers
+from torchwrap.attention.cooperative.query import Attend, Query
+from torchwrap.attention.cooperative.rounding import Loss
+from torchwrap.attention.cooperative.staging import Staging, Workers
+from torchwrap.attention.cooperative.step import HostError, attend_tiers
 from torchwrap.attention.cooperative.tiers import Room, TieredLayer
 from torchwrap.attention.cpu import decode
 from torchwrap.attention.masks.mask import TileMask
@@ -41,49 +47,68 @@ class TieredCache:
         chunk_tokens: tokens in one of the two staging buffers.
         workers: threads that attend on the host.
         partial: computes one partial on either side; None: `attend`.
+        storage: dtype on the host and the disk; None: that of the device.
+        disk: where blocks go for which the host has no room; closed by `release`.
 
     Attributes:
-        layers: one `TieredLayer` for each room.
+        layers: one `TieredLayer` or `HeadLayer` for each room.
 
-    Exactness: as one attention over all keys, up to rounding; no gradients.
+    Exactness: as one attention over all keys, up to rounding; no gradients. With a narrower `storage` it is lossy: see `losses`.
     Cost: `device_bytes` and `host_bytes`, and on the host one query.
     """
 
     def __init__(
-        self, rooms: Sequence[Room], *, machine: Machine, streamed: float = 0.0, chunk_tokens: int = CHUNK_TOKENS, workers: int = 1,
-        partial: Attend | None = None,
+        self, rooms: Sequence[Room | HeadRoom], *, machine: Machine, streamed: float = 0.0, chunk_tokens: int = CHUNK_TOKENS,
+        workers: int = 1, partial: Attend | None = None, storage: torch.dtype | None = None, disk: Disk | None = None,
     ) -> None:  # fmt: skip
-        self.machine, self.streamed = machine, streamed
-        self.layers = [TieredLayer(index, machine, room) for index, room in enumerate(rooms)]
+        self.machine, self.streamed, self.disk = machine, streamed, disk
+        self.layers: list[TieredLayer | HeadLayer] = [
+            HeadLayer(index, machine, room, storage, disk)
+            if isinstance(room, HeadRoom)
+            else TieredLayer(index, machine, room, storage, disk)
+            for index, room in enumerate(rooms)
+        ]
         self._staging, self._workers = Staging(machine, chunk_tokens), Workers(workers)
         self._partial = partial or _attend
+        # One thread for each worker: what the kernel starts on top would be in the way of the others.
+        self._partial_host = partial or (_attend if workers == 1 else functools.partial(_attend, threads=1))
         self._fresh: tuple[int, int, Tensor, Tensor] | None = None  # layer, its version, keys and values of its last append
         weakref.finalize(self, self._workers.close)
 
     @classmethod
     def from_plan(
-        cls, plan: Plan, machine: Machine, dtype: torch.dtype, *, workers: int = 1, partial: Attend | None = None
-    ) -> TieredCache:
+        cls, plan: Plan, machine: Machine, dtype: torch.dtype, *, workers: int = 1, partial: Attend | None = None,
+        storage: torch.dtype | None = None, disk: Disk | None = None,
+    ) -> TieredCache:  # fmt: skip
         """The cache of a plan, with all its memory allocated now.
+
+        Args:
+            plan: what lies where.
+            machine: the device and its host.
+            dtype: of keys and values.
+            workers, partial: as for `TieredCache`.
+            storage: dtype on the host, of the plan's `host_itemsize` bytes; None: `dtype`.
+            disk: with room for the plan's `disk_bytes`; None: the plan needs none.
 
         Raises:
             PlanError: there is less memory than the plan counts on. Nothing stays allocated.
         """
         shape = plan.shape
-        rooms = [
-            Room(kept, min(plan.recent, kept) if kept < plan.tokens else 0, plan.spill, plan.host_tokens(layer), kept < plan.tokens)
-            for layer, kept in enumerate(plan.device_tokens)
-        ]
-        cache = cls(rooms, machine=machine, streamed=plan.streamed, chunk_tokens=plan.chunk_tokens, workers=workers, partial=partial)
-        sizes = (shape.batch, shape.kv_heads, shape.width, shape.value_width)
+        storage = None if storage == dtype else storage
+        cache = cls(
+            [plan.room(layer) for layer in range(shape.layers)], machine=machine, streamed=plan.streamed, chunk_tokens=plan.chunk_tokens,
+            workers=workers, partial=partial, storage=storage, disk=disk,
+        )  # fmt: skip
+        reached = 0
         try:
             for layer in cache.layers:
-                layer.reserve(*sizes, dtype)
+                reached = layer.index
+                layer.reserve(shape.batch, shape.kv_heads, shape.width, shape.value_width, dtype)
             if plan.staging_bytes:
-                cache._staging.reserve(sizes, dtype)
+                most = max(plan.host_heads(layer) for layer in range(shape.layers))
+                cache._staging.reserve((shape.batch, most, shape.width, shape.value_width), storage or dtype, dtype)
         except (MemoryError, torch.OutOfMemoryError) as error:
             device, host = cache.device_bytes, cache.host_bytes
-            reached = sum(one.near is not None for one in cache.layers)
             cache.release()
             raise errors.PlanError(
                 f"no memory for keys and values of {plan.tokens} tokens: {plan.device_bytes} bytes were planned on the device and "
@@ -103,6 +128,11 @@ class TieredCache:
         """Bytes allocated on the host for keys and values."""
         return sum(layer.host_bytes for layer in self.layers)
 
+    @property
+    def losses(self) -> list[Loss | None]:
+        """What a narrower storage has cost each layer so far, measured; None where it stores what it was given."""
+        return [layer.rounding.loss() if layer.rounding is not None else None for layer in self.layers]
+
     def append(self, index: int, keys: Tensor, values: Tensor) -> None:
         """Add tokens to a layer.
 
@@ -113,6 +143,7 @@ class TieredCache:
 
         Raises:
             BudgetError: neither side has memory for them. All layers hold what they held before this pass.
+            DiskFullError, StorageError: the disk has no room, or failed. All layers hold what they held before this pass.
         """
         layer = self.layers[index]
         with self._restored(layer, layer.length):
@@ -149,6 +180,7 @@ class TieredCache:
 
         Raises:
             ConfigError: q asks for gradients.
+            StorageError: the disk failed, or gave other bytes than were written. All layers hold what they held before this pass.
             WorkError: a thread of the host failed. All layers hold what they held before this pass.
         """
         layer = self.layers[index]
@@ -158,7 +190,8 @@ class TieredCache:
             )
         fresh, self._fresh = self._fresh, None
         query = Query(
-            q=q, mask=mask, scale=q.shape[3] ** -0.5 if scale is None else scale, softcap=softcap, sinks=sinks, attend=self._partial
+            q=q, mask=mask, scale=q.shape[3] ** -0.5 if scale is None else scale, softcap=softcap, sinks=sinks, attend=self._partial,
+            attend_host=self._partial_host,
         )
         with self._restored(layer, layer.previous):
             try:
@@ -167,6 +200,8 @@ class TieredCache:
                     fresh=fresh[2:] if fresh and fresh[:2] == (index, layer.version) else None,
                 )  # fmt: skip
             except HostError as error:
+                if isinstance(error.__cause__, errors.StorageError):
+                    raise error.__cause__ from None
                 raise errors.WorkError(
                     f"attention on the host failed: {error}",
                     where=f"layer {index}",
@@ -179,33 +214,58 @@ class TieredCache:
             layer.crop(length)
 
     def select(self, index: Tensor) -> None:
-        """Rows `index` of the batch in place of all, in every layer. Shapes: index (B',)."""
+        """Rows `index` of the batch in place of all, in every layer.
+
+        Args:
+            index: `[B']` integers.
+
+        Raises:
+            BudgetError: another number of rows, and no memory for them. The cache is empty: its layers would have different rows.
+        """
         for layer in self.layers:
+            self.select_in(layer, index)
+
+    def select_in(self, layer: TieredLayer | HeadLayer, index: Tensor) -> None:
+        """As `select`, in one layer; the caller sees to it that all others follow."""
+        try:
             layer.select(index)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            for one in self.layers:
+                one.release()
+            raise errors.BudgetError(
+                f"no memory for {len(index)} rows in place of {layer.batch or 'those before'}: {error}", needed=0, available=0,
+                where=f"layer {layer.index}", fix="The cache is empty now. Make it for the largest batch, beams included.",
+            ) from error  # fmt: skip
 
     def release(self) -> None:
-        """Give all memory back and end the threads; the next append begins anew."""
+        """Give all memory back, end the threads and remove what is on the disk; without a disk, the next append begins anew."""
         self._workers.close()
         self._fresh = None
         for layer in self.layers:
             layer.release()
         self._staging.release()
+        if self.disk is not None:
+            self.disk.close()
 
     @contextmanager
-    def _restored(self, layer: TieredLayer, length: int) -> Iterator[None]:
+    def _restored(self, layer: TieredLayer | HeadLayer, length: int) -> Iterator[None]:
         """On an error every layer is cut back to `length` tokens."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.crop(length)
+            if isinstance(error, errors.StorageError):
+                error.add_note(f"layer {layer.index}; the cache holds the {length} tokens before this pass")
             raise
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: TileMask | None, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: TileMask | None, scale: float, softcap: float | None, threads: int | None = None
+) -> tuple[Tensor, Tensor]:
     """One partial. On a CPU it comes wider than half types, so that these are rounded to once, after the merge."""
     if q.device.type == "cpu":
         call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap)
         form = None if call.is_empty else decode.form(call)
         if form is not None:
-            return decode.partial(call, form)
+            return decode.partial(call, form, threads)
     return attend(q, k, v, mask=mask, scale=scale, softcap=softcap, return_lse=True)

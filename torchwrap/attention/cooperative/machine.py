@@ -1,7 +1,8 @@
 """The machine under a cache of two tiers: one device, one host, one link between them, and the order of what happens on the three.
 
 Decoding one token reads every key and value once, so what counts is which memory each byte is read from and which way it takes. A `Machine`
-offers five verbs for that: `compute` on the device, `work` on the host, `upload` and `download` over the link, and marks that order them.
+offers verbs for that: `compute` on the device, `work` on the host, `upload` and `download` over the link, `read` from the disk, and marks
+that order them.
 `CudaMachine` issues them on streams and events. `OneMemory` has the device's tensors in the machine's own memory: the same schedule without
 a card, exact, with nothing to gain but tests and the habit. Tests add a third with a virtual clock (tests/attention/virtual.py).
 
@@ -70,6 +71,10 @@ class Machine(Protocol):
         """Do `work` on the host, in the calling thread, which is one of several, once every mark of `after` is reached."""
         ...
 
+    def read(self, start: Callable[[], T], nbytes: int) -> tuple[T, Mark]:
+        """Start to read `nbytes` bytes from a disk; what `start` returns knows when they are there, and so does the mark."""
+        ...
+
     def now(self) -> float:
         """Seconds on a clock of the machine's own, after waiting for the device."""
         ...
@@ -106,6 +111,9 @@ class OneMemory:
 
     def work(self, work: Callable[[], T], *, reads: Sequence[torch.Tensor], lane: Lane, after: Sequence[Mark] = ()) -> tuple[T, Mark]:
         return work(), None
+
+    def read(self, start: Callable[[], T], nbytes: int) -> tuple[T, Mark]:
+        return start(), None
 
     def now(self) -> float:
         return time.perf_counter()
@@ -157,7 +165,7 @@ class CudaMachine:
         return event
 
     def download(self, source: torch.Tensor, target: torch.Tensor) -> Mark:
-        target.copy_(source, non_blocking=True)
+        _copy(source, target)
         return self.computed()
 
     def upload(self, source: torch.Tensor, target: torch.Tensor, after: Sequence[Mark] = ()) -> Mark:
@@ -165,7 +173,7 @@ class CudaMachine:
             for mark in after:
                 if mark is not None:
                     self._uploads.wait_event(mark)
-            target.copy_(source, non_blocking=True)
+            _copy(source, target)
             event = torch.cuda.Event()
             event.record(self._uploads)
         return event
@@ -176,9 +184,22 @@ class CudaMachine:
                 mark.synchronize()
         return work(), None
 
+    def read(self, start: Callable[[], T], nbytes: int) -> tuple[T, Mark]:
+        return start(), None
+
     def now(self) -> float:
         torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """A copy over the link in runs of memory: of anything else torch makes an unlocked copy on the host first, and waits for it."""
+    if source.dim() != 4 or (source.is_contiguous() and target.is_contiguous()):
+        target.copy_(source, non_blocking=True)
+        return
+    for row in range(source.shape[0]):
+        for head in range(source.shape[1]):
+            target[row, head].copy_(source[row, head], non_blocking=True)
 
 
 def machine_for(device: torch.device) -> Machine:

@@ -13,7 +13,7 @@ import torch
 from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.machine import Machine
 from torchwrap.attention.cooperative.planner import CacheShape, Rates
-from torchwrap.attention.cooperative.step import Attend
+from torchwrap.attention.cooperative.query import Attend
 from torchwrap.attention.cooperative.tiers import Room
 
 __all__ = ["measure_rates"]

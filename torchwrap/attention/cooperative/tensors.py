@@ -47,11 +47,11 @@ class TieredTensor(torch.Tensor):
     @staticmethod
     def __new__(cls: type[TieredTensor], cache: TieredCache, index: int, kind: Literal["keys", "values"]) -> TieredTensor:
         layer = cache.layers[index]
-        if layer.near is None:
+        batch, heads, width, value_width = layer.shape
+        if not heads:
             raise errors.ConfigError("the layer holds nothing yet", where=f"layer {index}", fix="Append keys and values first.")
-        memory = layer.near.keys if kind == "keys" else layer.near.values
-        shape = (*memory.shape[:2], layer.length, memory.shape[3])
-        made: TieredTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=memory.dtype, device=memory.device)
+        shape = batch, heads, layer.length, width if kind == "keys" else value_width
+        made: TieredTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=cache.machine.device)
         made.cache, made.layer_index, made.kind, made.version = cache, index, kind, layer.version
         return made
 
@@ -93,9 +93,7 @@ class TieredTensor(torch.Tensor):
             errors.TorchwrapWarning,
             stacklevel=4,
         )
-        layer = self.cache.layers[self.layer_index]
-        self.cache.machine.now()  # every copy has ended
-        return torch.cat([getattr(piece, self.kind).to(self.device) for piece in layer.pieces()], 2)
+        return self.cache.layers[self.layer_index].gathered(self.kind)
 
     def _again(self) -> TieredTensor:
         made = TieredTensor(self.cache, self.layer_index, self.kind)

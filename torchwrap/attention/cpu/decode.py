@@ -77,9 +77,15 @@ def forward(call: Call, form: Form) -> tuple[Tensor, Tensor]:
     return out.to(call.q.dtype), lse
 
 
-def partial(call: Call, form: Form) -> tuple[Tensor, Tensor]:
-    """As `forward`, with out not yet rounded to a half type where the form has it wider: to be merged with attention over other keys."""
-    out, lse = _by_native(call) if form == "native" else _by_pieces(call)
+def partial(call: Call, form: Form, threads: int | None = None) -> tuple[Tensor, Tensor]:
+    """As `forward`, with out not yet rounded to a half type where the form has it wider: to be merged with attention over other keys.
+
+    Args:
+        call: the call.
+        form: of that name.
+        threads: of the native kernel; None: as torch.get_num_threads().
+    """
+    out, lse = _by_native(call, threads) if form == "native" else _by_pieces(call)
     shape = call.batch, call.heads, call.q_length
     return with_sinks(out.reshape(*shape, call.value_width), lse.reshape(shape), call.sinks)
 
@@ -98,11 +104,11 @@ def _native() -> Callable[..., tuple[Tensor, Tensor]] | str:
     return run if native.available() else native.reason()
 
 
-def _by_native(call: Call) -> tuple[Tensor, Tensor]:
+def _by_native(call: Call, threads: int | None) -> tuple[Tensor, Tensor]:
     native = _native()
     assert not isinstance(native, str)
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (_folded(call), call.k, call.v))
-    return native(q, k, v, None, None, _limits(call), call.scale, call.softcap or 0.0)
+    return native(q, k, v, None, None, _limits(call), call.scale, call.softcap or 0.0, threads=threads)
 
 
 def _limits(call: Call) -> Tensor | None:
