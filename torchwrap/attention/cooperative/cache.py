@@ -125,8 +125,8 @@ class TieredCache:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes allocated on the host for keys and values."""
-        return sum(layer.host_bytes for layer in self.layers)
+        """Bytes allocated on the host for keys and values, those included that are on their way from the disk."""
+        return sum(layer.host_bytes for layer in self.layers) + (self.disk.buffer_bytes if self.disk is not None else 0)
 
     @property
     def losses(self) -> list[Loss | None]:

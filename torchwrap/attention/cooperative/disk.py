@@ -61,6 +61,7 @@ class Disk:
         self.store = SpillStore.create(folder, needed=nbytes, backend=backend)
         self._reader = Reader(threads=2, backend=backend)
         self._names = (f"block{number}" for number in itertools.count())
+        self._buffers: list[Buffer] = []
         self._free: list[Buffer] = []
         self._lock = threading.Lock()
 
@@ -71,8 +72,8 @@ class Disk:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of memory of the buffers that are not in use now."""
-        return sum(buffer.nbytes for buffer in self._free)
+        """Bytes of memory of the buffers for what is read; they stay for the next step."""
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     def write(self, keys: Tensor, values: Tensor) -> str:
         """Write a block; its name.
@@ -97,7 +98,9 @@ class Disk:
         needed = places[1] + round_up(segments[1].nbytes)
         with self._lock:
             fitting = next((index for index, buffer in enumerate(self._free) if buffer.nbytes == needed), None)
-            buffer = allocate(needed) if fitting is None else self._free.pop(fitting)
+            if fitting is None:
+                self._buffers.append(allocate(needed))
+            buffer = self._buffers[-1] if fitting is None else self._free.pop(fitting)
         file = self.store.file
         ticket = self._reader.submit([
             Read(file, segment.offset, segment.nbytes, buffer, place, (file.part(segment.name),))
@@ -107,10 +110,13 @@ class Disk:
         both = [raw[place : place + segment.nbytes].view(block.dtype) for segment, place in zip(segments, places, strict=True)]
         return Fetch(self, buffer, ticket, both[0].view(block.shapes[0]), both[1].view(block.shapes[1]))
 
-    def give_back(self, buffer: Buffer) -> None:
-        """A buffer that nobody reads any more."""
+    def give_back(self, buffer: Buffer, *, whole: bool) -> None:
+        """A buffer that nobody reads any more; if not `whole`, a reading thread may still write to it, and it is not used again."""
         with self._lock:
-            self._free.append(buffer)
+            if whole:
+                self._free.append(buffer)
+            elif buffer in self._buffers:
+                self._buffers.remove(buffer)
 
     def remove(self, names: Sequence[str]) -> None:
         """Forget blocks; their places are used for others."""
@@ -122,7 +128,7 @@ class Disk:
         """Remove the file and its folder. Calling it again does nothing."""
         self._reader.close()
         self.store.close()
-        self._free = []
+        self._free, self._buffers = [], []
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,8 +157,7 @@ class Fetch:
 
     def release(self) -> None:
         """Let the buffer be used again, unless a read that failed may still write to it."""
-        if self.ticket.done():
-            self.disk.give_back(self.buffer)
+        self.disk.give_back(self.buffer, whole=self.ticket.done())
 
 
 @dataclass(frozen=True, slots=True)
