@@ -6,6 +6,7 @@ model are `TieredTensor`s, which the attention function of `torchwrap.fast_atten
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from torchwrap.attention.cooperative.cache import TieredCache
+from torchwrap.attention.cooperative.disk import Disk
 from torchwrap.attention.cooperative.machine import cores, free_on, machine_for
-from torchwrap.attention.cooperative.measure import measure_rates
+from torchwrap.attention.cooperative.measure import measure_disk, measure_rates
 from torchwrap.attention.cooperative.planner import RECENT, CacheShape, Rates, Split, plan_cache
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.core.config import parse_size
@@ -37,7 +39,10 @@ class CooperativeCache(DynamicCache):
         dtype: of keys and values; None: that of the model.
         kv_host: how much lies on the host, at least: "auto" for what the device has no memory for, or is predicted to be faster there; a
             share of all in [0.0, 1.0] (a float); bytes, or a size like "2 GiB"; None: nothing.
-        kv_split: "token", "layer", "upload", or "auto" for the fastest by prediction.
+        kv_split: "token", "layer", "upload", "head", or "auto" for the fastest of the first three by prediction.
+        kv_host_dtype: in which the host stores keys and values; None: `dtype`. A narrower one is lossy: `describe` has what it lost.
+        kv_disk: most bytes, or a size, on a disk, for what neither side has memory for; None: nothing.
+        kv_disk_path: where to make a private folder for that, which is gone with the cache; None: the system's for temporary files.
         kv_recent: most recent tokens that stay on the device.
         stream_chunk_mib: one of the two buffers on the device for what comes from the host, in MiB.
         host_threads: threads that attend on the host; None: one for each core, less one.
@@ -51,9 +56,12 @@ class CooperativeCache(DynamicCache):
     Raises:
         ConfigError: a value is out of its range.
         PlanError: the memory does not suffice; nothing stays allocated.
+        DiskFullError: the disk has less room than the plan needs there.
+        UnsafePathError: the folder for it is a link, somebody else's, or writable by others.
         UnsupportedModelError: the model has no layer of full attention with a cache of its own.
 
-    Exactness: tokens of greedy generation as with a cache on one device, up to rounding of sums in another order.
+    Exactness: tokens of greedy generation as with a cache on one device, up to rounding of sums in another order; with a narrower
+        `kv_host_dtype` lossy.
 
     Example:
         >>> cache = CooperativeCache(model, tokens=131072, device_memory="2 GiB", host_memory="24 GiB")  # doctest: +SKIP
@@ -63,7 +71,8 @@ class CooperativeCache(DynamicCache):
     def __init__(
         self, model: Any, *, tokens: int, device_memory: int | str | None = None, host_memory: int | str | None = None, batch: int = 1,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, kv_host: float | str | None = "auto",
-        kv_split: Split | Literal["auto"] = "auto", kv_recent: int = RECENT, stream_chunk_mib: float = 8.0, host_threads: int | None = None,
+        kv_split: Split | Literal["auto"] = "auto", kv_host_dtype: torch.dtype | None = None, kv_disk: int | str | None = None,
+        kv_disk_path: str | None = None, kv_recent: int = RECENT, stream_chunk_mib: float = 8.0, host_threads: int | None = None,
         prefill_chunk: int | Literal["auto"] = "auto", rates: Rates | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config=model.config)
@@ -75,20 +84,33 @@ class CooperativeCache(DynamicCache):
                 fix="Use the model's own cache.",
             )
         dtype = dtype or model.dtype
-        shape = _shape(model, len(divided), batch, dtype)
+        storage = _storage(kv_host_dtype, dtype)
+        shape = _shape(model, len(divided), batch, dtype, storage)
         machine = machine_for(torch.device(device or model.device))
         chunk_bytes, workers = _chunk_bytes(stream_chunk_mib), _threads(host_threads)
         whole = shape.layers * tokens * shape.token_bytes
         host = parse_size(host_memory, field="host_memory") if host_memory is not None else memory_available() or 0
         near = parse_size(device_memory, field="device_memory") if device_memory is not None else free_on(machine.device)
-        self.plan = plan_cache(
-            shape, tokens, device_bytes=_left_to_device(kv_host, whole, near, 2 * chunk_bytes), host_bytes=0 if kv_host is None else host,
-            split=kv_split, recent=kv_recent, chunk_bytes=chunk_bytes, prefill_tokens=prefill_chunk,
-            rates=rates or measure_rates(machine, shape, dtype, chunk_bytes=chunk_bytes, workers=workers),
-        )  # fmt: skip
-        self.store = TieredCache.from_plan(self.plan, machine, dtype, workers=workers)
+        options: dict[str, Any] = {
+            "device_bytes": _left_to_device(kv_host, whole, near, 2 * chunk_bytes), "host_bytes": 0 if kv_host is None else host,
+            "disk_bytes": 0 if kv_disk is None else parse_size(kv_disk, field="kv_disk"), "split": kv_split, "recent": kv_recent,
+            "chunk_bytes": chunk_bytes, "prefill_tokens": prefill_chunk,
+            "prefill_bytes": _for_prompts(model, machine.device, near if device_memory is not None else 0, shape),
+        }  # fmt: skip
+        if rates is None:
+            rates = measure_rates(machine, shape, dtype, chunk_bytes=chunk_bytes, workers=workers, storage=storage)
+            rates = rates if kv_disk is None else replace(rates, disk=_disk_rate(kv_disk_path))
+        self.plan = plan_cache(shape, tokens, rates=rates, **options)
+        disk = Disk(kv_disk_path, nbytes=self.plan.disk_bytes) if self.plan.disk_bytes else None
+        self.store = TieredCache.from_plan(self.plan, machine, dtype, workers=workers, storage=storage, disk=disk)
         for place, index in enumerate(divided):
             self.layers[index] = CooperativeLayer(self.store, place)
+
+
+    def describe(self) -> str:
+        """What lies where, and what a narrower dtype on the host has lost so far; waits for the device."""
+        loss = self.store.worst_loss
+        return self.plan.explain() + (f"; {loss.explain()}" if loss is not None else "")
 
 
 class CooperativeLayer(DynamicLayer):
@@ -154,7 +176,7 @@ class CooperativeLayer(DynamicLayer):
 
     def _select(self, rows: Tensor) -> None:
         if self.get_seq_length():
-            self.store.layers[self.place].select(rows)
+            self.store.select_in(self.store.layers[self.place], rows)
             self._handles()
 
     def _handles(self) -> tuple[Tensor, Tensor]:
@@ -164,13 +186,38 @@ class CooperativeLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _shape(model: Any, layers: int, batch: int, dtype: torch.dtype) -> CacheShape:
+def _storage(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
+    if wanted is not None and (not wanted.is_floating_point or wanted.itemsize > dtype.itemsize):
+        raise ConfigError(
+            f"kv_host_dtype is {wanted} and the cache {dtype}", where="kv_host_dtype", fix="Give a floating dtype of no more bytes."
+        )
+    return None if wanted == dtype else wanted
+
+
+def _disk_rate(folder: str | None) -> float:
+    disk = Disk(folder)
+    try:
+        return measure_disk(disk)
+    finally:
+        disk.close()
+
+
+def _for_prompts(model: Any, device: torch.device, budget: int, shape: CacheShape) -> int:
+    """Bytes that a chunk of a prompt may take in attention: what is free beside the cache, less what the rest of a block takes of it."""
+    config = model.config.get_text_config(decoder=True)
+    free = max(0, free_on(device) - budget) if budget else free_on(device) // 9  # of the tenth that is left alone
+    wide = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    others = shape.batch * wide * shape.itemsize
+    return free * shape.prompt_bytes // (shape.prompt_bytes + others)
+
+
+def _shape(model: Any, layers: int, batch: int, dtype: torch.dtype, storage: torch.dtype | None) -> CacheShape:
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return CacheShape(
         layers=layers, batch=batch, heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, width=width,
-        value_width=width, itemsize=dtype.itemsize,
+        value_width=width, itemsize=dtype.itemsize, host_itemsize=None if storage is None else storage.itemsize,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.disk import Disk
 from torchwrap.attention.cooperative.heads import HeadRoom
 from torchwrap.attention.cooperative.machine import OneMemory
+from torchwrap.attention.cooperative.measure import measure_disk
 from torchwrap.attention.cooperative.planner import CacheShape, Rates, plan_cache
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.cooperative.tiers import Room
@@ -211,6 +212,12 @@ def test_what_the_host_cannot_hold_is_planned_for_the_disk(tmp_path: Path, split
     assert cache.disk is not None and cache.disk.nbytes == plan.disk_bytes
     cache.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_can_be_measured(tmp_path: Path) -> None:
+    disk = Disk(tmp_path)
+    assert measure_disk(disk, sample_bytes=1 << 20) > 1 << 20 and not disk.store.segments
+    disk.close()
 
 
 def test_a_plan_that_even_the_disk_cannot_hold_is_refused_with_the_numbers() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import threading
 import warnings
 from typing import Any
@@ -18,6 +20,7 @@ from torchwrap.demo import weights
 
 torchvision_ops.ensure()
 
+from torchwrap.integrations.transformers import cooperative  # noqa: E402  # transformers needs the above
 from torchwrap.integrations.transformers.cooperative import CooperativeCache, CooperativeLayer  # noqa: E402  # transformers needs the above
 
 RATES = Rates(device=700e9, host=60e9, link=12e9, wake_s=0.0)  # a host that is woken for nothing works even for tiny models
@@ -59,9 +62,8 @@ def cache_for(model: Any, tokens: int, share: float, batch: int, **options: Any)
     token = 2 * batch * config.num_key_value_heads * config.head_dim * 4
     whole = config.num_hidden_layers * tokens * token
     options = {"rates": RATES, "kv_recent": 8, "stream_chunk_mib": 4 * token / (1 << 20), "host_threads": 1, **options}
-    return CooperativeCache(
-        model, tokens=tokens, device_memory=int(share * whole) + 8 * token, host_memory=4 * whole, batch=batch, **options
-    )
+    options.setdefault("host_memory", 4 * whole)
+    return CooperativeCache(model, tokens=tokens, device_memory=int(share * whole) + 8 * token, batch=batch, **options)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -84,6 +86,44 @@ def test_generated_tokens_are_those_of_a_plain_cache(model: Any, served: Any, pr
     assert torch.equal(found, expected)
     assert TieredTensor.materialisations == before
     assert cache.store.host_bytes > 0 and any(layer.host_tokens for layer in cache.store.layers)
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+@pytest.mark.parametrize("form", ["heads", "disk", "heads and disk"])
+def test_other_divisions_generate_the_same_tokens(model: Any, served: Any, prompt: Any, way: str, form: str, tmp_path: Any) -> None:
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **WAYS[way]}
+    expected = model.generate(**prompt, **options)
+    given: dict[str, Any] = {"kv_split": "head" if "heads" in form else "token"}
+    batch = 2 * WAYS[way].get("num_beams", 1)
+    if "disk" in form:  # the host has memory for a third of what should go there
+        given.update(kv_disk="1 MiB", kv_disk_path=str(tmp_path), host_memory=3 * 64 * batch * 128 // 3)
+        monkey = pytest.MonkeyPatch()
+        monkey.setattr(cooperative, "plan_cache", functools.partial(cooperative.plan_cache, block_bytes=3 * batch * 128))
+    cache = cache_for(served, 64, 0.4, batch, **given)
+    if "disk" in form:
+        monkey.undo()
+    before = TieredTensor.materialisations
+    found = served.generate(**prompt, **options, past_key_values=cache)
+    assert torch.equal(found, expected) and TieredTensor.materialisations == before
+    assert any(layer.host_tokens for layer in cache.store.layers)
+    assert any(layer.disk_tokens for layer in cache.store.layers) == ("disk" in form)
+    cache.store.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_narrower_host_says_what_it_lost(model: Any, prompt: Any) -> None:
+    wrapped = tw.fast_attention(tiny())
+    cache = cache_for(wrapped, 64, 0.4, 2, kv_host_dtype=torch.bfloat16)
+    with torch.no_grad():
+        first = {"input_ids": prompt["input_ids"][:, :-1], "attention_mask": prompt["attention_mask"][:, :-1]}
+        wrapped(**first, past_key_values=cache)
+        found = wrapped(input_ids=prompt["input_ids"][:, -1:], attention_mask=prompt["attention_mask"], past_key_values=cache).logits[:, -1]
+        expected = model(**prompt).logits[:, -1]
+    assert 1e-6 < (found - expected).abs().max() < 1e-2
+    handle = tw.handle_of(wrapped, "fast_attention")
+    assert "stored as bfloat16" in cache.describe() and "stored as bfloat16: keys off by at most" in handle.explain()
+    assert 0 < handle.stats()["lost"]["bfloat16"] < 0.5
+    assert "lost" not in tw.handle_of(copy.deepcopy(wrapped), "fast_attention").stats()
 
 
 def test_a_proposed_continuation_that_is_wrong_is_taken_back(model: Any, served: Any) -> None:
@@ -141,7 +181,8 @@ def test_so_much_goes_to_the_host_as_is_asked_for(served: Any, kv_host: Any, lea
 @pytest.mark.parametrize(
     ("given", "where"),
     [({"kv_host": 1.5}, "kv_host"), ({"kv_host": "much"}, "kv_host"), ({"stream_chunk_mib": 0}, "stream_chunk_mib"),
-     ({"host_threads": 0}, "host_threads"), ({"prefill_chunk": 0}, "prefill_chunk")],
+     ({"host_threads": 0}, "host_threads"), ({"prefill_chunk": 0}, "prefill_chunk"), ({"kv_host_dtype": torch.int8}, "kv_host_dtype"),
+     ({"kv_host_dtype": torch.float64}, "kv_host_dtype"), ({"kv_disk": "much"}, "kv_disk")],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(served: Any, given: dict[str, Any], where: str) -> None:
     with pytest.raises(errors.ConfigError, match=where):
@@ -175,7 +216,7 @@ def test_a_pass_that_failed_can_be_repeated(model: Any, served: Any, prompt: Any
     second = {"input_ids": prompt["input_ids"][:, -1:], "attention_mask": prompt["attention_mask"]}
     with torch.no_grad():
         served(**first, past_key_values=cache)
-        cache.store._partial = fails
+        cache.store._partial_host = fails
         with pytest.raises(errors.WorkError, match=r"this worker is gone.*layer 1"):
             served(**second, past_key_values=cache)
         assert [layer.get_seq_length() for layer in cache.layers] == [39, 39, 39]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.settings import Settings
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torchwrap.attention.cooperative.cache import TieredCache
+    from torchwrap.attention.cooperative.rounding import Loss
 
 __all__ = ["Service"]
 
@@ -65,6 +70,13 @@ class Service:
         self.reasons: dict[tuple[str, str], str] = {}
         self._chosen: dict[tuple[str, int, int, int], str] = {}
         self.left: Counter[tuple[str, str]] = Counter()
+        self._lossy: weakref.WeakSet[TieredCache] = weakref.WeakSet()  # caches that store less than they are given
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lossy": None}  # caches belong to the generations of this object, not of its copies
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lossy=weakref.WeakSet())
 
     def attend(
         self,
@@ -97,7 +109,11 @@ class Service:
         Returns:
             `[B, Hq, Sq, Dv]`.
         """
-        if not isinstance(k, TieredTensor):
+        if isinstance(k, TieredTensor):
+            if k.cache.is_lossy:
+                with _lock:
+                    self._lossy.add(k.cache)
+        else:
             q, k, v = autocast(q, k, v)  # here too: the record is of what is computed
         out: Tensor = attend(
             q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=self.backend
@@ -108,7 +124,7 @@ class Service:
             size = kind, q.shape[2].bit_length(), k.shape[2].bit_length(), failures()
             if size not in self._chosen:  # asked once for each kind and size class: the answer is for people
                 if isinstance(k, TieredTensor):
-                    name, reason = "cooperative", "part of the keys is on the host"
+                    name, reason = "cooperative", k.cache.reason
                 else:
                     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
                     choice = choose(replace(call, dropout=dropout), self.backend)
@@ -153,13 +169,25 @@ class Service:
             warnings.warn(f"fast_attention leaves calls to the model's own attention: {reason}. {fix}", TorchwrapWarning, stacklevel=2)
 
     def stats(self) -> dict[str, Any]:
-        """`{"served": {...}, "left": {...}}`, calls by module, back end and kind, as plain values."""
+        """`{"served": {...}, "left": {...}}`, calls by module, back end and kind, as plain values.
+
+        Where the host stores keys and values of living caches in a narrower dtype, also `{"lost": {dtype: bound}}`: by how much no number
+        of a layer's result differs for that.
+        """
         with _lock:
             served, left = dict(self.served), dict(self.left)
+        lost = {str(loss.dtype).removeprefix("torch."): loss.bound for loss in self._losses()}
         return {
             "served": {" ".join(key): count for key, count in served.items()},
             "left": {" ".join(key): count for key, count in left.items()},
+            **({"lost": lost} if lost else {}),
         }
+
+    def _losses(self) -> list[Loss]:
+        """The worst of each living cache, in order of their bounds."""
+        with _lock:
+            caches = list(self._lossy)
+        return sorted((loss for cache in caches if (loss := cache.worst_loss) is not None), key=lambda loss: loss.bound)
 
     def explain(self) -> str:
         """The record for people, a line per back end and kind of call, then a line per reason; empty before the first call."""
@@ -170,7 +198,8 @@ class Service:
             calls.setdefault((f"{kind}: {backend}", self.reasons[backend, kind]), Counter())[where] += count
         for (where, reason), count in left.items():
             calls.setdefault(("the model's own attention", reason), Counter())[where] += count
-        return "\n".join(f"{what}: {by.total()} calls of {len(by)} modules ({why})" for (what, why), by in calls.items())
+        lines = [f"{what}: {by.total()} calls of {len(by)} modules ({why})" for (what, why), by in calls.items()]
+        return "\n".join([*lines, *(f"keys and values on the host are {loss.explain()}" for loss in self._losses())])
 
 
 def _kind(

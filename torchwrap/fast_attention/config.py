@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
+import torch
+
 from torchwrap.attention.cooperative.planner import RECENT
 from torchwrap.attention.cooperative.settings import CacheSettings
 from torchwrap.attention.dispatch import BACKENDS
@@ -26,6 +28,9 @@ class FastAttention(Config):
         cache: `arena` lets growing caches write in place, `cooperative` lets `generate` keep part of them on the host, `keep` leaves them.
         kv_host: how much of a cooperative cache lies on the host.
         kv_split: how a cooperative cache is divided.
+        kv_host_dtype: in which the host stores its part; a narrower one than the model's loses something, which is measured.
+        kv_disk: most bytes of a cooperative cache on a disk.
+        kv_disk_path: where that is.
         kv_recent: most recent tokens that stay on the device.
         stream_chunk_mib: one of the two buffers for what comes from the host.
         host_threads: threads that attend on the host.
@@ -60,9 +65,22 @@ class FastAttention(Config):
         "(`auto`), a share of all in [0.0, 1.0] (a float), bytes or a size such as `2 GiB`; none: nothing.",
     )  # fmt: skip
     kv_split: str = option(
-        "auto", choices=("auto", "token", "layer", "upload"),
-        doc="How a cooperative cache is divided: every layer by tokens, whole layers, storage on the host only, or the fastest by "
-        "prediction.",
+        "auto", choices=("auto", "token", "layer", "upload", "head"),
+        doc="How a cooperative cache is divided: every layer by tokens, whole layers, storage on the host only, or the fastest of these by "
+        "prediction; or every layer by key heads.",
+    )  # fmt: skip
+    kv_host_dtype: torch.dtype | None = option(  # noqa: RUF009  # a dtype is immutable, which ruff knows of builtins only
+        None,
+        doc="In which dtype the host stores its part of a cooperative cache; none: the model's, nothing is lost. What a narrower one loses "
+        "is measured, and `explain()` has the bound.",
+    )  # fmt: skip
+    kv_disk: int | str | None = option(
+        None,
+        doc="Most bytes, or a size like `20 GiB`, of a cooperative cache on a disk, where neither side has memory for it; none: nothing.",
+    )  # fmt: skip
+    kv_disk_path: str | None = option(
+        None, machine=True,
+        doc="Where the private folder for `kv_disk` is made; none: where the system keeps temporary files. It is gone with the cache.",
     )  # fmt: skip
     kv_recent: int = option(RECENT, low=0, unit="tokens", doc="The most recent tokens, which stay on the device, in a cooperative cache.")
     stream_chunk_mib: float = option(
@@ -97,7 +115,9 @@ class FastAttention(Config):
         """Groups are kept by name and sizes as bytes, so that settings stay values that can be compared, copied and stored."""
         for name in ("tp_group", "sp_group"):
             object.__setattr__(self, name, group_name(getattr(self, name), where=f"FastAttention.{name}"))
-        object.__setattr__(self, "kv_host", self.cache_settings().kv_host)
+        settings = self.cache_settings()
+        object.__setattr__(self, "kv_host", settings.kv_host)
+        object.__setattr__(self, "kv_disk", settings.kv_disk)
         if self.cache != "cooperative":
             self._without_effect(self.OF_A_CACHE, 'only a cache on two sides has it. Use cache="cooperative", or leave it out.')
 

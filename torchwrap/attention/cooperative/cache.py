@@ -129,6 +129,22 @@ class TieredCache:
         return sum(layer.host_bytes for layer in self.layers) + (self.disk.buffer_bytes if self.disk is not None else 0)
 
     @property
+    def is_lossy(self) -> bool:
+        """Something is stored in a narrower dtype than it is computed in."""
+        return any(layer.rounding is not None for layer in self.layers)
+
+    @property
+    def reason(self) -> str:
+        """Why attention is computed here, for people."""
+        dtypes = {str(layer.rounding.dtype).removeprefix("torch.") for layer in self.layers if layer.rounding is not None}
+        return "part of the keys is on the host" + (f", stored as {', '.join(dtypes)}, which loses something" if dtypes else "")
+
+    @property
+    def worst_loss(self) -> Loss | None:
+        """The loss of the layer with the largest bound; None where nothing is lost. Waits for the device."""
+        return max((loss for loss in self.losses if loss is not None), key=lambda loss: loss.bound, default=None)
+
+    @property
     def losses(self) -> list[Loss | None]:
         """What a narrower storage has cost each layer so far, measured; None where it stores what it was given."""
         return [layer.rounding.loss() if layer.rounding is not None else None for layer in self.layers]

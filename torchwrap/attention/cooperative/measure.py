@@ -7,23 +7,26 @@ give bytes per second of each and the time to wake the host. Measured this way, 
 from __future__ import annotations
 
 import statistics
+import time
 
 import torch
 
+from torchwrap.attention.cooperative.arena import Arena
 from torchwrap.attention.cooperative.cache import TieredCache
+from torchwrap.attention.cooperative.disk import Disk, Shelf
 from torchwrap.attention.cooperative.machine import Machine
 from torchwrap.attention.cooperative.planner import CacheShape, Rates
 from torchwrap.attention.cooperative.query import Attend
 from torchwrap.attention.cooperative.tiers import Room
 
-__all__ = ["measure_rates"]
+__all__ = ["measure_disk", "measure_rates"]
 
 ROWS = 512  # queries of the step that measures arithmetic
 
 
 def measure_rates(
     machine: Machine, shape: CacheShape, dtype: torch.dtype, *, sample_bytes: int = 64 << 20, chunk_bytes: int = 8 << 20, repeats: int = 5,
-    workers: int = 1, partial: Attend | None = None,
+    workers: int = 1, partial: Attend | None = None, storage: torch.dtype | None = None,
 ) -> Rates:  # fmt: skip
     """Measure a machine.
 
@@ -36,6 +39,7 @@ def measure_rates(
         repeats: steps of each kind, of which the median counts.
         workers: threads of the host.
         partial: as for `TieredCache`.
+        storage: as for `TieredCache`.
 
     Raises:
         BudgetError: the machine has no memory for the sample.
@@ -47,7 +51,8 @@ def measure_rates(
 
     def seconds(on_device: int, held: int, streamed: float, rows: int = 1) -> float:
         cache = TieredCache(
-            [Room(on_device, 0)], machine=machine, streamed=streamed, chunk_tokens=chunk, workers=workers, partial=partial
+            [Room(on_device, 0)], machine=machine, streamed=streamed, chunk_tokens=chunk, workers=workers, partial=partial,
+            storage=storage,
         )
         try:
             keys = torch.zeros(shape.batch, shape.kv_heads, held, shape.width, dtype=dtype, device=machine.device)
@@ -64,7 +69,7 @@ def measure_rates(
         finally:
             cache.release()
 
-    nbytes = tokens * shape.token_bytes
+    nbytes, stored = tokens * shape.token_bytes, tokens * shape.host_token_bytes
     near = seconds(tokens, tokens, 0.0)
     wake = seconds(0, 1, 0.0)
     far = seconds(0, tokens, 0.0)
@@ -73,9 +78,36 @@ def measure_rates(
     flops = 4 * ROWS * tokens * shape.batch * shape.heads * shape.width / seconds(tokens, tokens, 0.0, ROWS)
     return Rates(
         device=device,
-        host=nbytes / max(far - wake, 1e-9),
+        host=stored / max(far - wake, 1e-9),
         # The last chunk is attended after it has arrived.
-        link=nbytes / max(link - chunk * shape.token_bytes / device, 1e-9),
+        link=stored / max(link - chunk * shape.token_bytes / device, 1e-9),
         wake_s=wake,
         flops=flops,
     )
+
+
+def measure_disk(disk: Disk, *, sample_bytes: int = 32 << 20, repeats: int = 3) -> float:
+    """Bytes per second at which blocks come from a disk.
+
+    Args:
+        disk: to measure.
+        sample_bytes: written once and read `repeats` times.
+        repeats: of which the median counts.
+
+    Raises:
+        DiskFullError: there is no room for the sample.
+
+    Cost: `sample_bytes` of memory and of the disk, for a moment.
+    """
+    shelf = Shelf(disk)
+    half = torch.ones(1, 1, max(1, sample_bytes // 8), 1)
+    shelf.put(Arena(half, half, half.shape[2]))
+    try:
+        times = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            with shelf.pieces(0, half.shape[2])[0].fetched():
+                times.append(time.perf_counter() - begin)
+        return 2 * half.nbytes / max(statistics.median(times), 1e-9)
+    finally:
+        shelf.clear()
