@@ -14,6 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.layer import CallState, Layer, held_back
 from torchwrap.core.swap import layers_of, original_class
+from torchwrap.integrations.transformers.batching import StandIn, attend_paged, packings
 from torchwrap.integrations.transformers.cache import into_arenas
 from torchwrap.integrations.transformers.generating import CacheMaker, generates_with_a_growing_cache
 from torchwrap.integrations.transformers.masks import tile_mask, user_mask
@@ -43,6 +45,9 @@ OWN_KEYS = ("block_indices", "indices", "sinks")
 
 _weights_asked = CallState()
 """Configs of the models whose running call returns weights of attention, innermost call last."""
+
+_packed = CallState()
+"""How the running call's sequences are taken apart, if it is one of continuous batching."""
 
 
 class AttentionLayer(Layer):
@@ -67,10 +72,12 @@ class TransformersRoute(AttentionRoute):
     Attributes:
         originals: every config of the model with the implementation it had.
         makers: for each model that generates with caches on two sides, what makes them.
+        stand_ins: of the models that can batch continuously.
     """
 
     originals: list[tuple[Any, str | None]] = field(default_factory=list)
     makers: list[CacheMaker] = field(default_factory=list)
+    stand_ins: list[StandIn] = field(default_factory=list)
 
     def set(self) -> None:
         """Write our name into every config, and let `generate` ask for its cache here."""
@@ -78,9 +85,17 @@ class TransformersRoute(AttentionRoute):
             config._attn_implementation_internal = NAME
         for maker in self.makers:
             maker.put()
+        for stand_in in self.stand_ins:
+            stand_in.open()
+
+    def busy(self) -> str | None:
+        """Whether continuous batching runs."""
+        return next((reason for stand_in in self.stand_ins if (reason := stand_in.busy())), None)
 
     def restore(self) -> None:
         """Write back what was there, where our name still is."""
+        for stand_in in self.stand_ins:
+            stand_in.close()
         for config, original in self.originals:
             if config._attn_implementation_internal == NAME:
                 config._attn_implementation_internal = original
@@ -109,16 +124,19 @@ class ModelLayer(Layer):
             )  # fmt: skip
             asked = (*asked, *(config for config, _ in self.route.originals))
         _weights_asked.push(asked)
+        _packed.push(packings(kwargs) if "cache" in kwargs else None)
         if self.service.cache != "keep" and not torch.compiler.is_dynamo_compiling():
             into_arenas(kwargs.get("past_key_values"))
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         _weights_asked.pop()
+        _packed.pop()
         return output
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
         _weights_asked.pop()
+        _packed.pop()
 
 
 def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersRoute:
@@ -148,6 +166,8 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
         if service.cooperation is not None and generates_with_a_growing_cache(module):
             found.makers.append(CacheMaker(module, service.cooperation, layer))
             found.generates.append(fqn)
+        if hasattr(module, "init_continuous_batching"):
+            found.stand_ins.append(StandIn(fqn, module, layer, NAME))
     names = sorted({str(name) for _, name in found.originals})
     if projections:
         found.notes.append(f"{len(projections)} output projections summed over their processes in blocks ({service.allreduce_blocks})")
@@ -259,7 +279,7 @@ def attention_forward(
         softcap: bound of the scaled scores.
         s_aux: (Hq), sinks.
         position_bias: (1 or B, Hq, Sq, Sk), added to the scores.
-        **kwargs: for the model's own function, if the call goes there.
+        **kwargs: for the model's own function, if the call goes there; with `cache`, those of continuous batching.
 
     Returns:
         (B, Sq, Hq, Dv), contiguous, and None; from the model's own eager function the weights.
@@ -267,6 +287,11 @@ def attention_forward(
     layer = next((layer for layer in layers_of(module) if isinstance(layer, AttentionLayer)), None)
     service = layer.service if layer is not None else Service(fallback="silent")
     fqn = layer.fqn if layer is not None else type(module).__name__
+    if "cache" in kwargs and (packed := _packed.peek() or packings(kwargs)) is not None:
+        if position_bias is not None:
+            raise UnsupportedModelError("continuous batching gives no positions to a bias", where=fqn, fix="Use generate.")
+        attend = partial(service.attend, fqn, scale=scaling, softcap=softcap, sinks=s_aux, dropout=dropout)
+        return attend_paged(module, query, key, value, packed, attend, kwargs).transpose(1, 2).contiguous(), None
     own = _own_implementation(module.config, layer)
     if own is None and any(kwargs.get(name) is not None for name in OWN_KEYS):
         service.leave(fqn, f"it chooses its keys itself ({', '.join(OWN_KEYS)})", "Nothing has to be done.")
@@ -311,6 +336,8 @@ def _without_mask(query: Tensor, key: Tensor, value: Tensor, causal: bool, windo
 
 def attention_mask(**kwargs: Any) -> Tensor | None:
     """What transformers calls under `NAME` for a mask; keywords as for its own `sdpa_mask`."""
+    if _packed.peek() is not None:
+        return None  # what belongs together is known
     own = _own_implementation(kwargs.get("config"), None)
     if own is None:
         return tile_mask(**kwargs)

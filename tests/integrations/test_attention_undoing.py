@@ -325,14 +325,6 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant: bool) -> N
         assert torch.equal(ours, expected)
 
 
-def test_continuous_batching_is_refused_by_transformers_until_unwrapped() -> None:
-    """transformers 5.23 takes "sdpa", "paged|eager" and names of FlashAttention only; nothing is half-way switched."""
-    model = tw.fast_attention(built("llama"))
-    with pytest.raises(ValueError, match=attention.NAME):
-        model.generate_batch([[5, 6, 7]])
-    assert set(settings(model)) == {attention.NAME}
-
-
 def test_an_error_in_a_call_that_asks_for_weights_leaves_the_next_call_served() -> None:
     model, given = tw.fast_attention(built("llama"), fallback="silent"), inputs("llama")
     with pytest.raises(IndexError):

@@ -94,6 +94,27 @@ def test_32_tokens_of_three_beams_are_those_of_eager_attention(smollm2: Any) -> 
     assert torch.equal(generated(model, alone, num_beams=3, max_new_tokens=32), generated(twin, alone, num_beams=3, max_new_tokens=32))
 
 
+def test_tokens_of_continuous_batching_are_those_of_sdpa(smollm2: Any) -> None:
+    """More requests than fit at once, of different lengths, some with the same beginning."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model, twin, given = smollm2
+    sentences = [ids[mask.bool()].tolist() for ids, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
+    prompts = [*sentences, sentences[1] * 3, sentences[0][:1], sentences[1][:20] + sentences[0]]
+    how = {
+        "generation_config": GenerationConfig(max_new_tokens=10, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        "continuous_batching_config": ContinuousBatchingConfig(num_blocks=10, page_size=16, max_batch_tokens=48),
+    }
+    twin.set_attn_implementation("sdpa")
+    try:
+        theirs = [result.generated_tokens for result in twin.generate_batch(prompts, **how).values()]
+    finally:
+        twin.set_attn_implementation("eager")
+    calls = sum(tw.handle_of(model, "fast_attention").stats()["served"].values())
+    assert [result.generated_tokens for result in model.generate_batch(prompts, **how).values()] == theirs
+    assert sum(tw.handle_of(model, "fast_attention").stats()["served"].values()) > calls
+
+
 def test_a_quantised_cache_keeps_its_error(smollm2: Any) -> None:
     """8-bit floats make a step of a sixteenth of the last bit of a key, so tokens may part; the error must not grow."""
     from transformers import QuantizedCache

@@ -104,8 +104,12 @@ class AttentionRoute:
     def set(self) -> None:
         """Switch on what layers alone cannot, such as a configured name. Must not raise half-way."""
 
+    def busy(self) -> str | None:
+        """Why it cannot be undone now, or None."""
+        return None
+
     def restore(self) -> None:
-        """Undo `set`, where nobody has changed it since."""
+        """Undo `set`, where nobody has changed it since. Not called while it is busy."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchwrap.attention.service import Service
+from torchwrap.core.errors import ConflictError
 from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.technique import Handle
 
@@ -32,6 +33,12 @@ class FastAttentionHandle(Handle):
             route.set()
 
     def close(self) -> None:
-        """Lead the model's attention back."""
+        """Lead the model's attention back.
+
+        Raises:
+            ConflictError: the model is at work in a way that would go on without it; nothing is undone.
+        """
+        for reason in filter(None, (route.busy() for route in self._routes)):
+            raise ConflictError(f"fast_attention cannot be undone now: {reason}", fix="Stop that first (`manager.stop()`).")
         for route in self._routes:
             route.restore()
