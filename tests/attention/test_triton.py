@@ -20,7 +20,7 @@ import torch
 from torchwrap.attention.contract import checked
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.triton import Blocks, Triton, backend, conditions, launches
-from torchwrap.attention.triton.blocks import Card, choose, interpreted, shared_bytes, widen
+from torchwrap.attention.triton.blocks import Card, Fixed, choose, excess, interpreted, shared_bytes, widen
 
 HERE = Path(__file__).parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -117,6 +117,33 @@ def test_tiles_shrink_until_they_fit(kib: int, kind: Any, width: int) -> None:
         assert shared_bytes(kind, least, torch.float16, width, width, card) > card.shared_bytes
     else:
         assert shared_bytes(kind, blocks, torch.float16, width, width, card) <= card.shared_bytes
+
+
+FIXED = [Fixed(queries=64), Fixed(keys=64), Fixed(stages=3), Fixed(warps=8, keys=32), Fixed(queries=32, keys=64, warps=4, stages=2)]
+
+
+@pytest.mark.parametrize("kib", [227, 99, 64, 24])
+@pytest.mark.parametrize("kind", ["forward", "keys", "queries", "bias"])
+@pytest.mark.parametrize("fixed", FIXED, ids=lambda fixed: "-".join(fixed.given))
+def test_what_is_fixed_stays_while_the_rest_shrinks(fixed: Fixed, kind: Any, kib: int) -> None:
+    card = Card(capability=86, shared_bytes=kib << 10, processors=40)
+    for rows in (1, 4096):
+        blocks = choose(kind, card, torch.float16, 128, 128, rows, fixed)
+        if blocks is None:
+            assert excess(kind, card, torch.float16, 128, 128, fixed) > card.shared_bytes
+        else:
+            assert {name: getattr(blocks, name) for name in fixed.given} == fixed.given
+            assert shared_bytes(kind, blocks, torch.float16, 128, 128, card) <= card.shared_bytes
+
+
+@needs_triton
+def test_fixed_tiles_that_do_not_fit_are_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
+    monkeypatch.setattr(backend, "card_of", lambda device: Card(capability=80, shared_bytes=64 << 10, processors=40))
+    given = call(dtype=torch.float16, width=128)
+    assert Triton(Fixed(queries=32)).refuses(given) is None
+    reason = str(Triton(Fixed(queries=256, stages=4)).refuses(given))
+    assert "block_m=256, num_stages=4" in reason and "65536 bytes" in reason and "forward pass" in reason
 
 
 def test_keys_shrink_before_stages_and_stages_before_queries() -> None:

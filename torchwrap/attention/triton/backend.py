@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchwrap.attention.contract import Call, Gradients
 from torchwrap.attention.triton import launches
-from torchwrap.attention.triton.blocks import PASSES, Blocks, card_of, choose, interpreted
+from torchwrap.attention.triton.blocks import PASSES, Blocks, Fixed, card_of, choose, excess, interpreted
 from torchwrap.core import errors
 
 __all__ = ["Triton"]
@@ -26,11 +26,14 @@ WIDEST = 256
 """Elements of a vector: wider ones leave no room for two tiles."""
 
 
+_SAID = {"queries": "block_m", "keys": "block_n", "warps": "num_warps", "stages": "num_stages"}
+
+
 class Triton:
     """Attention by tiles on CUDA cards from compute capability 6.0; on matrix units from 8.0.
 
     Args:
-        blocks: tiles to start from in every pass; None: the table of `blocks`.
+        blocks: tiles to start from in every pass, or what of them is fixed; None: the table of `blocks`.
 
     Exactness: sums in float32; float32 inputs by three TF32 products from 8.0 (one, where torch may), else in float32. Gradients are the
     same bits in every run.
@@ -39,7 +42,7 @@ class Triton:
 
     name = "triton"
 
-    def __init__(self, blocks: Blocks | None = None) -> None:
+    def __init__(self, blocks: Blocks | Fixed | None = None) -> None:
         self.blocks = blocks
 
     def refuses(self, call: Call) -> str | None:
@@ -61,7 +64,10 @@ class Triton:
             return f"compute capability {card.capability / 10}, and 6.0 is the oldest that triton compiles for"
         for kind in PASSES:
             if choose(kind, card, call.q.dtype, call.width, call.value_width, call.q_length, self.blocks) is None:
-                return f"no tile of the {kind} pass fits {card.shared_bytes} bytes of shared memory"
+                fixed = self.blocks if isinstance(self.blocks, Fixed) else Fixed()
+                needed = excess(kind, card, call.q.dtype, call.width, call.value_width, fixed)
+                said = ", ".join(f"{_SAID[name]}={value}" for name, value in fixed.given.items()) or "the smallest tile"
+                return f"{said}: the {kind} pass needs {needed} bytes of shared memory, of which a program has {card.shared_bytes} bytes"
         return None
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
 __all__ = [
-    "INTERPRETER", "PASSES", "Blocks", "Card", "Pass", "card_of", "choose", "interpreted", "padded_width", "precision", "shared_bytes",
-    "widen",
+    "INTERPRETER", "PASSES", "Blocks", "Card", "Fixed", "Pass", "card_of", "choose", "excess", "interpreted", "padded_width", "precision",
+    "shared_bytes", "widen",
 ]  # fmt: skip
 
 Pass = Literal["forward", "keys", "queries", "bias"]
@@ -40,6 +41,22 @@ class Blocks:
     keys: int
     warps: int = 4
     stages: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fixed:
+    """What of a choice is not the table's to make, nor to shrink: as in `Blocks`, None where it is."""
+
+    queries: int | None = None
+    keys: int | None = None
+    warps: int | None = None
+    stages: int | None = None
+
+    @property
+    def given(self) -> dict[str, int]:
+        """Those that are fixed."""
+        found = {"queries": self.queries, "keys": self.keys, "warps": self.warps, "stages": self.stages}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +123,7 @@ def precision(dtype: torch.dtype, card: Card) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def choose(
-    kind: Pass, card: Card, dtype: torch.dtype, width: int, value_width: int, rows: int, wanted: Blocks | None = None
+    kind: Pass, card: Card, dtype: torch.dtype, width: int, value_width: int, rows: int, wanted: Blocks | Fixed | None = None
 ) -> Blocks | None:
     """Tiles of a pass that fit the card, or None if none do.
 
@@ -117,22 +134,34 @@ def choose(
         width: D.
         value_width: Dv.
         rows: rows of queries there are, for calls with few.
-        wanted: where to start instead of the table.
+        wanted: where to start instead of the table, or what of it stays as it is.
     """
-    wide = max(padded_width(width), padded_width(value_width))
-    blocks = wanted or _start(kind, card, dtype, wide)
-    if kind == "forward" and wanted is None:
+    blocks = wanted if isinstance(wanted, Blocks) else _listed(kind, card, dtype, width, value_width, rows)
+    fixed = wanted.given if isinstance(wanted, Fixed) else {}
+    blocks = replace(blocks, **fixed)
+    while shared_bytes(kind, blocks, dtype, width, value_width, card) > card.shared_bytes:
+        smaller = _smaller(blocks, fixed)
+        if smaller is None:
+            return None
+        blocks = smaller
+    return blocks
+
+
+def excess(kind: Pass, card: Card, dtype: torch.dtype, width: int, value_width: int, fixed: Fixed) -> int:
+    """Bytes of shared memory that a pass needs at least with what is fixed, where `choose` finds nothing that fits."""
+    blocks = Blocks(**{"queries": 16, "keys": 16, "stages": 1, "warps": 4, **fixed.given})
+    return shared_bytes(kind, blocks, dtype, width, value_width, card)
+
+
+def _listed(kind: Pass, card: Card, dtype: torch.dtype, width: int, value_width: int, rows: int) -> Blocks:
+    blocks = _start(kind, card, dtype, max(padded_width(width), padded_width(value_width)))
+    if kind == "forward":
         fitted = max(16, min(blocks.queries, 1 << max(rows - 1, 0).bit_length()))
         if fitted < 64 and card.capability >= 80:
             # Few queries: the time goes into reading keys, and more of them in flight hide it.
             blocks = Blocks(queries=fitted, keys=max(blocks.keys, 64), warps=4, stages=blocks.stages + 1)
         else:
             blocks = replace(blocks, queries=fitted)
-    while shared_bytes(kind, blocks, dtype, width, value_width, card) > card.shared_bytes:
-        smaller = _smaller(blocks)
-        if smaller is None:
-            return None
-        blocks = smaller
     return blocks
 
 
@@ -159,16 +188,17 @@ def _start(kind: Pass, card: Card, dtype: torch.dtype, wide: int) -> Blocks:
     return Blocks(queries=16, keys=16, warps=4, stages=1) if single else Blocks(queries=32, keys=32, warps=8, stages=1)
 
 
-def _smaller(blocks: Blocks) -> Blocks | None:
-    """The next choice that needs less: keys down to 32, stages, queries, then keys down to 16."""
-    if blocks.keys > 32:
+def _smaller(blocks: Blocks, fixed: Mapping[str, int]) -> Blocks | None:
+    """The next choice that needs less: keys down to 32, stages, queries, then keys down to 16; what is fixed stays."""
+    if blocks.keys > 32 and "keys" not in fixed:
         return replace(blocks, keys=blocks.keys // 2)
-    if blocks.stages > 1:
+    if blocks.stages > 1 and "stages" not in fixed:
         return replace(blocks, stages=blocks.stages - 1)
-    if blocks.queries > 16:
+    if blocks.queries > 16 and "queries" not in fixed:
         # Eight warps on so few rows would each hold what the others hold.
-        return replace(blocks, queries=blocks.queries // 2, warps=min(blocks.warps, 4))
-    return replace(blocks, keys=16) if blocks.keys > 16 else None
+        warps = blocks.warps if "warps" in fixed else min(blocks.warps, 4)
+        return replace(blocks, queries=blocks.queries // 2, warps=warps)
+    return replace(blocks, keys=16) if blocks.keys > 16 and "keys" not in fixed else None
 
 
 def shared_bytes(kind: Pass, blocks: Blocks, dtype: torch.dtype, width: int, value_width: int, card: Card) -> int:

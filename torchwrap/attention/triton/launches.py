@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchwrap.attention.contract import Call
 from torchwrap.attention.triton import conditions
-from torchwrap.attention.triton.blocks import Blocks, Card, Pass, choose, padded_width, precision, widen
+from torchwrap.attention.triton.blocks import Blocks, Card, Fixed, Pass, choose, padded_width, precision, widen
 
 __all__ = ["Launch", "backward", "forward", "packed_heads", "splits"]
 
@@ -59,13 +59,13 @@ def splits(call: Call, card: Card, programs: int) -> int:
     return max(1, min(math.ceil(2 * card.processors / programs), math.ceil(reach / 256), 128))
 
 
-def forward(call: Call, card: Card, wanted: Blocks | None = None, parts: int | None = None) -> tuple[list[Launch], Tensor, Tensor]:
+def forward(call: Call, card: Card, wanted: Blocks | Fixed | None = None, parts: int | None = None) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of a forward, and where they write.
 
     Args:
         call: the call; the last stride of q, k and v is 1.
         card: where it runs.
-        wanted: tiles to start from.
+        wanted: tiles to start from, or what of them is fixed.
         parts: parts that keys are cut into; None: by `splits`.
 
     Returns:
@@ -104,7 +104,7 @@ def forward(call: Call, card: Card, wanted: Blocks | None = None, parts: int | N
 
 
 def backward(
-    call: Call, card: Card, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: Blocks | None = None
+    call: Call, card: Card, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wanted: Blocks | Fixed | None = None
 ) -> tuple[list[Launch], Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """The launches of a backward, and where they write.
 
@@ -115,7 +115,7 @@ def backward(
         lse: likewise.
         grad_out: gradient of out.
         grad_lse: gradient of lse, or None.
-        wanted: tiles to start from.
+        wanted: tiles to start from, or what of them is fixed.
 
     Returns:
         the launches in order, delta `[B, Hq, Sq]` float32, and the gradients of q, k, v and the bias (float32, keys not shared).
@@ -160,7 +160,7 @@ def _wants_bias(call: Call) -> bool:
     return call.bias.requires_grad or not any(tensor.requires_grad for tensor in (call.q, call.k, call.v))
 
 
-def _blocks(kind: Pass, call: Call, card: Card, wanted: Blocks | None, rows: int) -> Blocks:
+def _blocks(kind: Pass, call: Call, card: Card, wanted: Blocks | Fixed | None, rows: int) -> Blocks:
     blocks = choose(kind, card, call.q.dtype, call.width, call.value_width, rows, wanted)
     if blocks is None:
         raise RuntimeError(f"no tile of the {kind} pass fits {card.shared_bytes} bytes of shared memory; `refuses` was not asked")
