@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.distributed.tiled import Tiling
 from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.node import is_mapped
 from torchwrap.attention.service import Service
 from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.integration import AttentionRoute
@@ -339,6 +340,13 @@ def attention_mask(**kwargs: Any) -> Tensor | None:
     if _packed.peek() is not None:
         return None  # what belongs together is known
     own = _own_implementation(kwargs.get("config"), None)
+    padding = kwargs.get("attention_mask")
+    if own is None and isinstance(padding, Tensor) and is_mapped(padding):
+        raise UnsupportedModelError(
+            "torch.func.vmap maps over an attention_mask, whose numbers nobody can look at then",
+            where="attention_mask",
+            fix="Leave attention_mask out where nothing is padded, or call the model for one sample after the other.",
+        )
     if own is None:
         return tile_mask(**kwargs)
     function = ALL_MASK_ATTENTION_FUNCTIONS.get(own, None)

@@ -18,6 +18,7 @@ from torchwrap.attention.cpu.backend import Composed
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.operator import mask_of, taken_apart
 from torchwrap.attention.reference import visible
+from torchwrap.core import errors
 
 
 def inputs(batch: int, heads: tuple[int, int], sq: int, sk: int, width: int = 8, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +86,7 @@ def test_second_derivatives_are_refused(backend: str) -> None:
     q, k, v = (tensor.requires_grad_() for tensor in inputs(1, (2, 2), 5, 5))
     loss = attend(q, k, v, backend=backend).square().sum()
     (first,) = torch.autograd.grad(loss, q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(errors.UnsupportedModelError, match="derivatives of derivatives"):
         (loss + first.square().sum()).backward()
 
 
@@ -238,9 +239,21 @@ def test_compiled_code_has_one_graph_and_the_same_gradients(name: str, extra: st
     near(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_bias_of_compiled_code_has_its_gradient_where_it_is_wanted(wanted: bool) -> None:
+    q, k, v = (tensor.requires_grad_(not wanted) for tensor in inputs(1, (4, 2), 5, 5))
+    bias = torch.randn(1, 4, 5, 5, requires_grad=wanted)
+    leaf = bias if wanted else q
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, bias: attend(q, k, v, bias=bias, backend="auto" if wanted else "sdpa"), backend="aot_eager")
+    expected, found = (torch.autograd.grad(way(q, bias).square().sum(), leaf) for way in (lambda q, b: attend(q, k, v, bias=b), compiled))
+    near(found, expected)
+
+
 def test_the_operator_obeys_the_rules_of_operators() -> None:
     q, k, v = (tensor.requires_grad_() for tensor in inputs(1, (2, 1), 5, 7))
-    arguments = (q, k, v, torch.zeros(2, requires_grad=True), None, None, *taken_apart(TileMask.causal(1, 5, 7)), 0.3, None, 0.0, "cpu")
+    mask = taken_apart(TileMask.causal(1, 5, 7))
+    arguments = (q, k, v, torch.zeros(2, requires_grad=True), None, None, *mask, 0.3, None, 0.0, False, "cpu")
     torch.library.opcheck(torch.ops.torchwrap.attend, arguments)
 
 

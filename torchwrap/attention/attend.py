@@ -1,21 +1,19 @@
 """`attend`: attention as one function, with gradients, by whatever computes it best here.
 
-Without gradients it is the back end's forward and nothing else. With them it is one node of autograd that saves the inputs, out and lse,
-and whose backward is the back end's. Under `torch.compile` it is one operator, `torchwrap::attend`, with the mask as its tensors and
-numbers, so that no graph is broken; masks themselves are made outside of compiled code. Second derivatives are refused.
+Without gradients it is the back end's forward and nothing else. With them, and under the transforms of `torch.func`, it is one node of
+autograd (`node`). Under `torch.compile` it is one operator, `torchwrap::attend`, with the mask as its tensors and numbers, so that no graph
+is broken; masks themselves are made outside of compiled code. Second derivatives are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from torchwrap.attention import operator
+from torchwrap.attention import node, operator
 from torchwrap.attention.autocast import autocast, exact_dtypes
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
@@ -126,12 +124,14 @@ def attend(
             )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
+    if isinstance(mask, Tensor) and node.is_mapped(mask):
+        mask = node.added(mask, q)
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
     rows = None if need_rows is None else row_numbers(need_rows, call.q_length)
     if torch.compiler.is_compiling():
         out, lse = operator.apply(call, backend if isinstance(backend, str) else backend.text)
-    elif _needs_grad(call):
-        out, lse = _Attend.apply(call, backend, q, k, v, sinks, call.bias)  # type: ignore[no-untyped-call]
+    elif _needs_grad(call) or node.transformed():
+        out, lse = node.apply(call, backend)
     else:
         with exact_dtypes(call.q):
             out, lse = attempt(call, backend, lambda found: found.forward(call))
@@ -145,29 +145,3 @@ def attend(
 def _needs_grad(call: Call) -> bool:
     tensors = (call.q, call.k, call.v, call.sinks, call.bias)
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-class _Attend(torch.autograd.Function):
-    """One node: the call is rebuilt from what autograd saved, so that changes in place are noticed."""
-
-    @staticmethod
-    def forward(ctx: Any, call: Call, backend: str | Settings, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        ctx.backend = backend
-        with exact_dtypes(call.q):
-            out, lse = attempt(call, backend, lambda found: found.forward(call))
-        ctx.save_for_backward(*tensors, call.seed, out, lse)
-        ctx.rest = replace(call, q=call.q[:0], k=call.k[:0], v=call.v[:0], sinks=None, bias=None)
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, sinks, bias, seed, out, lse = ctx.saved_tensors
-        if grad_out is None and grad_lse is None:
-            return (None,) * 7
-        call = replace(ctx.rest, q=q, k=k, v=v, sinks=sinks, bias=bias, seed=seed)
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        with exact_dtypes(q):
-            # Whoever computed the forward: out and lse are the same for all.
-            return None, None, *attempt(call, ctx.backend, lambda found: found.backward(call, out, lse, grad_out, grad_lse))

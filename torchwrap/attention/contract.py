@@ -12,7 +12,7 @@ no gradient on. No back end but "eager" stores anything of Sq * Sk elements.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
@@ -105,6 +105,16 @@ class Call:
         if self.q_length == 1:
             return "decode"
         return "chunked" if self.q_length < self.kv_length else "prefill"
+
+    def for_gradients(self, bias: bool) -> Call:
+        """The call whose bias says whether it requires a gradient, which is as large as the scores and left out where it is not wanted.
+
+        Args:
+            bias: whether it does. Under compilers and `torch.func` the tensor itself has forgotten.
+        """
+        if self.bias is None or self.bias.requires_grad == bias:
+            return self
+        return replace(self, bias=self.bias.detach().requires_grad_(bias))
 
     @property
     def accumulate(self) -> torch.dtype:

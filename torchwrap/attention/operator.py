@@ -64,8 +64,10 @@ def mask_of(tensors: Sequence[Tensor], numbers: Sequence[int]) -> TileMask | Non
 
 def apply(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """The call by the operator; gradients included."""
+    wants_bias = call.bias is not None and call.bias.requires_grad  # graphs hold tensors that have forgotten it
     out, lse = _attend(
-        call.q, call.k, call.v, call.sinks, call.bias, call.seed, *taken_apart(call.mask), call.scale, call.softcap, call.dropout, backend
+        call.q, call.k, call.v, call.sinks, call.bias, call.seed, *taken_apart(call.mask), call.scale, call.softcap, call.dropout,
+        wants_bias, backend,
     )  # fmt: skip
     return out, lse
 
@@ -81,7 +83,8 @@ def _call(
 @torch.library.custom_op("torchwrap::attend", mutates_args=())
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, seed: Tensor | None, tensors: Sequence[Tensor],
-    numbers: Sequence[int], scale: float, softcap: float | None, dropout: float, backend: str,
+    numbers: Sequence[int], scale: float, softcap: float | None, dropout: float, wants_bias: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(q, k, v, sinks, bias, seed, tensors, numbers, scale, softcap, dropout)
     with exact_dtypes(q):
@@ -93,7 +96,8 @@ def _attend(
 @_attend.register_fake
 def _attend_fake(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, bias: Tensor | None, seed: Tensor | None, tensors: Sequence[Tensor],
-    numbers: Sequence[int], scale: float, softcap: float | None, dropout: float, backend: str,
+    numbers: Sequence[int], scale: float, softcap: float | None, dropout: float, wants_bias: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=accumulate)
@@ -103,9 +107,9 @@ def _attend_fake(
 def _attend_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
     bias: Tensor | None, seed: Tensor | None, tensors: Sequence[Tensor], numbers: Sequence[int], scale: float, softcap: float | None,
-    dropout: float, backend: str,
+    dropout: float, wants_bias: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _call(q, k, v, sinks, bias, seed, tensors, numbers, scale, softcap, dropout)
+    call = _call(q, k, v, sinks, bias, seed, tensors, numbers, scale, softcap, dropout).for_gradients(wants_bias)
     with exact_dtypes(q):
         found = attempt(call, backend, lambda chosen: chosen.backward(call, out, lse, grad_out, grad_lse))
     dq, dk, dv, dsinks, dbias = (q.new_empty(0) if grad is None else grad.contiguous() for grad in found)
@@ -116,16 +120,16 @@ def _attend_backward(
 def _attend_backward_fake(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
     bias: Tensor | None, seed: Tensor | None, tensors: Sequence[Tensor], numbers: Sequence[int], scale: float, softcap: float | None,
-    dropout: float, backend: str,
+    dropout: float, wants_bias: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv, dsinks, dbias = (q.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape) for tensor in (q, k, v, sinks, bias))
     return dq, dk, dv, dsinks, dbias
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *optional, tensors, numbers, scale, softcap, dropout, backend = inputs
+    *optional, tensors, numbers, scale, softcap, dropout, wants_bias, backend = inputs
     ctx.save_for_backward(*optional, *tensors, *output)
-    ctx.count, ctx.rest = len(optional), (numbers, scale, softcap, dropout, backend)
+    ctx.count, ctx.rest = len(optional), (numbers, scale, softcap, dropout, wants_bias, backend)
     ctx.set_materialize_grads(False)
 
 
@@ -135,7 +139,7 @@ def _gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     grads = _attend_backward(grad_out, grad_lse, out, lse, *optional, tensors, *ctx.rest)
     given = [None if tensor is None else grad for tensor, grad in zip(optional[:5], grads, strict=True)]
-    return *given, None, [None] * len(tensors), None, None, None, None, None
+    return *given, None, [None] * len(tensors), None, None, None, None, None, None
 
 
 torch.library.register_autograd("torchwrap::attend", _gradient, setup_context=_keep)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from torchwrap.attention.divert import FunctionLayer
 from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.node import is_mapped
 from torchwrap.attention.service import Service
 from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.layer import Layer
@@ -103,6 +104,8 @@ def _not_served(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value
         return "nn.MultiheadAttention returns the weights of attention", "Call it with need_weights=False, if they are not used."
     if query.is_nested or key.is_nested or value.is_nested:
         return "its inputs are nested tensors", "Give padded tensors with key_padding_mask."
+    if any(mask is not None and is_mapped(mask) for mask in (given["key_padding_mask"], given["attn_mask"])):
+        return "its masks are mapped over by torch.func.vmap", "Nothing has to be done."
     if module.bias_k is not None or module.add_zero_attn:
         return "nn.MultiheadAttention adds keys of its own (add_bias_kv, add_zero_attn)", "Nothing has to be done."
     return None

@@ -142,7 +142,7 @@ def backward(
     programs = math.ceil(call.q_length / blocks.queries) * call.batch * call.heads
     step("queries", queries_kernel, programs, blocks, grad_q=grad_q, **_strides("dq", grad_q))
     grad_bias = None
-    if call.bias is not None and _wants_bias(call):
+    if call.bias is not None and call.bias.requires_grad:
         owners, heads, length, _ = call.bias.shape
         blocks = _blocks("bias", call, card, wanted, call.q_length)
         grad_bias = call.q.new_empty(owners, heads, length, call.kv_length, dtype=torch.float32)
@@ -152,12 +152,6 @@ def backward(
             shared_heads=call.heads // heads, ONE_ROW=length == 1,
         )  # fmt: skip
     return steps, delta, (grad_q, grad_k, grad_v, grad_bias)
-
-
-def _wants_bias(call: Call) -> bool:
-    """Inside an operator of torch nothing is said to require gradients, so there the bias gets its own whether it is asked for or not."""
-    assert call.bias is not None
-    return call.bias.requires_grad or not any(tensor.requires_grad for tensor in (call.q, call.k, call.v))
 
 
 def _blocks(kind: Pass, call: Call, card: Card, wanted: Blocks | Fixed | None, rows: int) -> Blocks:

@@ -1,0 +1,101 @@
+"""`attend` under torch.func: gradients and maps are those of torch's own attention, what does not exist is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
+from torch.nn import functional as F
+
+import torchwrap as tw
+from torchwrap.attention.attend import attend
+from torchwrap.attention.masks.mask import TileMask
+from torchwrap.core import errors
+
+N, S, E = 3, 6, 8
+
+
+def inputs(*lead: int) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(*lead, 1, 4, S, E), torch.randn(*lead, 1, 2, S, E), torch.randn(*lead, 1, 2, S, E)
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attend(q, k, v, mask=TileMask.causal(1, S, S)).square().sum()
+
+
+def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True).square().sum()
+
+
+def near(one: Any, two: Any) -> None:
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+TRANSFORMS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "grad": (lambda f: grad(f, (0, 1, 2)), inputs()),
+    "vjp": (lambda f: lambda *given: vjp(f, *given)[1](torch.ones(())), inputs()),
+    "vmap": (lambda f: vmap(f), inputs(N)),
+    "vmap of some": (lambda f: vmap(f, in_dims=(0, None, None)), (inputs(N)[0], *inputs()[1:])),
+    "gradients of samples": (lambda f: vmap(grad(f, (0, 1, 2))), inputs(N)),
+    "gradient of a map": (lambda f: grad(lambda *given: vmap(f)(*given).sum(), (0, 1, 2)), inputs(N)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_those_of_torchs_own_attention(name: str) -> None:
+    transform, given = TRANSFORMS[name]
+    near(transform(ours)(*given), transform(torchs)(*given))
+
+
+def test_jacobians_are_those_of_torchs_own_attention() -> None:
+    q, k, v = inputs()
+    near(
+        jacrev(lambda q: attend(q, k, v)[0, 0])(q),
+        jacrev(lambda q: F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))[0, 0])(q),
+    )
+
+
+def test_sinks_and_biases_have_gradients_too() -> None:
+    q, k, v = inputs()
+    sinks, bias = torch.randn(4), torch.randn(1, 4, S, S)
+    found = grad(lambda *given: attend(q, k, v, sinks=given[0], bias=given[1]).square().sum(), (0, 1))(sinks, bias)
+    leaves = sinks.requires_grad_(), bias.requires_grad_()
+    near(found, torch.autograd.grad(attend(q, k, v, sinks=sinks, bias=bias).square().sum(), leaves))
+
+
+def test_lse_under_a_map() -> None:
+    q, k, v = inputs(N)
+    near(vmap(lambda *given: attend(*given, return_lse=True)[1])(q, k, v), attend(q[:, 0], k[:, 0], v[:, 0], return_lse=True)[1][:, None])
+
+
+def test_masks_that_are_mapped_over_hide_what_they_should() -> None:
+    q, k, v = inputs(N)
+    masks = torch.rand(N, 1, 1, S, S) < 0.7
+    masks[:, ..., 0] = True
+    found = vmap(lambda q, k, v, mask: attend(q, k, v, mask=mask))(q, k, v, masks)
+    near(found, torch.stack([attend(q[i], k[i], v[i], mask=masks[i]) for i in range(N)]))
+
+
+@pytest.mark.parametrize("transform", [lambda f: lambda q: jvp(f, (q,), (q,)), hessian, lambda f: grad(lambda q: grad(f)(q).sum())])
+def test_what_does_not_exist_is_refused_by_name(transform: Any) -> None:
+    q, k, v = inputs()
+    with pytest.raises(errors.UnsupportedModelError, match="derivatives"):
+        transform(lambda q: attend(q, k, v).square().sum())(q)
+
+
+def test_a_wrapped_model_has_gradients_of_samples() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2, enable_nested_tensor=False)
+    weights, x = {name: value.detach() for name, value in model.named_parameters()}, torch.randn(N, S, 8)
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(model, weights, (x[None],)).square().sum()
+
+    expected = vmap(grad(loss), in_dims=(None, 0))(weights, x)
+    tw.fast_attention(model)
+    near(vmap(grad(loss), in_dims=(None, 0))(weights, x), expected)

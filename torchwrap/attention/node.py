@@ -1,0 +1,142 @@
+"""`attend` as a node of autograd and under the transforms of `torch.func`.
+
+One node saves the inputs, out and lse; its backward is a node of its own, because `torch.func.grad` keeps a graph of every backward. Under
+`torch.func.vmap` a call is computed for one element after the other: kernels take memory, and a batched tensor has none of that shape.
+Forward-mode derivatives and derivatives of derivatives do not exist here, and are refused by name.
+
+Letters: N elements of a mapped dimension, the others as in `contract`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from torchwrap.attention.autocast import exact_dtypes
+from torchwrap.attention.contract import Call
+from torchwrap.attention.dispatch import attempt
+from torchwrap.attention.settings import Settings
+from torchwrap.core.errors import UnsupportedModelError
+
+__all__ = ["added", "apply", "is_mapped", "transformed"]
+
+transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether the code runs under `torch.func`; torch's own `autograd.Function` asks the same."""
+
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+
+
+def apply(call: Call, backend: str | Settings) -> tuple[Tensor, Tensor]:
+    """Out and lse of a call, with gradients for what asks for them."""
+    tensors = (call.q, call.k, call.v, call.sinks, call.bias, call.seed)
+    # A level of transforms hides what those around it want.
+    wants_bias = call.bias is not None and (call.bias.requires_grad or transformed())
+    found: tuple[Tensor, Tensor] = _Attend.apply(_without(call), backend, wants_bias, *tensors)  # type: ignore[no-untyped-call]
+    return found
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether `torch.func.vmap` maps over the tensor: then nobody can look at its numbers."""
+    return not torch.compiler.is_compiling() and transformed() and _is_batched(tensor)
+
+
+def added(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask of booleans that is mapped over, as one that is added to the scores: it cannot be sorted into tiles."""
+    return torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
+
+
+def _without(call: Call) -> Call:
+    """The call without its tensors: autograd saves those itself, and so notices changes in place."""
+    return replace(call, q=call.q[:0], k=call.k[:0], v=call.v[:0], sinks=None, bias=None, seed=None)
+
+
+def _with(rest: Call, tensors: tuple[Tensor | None, ...]) -> Call:
+    q, k, v, sinks, bias, seed = tensors
+    assert q is not None and k is not None and v is not None
+    return replace(rest, q=q, k=k, v=v, sinks=sinks, bias=bias, seed=seed)
+
+
+class _Attend(torch.autograd.Function):
+    """The forward: (rest of the call, back end, is the bias's gradient wanted, q, k, v, sinks, bias, seed) -> (out, lse)."""
+
+    @staticmethod
+    def forward(rest: Call, backend: str | Settings, wants_bias: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        call = _with(rest, tensors)
+        with exact_dtypes(call.q):
+            return attempt(call, backend, lambda found: found.forward(call))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.rest = inputs[:3]
+        ctx.save_for_backward(*inputs[3:], *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return (None,) * 9
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = _Gradients.apply(*ctx.rest, out, lse, grad_out, grad_lse, *tensors)  # type: ignore[no-untyped-call]
+        return None, None, None, *grads, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Attend, info.batch_size, in_dims, inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse("forward-mode derivatives (torch.func.jvp, jacfwd, hessian)")
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward: (as of the forward, out, lse, grad_out, grad_lse, tensors of the call) -> gradients of q, k, v, sinks and bias."""
+
+    @staticmethod
+    def forward(
+        rest: Call, backend: str | Settings, wants_bias: bool, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        call = _with(rest, tensors).for_gradients(wants_bias)
+        with exact_dtypes(call.q):
+            # Whoever computed the forward: out and lse are the same for all.
+            return attempt(call, backend, lambda found: found.backward(call, out, lse, grad_out, grad_lse))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        _refuse("derivatives of derivatives")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(_Gradients, info.batch_size, in_dims, inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        _refuse("derivatives of derivatives")
+
+
+def _one_by_one(function: Any, count: int, in_dims: tuple[Any, ...], inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The results for N elements, stacked in a new first dimension."""
+    each = []
+    for index in range(count):
+        given = (value if dim is None else value.select(dim, index) for value, dim in zip(inputs, in_dims, strict=True))
+        each.append(function.apply(*given))
+    stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
+    return stacked, tuple(None if value is None else 0 for value in stacked)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UnsupportedModelError(
+        f"attention of torchwrap has no {what}",
+        where="attend",
+        fix='Use the model\'s own attention for this call: torchwrap.disabled(model, "fast_attention"), or torchwrap.unwrap(model).',
+    )
