@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What a developer has measured of attention on this machine must not choose the back ends of the tests.
+os.environ.setdefault("TORCHWRAP_CACHE", str(Path(tempfile.gettempdir()) / f"torchwrap-tests-{os.getuid()}"))
 
 import torch
 from hypothesis import HealthCheck, settings

@@ -12,7 +12,7 @@ import pytest
 from tests.cli.conftest import Done
 from torchwrap.cli.__main__ import COMMANDS
 
-ARGUMENTS = {"demo": [], "doctor": [], "plan": ["."], "describe": ["."], "verify": ["."], "bench": ["."]}
+ARGUMENTS = {"demo": [], "doctor": [], "plan": ["."], "describe": ["."], "verify": ["."], "bench": ["."], "tune": []}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

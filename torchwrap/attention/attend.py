@@ -126,7 +126,8 @@ def attend(
     q, k, v = autocast(q, k, v)
     if isinstance(mask, Tensor) and node.is_mapped(mask):
         mask = node.added(mask, q)
-    call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
+    wants_lse = return_lse or need_rows is not None or torch.is_grad_enabled() or node.transformed() or torch.compiler.is_compiling()
+    call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, wants_lse=wants_lse)
     rows = None if need_rows is None else row_numbers(need_rows, call.q_length)
     if torch.compiler.is_compiling():
         out, lse = operator.apply(call, backend if isinstance(backend, str) else backend.text)

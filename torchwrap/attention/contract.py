@@ -46,6 +46,7 @@ class Call:
         bias: added to the scores after the cap; `[B | 1, Hq | 1, Sq | 1, Sk]`, or None.
         dropout: probability with which a weight becomes 0 (the others grow by `1 / (1 - dropout)`).
         seed: int64 scalar that picks the dropped weights; None without dropout.
+        wants_lse: False: nobody reads lse, and a back end that has to go out of its way for it may return an empty one.
     """
 
     q: Tensor
@@ -58,6 +59,7 @@ class Call:
     bias: Tensor | None = None
     dropout: float = 0.0
     seed: Tensor | None = None
+    wants_lse: bool = True
 
     @property
     def batch(self) -> int:
@@ -181,6 +183,7 @@ def checked(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     dropout: float = 0.0,
+    wants_lse: bool = True,
 ) -> Call:
     """The call, or an error that names what does not fit.
 
@@ -194,6 +197,7 @@ def checked(
         sinks: `[Hq]`.
         bias: broadcasts to `[B, Hq, Sq, Sk]`.
         dropout: in [0, 1).
+        wants_lse: as in `Call`.
 
     Raises:
         ConfigError: shapes, dtypes or devices do not fit together, or a number is out of its range.
@@ -223,7 +227,7 @@ def checked(
     return Call(
         q=q, k=k, v=v, mask=seen, scale=max(q.shape[3], 1) ** -0.5 if scale is None else float(scale), softcap=softcap,
         sinks=sinks, bias=None if added is None else added[(None,) * (4 - added.dim())], dropout=dropout,
-        seed=torch.randint(2**62, (), dtype=torch.int64) if dropout else None,
+        seed=torch.randint(2**62, (), dtype=torch.int64) if dropout else None, wants_lse=wants_lse,
     )  # fmt: skip
 
 

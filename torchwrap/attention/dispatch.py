@@ -1,10 +1,11 @@
 """Which back end computes a call, and why.
 
-Every back end says of a call why it cannot compute it, or nothing. Of those that can, the first of a list is taken; the list depends on the
-device. On CPUs "cpu" comes first: its compositions use torch's kernel for what torch does well, so there is nothing that torch alone does
-faster but by the cost of Python around it (see `cpu.backend` for the choice among compositions, and docs/results for measurements).
-"eager", which stores all scores, comes last. A back end whose kernel could not be compiled or launched is not asked again for calls of that
-kind in this process: the next one computes the same call.
+Every back end says of a call why it cannot compute it, or nothing. Of those that can, the first of a list is taken: of what was measured on
+this machine for calls of that kind, else of what is shipped (`tuning.table`). On CPUs "cpu" comes first: its compositions use
+torch's kernel for what torch does well, so there is nothing that torch alone does faster but by the cost of Python around it (see
+`cpu.backend` for the choice among compositions, and docs/results for measurements). Who would store a mask of more than
+`tuning.table.MASK_BYTES` comes after those who need none; "eager", which stores all scores, comes last. A back end whose kernel could not
+be compiled or launched is not asked again for calls of that kind in this process: the next one computes the same call.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ import torch
 
 from torchwrap.attention.contract import Backend, Call
 from torchwrap.attention.settings import Settings, settings_of
+from torchwrap.attention.tuning.clock import median_seconds
+from torchwrap.attention.tuning.kinds import Doing, kind_of
+from torchwrap.attention.tuning.store import measurements
+from torchwrap.attention.tuning.table import CANDIDATES, MASK_BYTES, first_choices
 from torchwrap.core import errors
 
-__all__ = ["BACKENDS", "Choice", "attempt", "backend", "choose", "failures", "order"]
+__all__ = ["BACKENDS", "Choice", "attempt", "backend", "choose", "compare", "order", "revision"]
 
 R = TypeVar("R")
 
@@ -35,6 +40,8 @@ BACKENDS = {
     "sdpa-flash": "torchwrap.attention.torch_kernels.flash:Flash",
     "sdpa-efficient": "torchwrap.attention.torch_kernels.efficient:Efficient",
     "sdpa-cudnn": "torchwrap.attention.torch_kernels.cudnn:Cudnn",
+    "flash_attn": "torchwrap.attention.flash_attn:FlashAttn",
+    "flex": "torchwrap.attention.torch_kernels.flex:Flex",
     "eager": "torchwrap.attention.reference:Eager",
 }
 """Where each back end is defined; loaded when it is first asked for."""
@@ -43,7 +50,9 @@ _Kind = tuple[str, torch.device, torch.dtype, int, int]
 _failed: dict[_Kind, str] = {}
 _lock = threading.Lock()
 
-_ORDER = {"cpu": ("cpu", "sdpa", "eager"), "cuda": ("triton", "cuda_mma", "sdpa", "eager")}
+_measuring = threading.Lock()
+_measured = 0
+_NOTHING: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,48 +76,54 @@ class Choice:
         return "; ".join([f"{self.backend.name}: {self.notes[0]}", *([describe(self.call)] if describe else []), *self.notes[1:]])
 
 
-def choose(call: Call, given: str | Settings = "auto") -> Choice:
+def choose(call: Call, given: str | Settings = "auto", doing: Doing = "forward") -> Choice:
     """The back end for a call.
 
     Args:
         call: the call.
         given: "auto", one of `BACKENDS`, or settings.
+        doing: what of the call is computed.
 
     Raises:
         ConfigError: there is no back end of that name.
         UnsupportedModelError: it cannot compute this call; the message has the check that failed and a back end that can.
     """
-    name = settings_of(given).backend
-    if name != "auto":
-        return Choice(_forced(call, name), call, ("asked for",))
+    settings = settings_of(given)
+    if settings.backend != "auto":
+        return Choice(_forced(call, settings.backend), call, ("asked for",))
+    names, known = _listed(call, settings, doing)
     refused: list[str] = []
-    for candidate in order(call):
-        found = backend(candidate)
-        why_not = _failed.get(_kind(candidate, call)) or found.refuses(call)
+    for name in names:
+        found = backend(name)
+        why_not = _failed.get(_kind(name, call)) or _undecided(found, settings, doing) or found.refuses(call)
         if why_not is None:
-            return Choice(found, call, (f"first that can, on {call.q.device.type}", *refused))
-        refused.append(f"not {candidate}: {why_not}")
+            return Choice(found, call, (known.get(name) or f"first that can, on {call.q.device.type}", *refused))
+        refused.append(f"not {name}: {why_not}")
     raise errors.UnsupportedModelError("no back end can compute this call: " + "; ".join(refused), where="attend")
 
 
-def attempt(call: Call, given: str | Settings, work: Callable[[Backend], R]) -> R:
+def attempt(call: Call, given: str | Settings, work: Callable[[Backend], R], doing: Doing = "forward") -> R:
     """Have a call computed; under "auto" by the next back end if the kernel of the first cannot run here.
 
     Args:
         call: the call.
         given: as in `choose`.
         work: a method of the back end that it is given; it must leave nothing half-done when it raises.
+        doing: what of the call is computed.
 
     Raises:
         ConfigError, UnsupportedModelError: as in `choose`.
         KernelError: the kernel of the back end that was asked for cannot run.
     """
+    settings = settings_of(given)
+    if settings.tune == "measure" and settings.backend == "auto":
+        compare(call, settings, work, doing)
     while True:
-        found = choose(call, given).backend
+        found = choose(call, settings, doing).backend
         try:
             return work(found)
         except errors.KernelError as error:
-            if settings_of(given).backend != "auto":
+            if settings.backend != "auto":
                 raise
             with _lock:
                 first = _kind(found.name, call) not in _failed
@@ -121,14 +136,77 @@ def attempt(call: Call, given: str | Settings, work: Callable[[Backend], R]) -> 
                 )
 
 
-def failures() -> int:
-    """How many kinds of kernels have failed in this process; a choice made before the last of them may be another now."""
-    return len(_failed)
+def compare(
+    call: Call, settings: Settings, work: Callable[[Backend], object], doing: Doing, names: tuple[str, ...] | None = None
+) -> dict[str, float]:
+    """Time the back ends that can compute a call, if that was not done for calls of its kind; keep the figures.
+
+    Args:
+        call: the call; its own tensors are read, so nothing is allocated but what back ends return and need.
+        settings: where figures are kept.
+        work: as in `attempt`.
+        doing: as in `attempt`.
+        names: back ends to compare, measured whatever is known; None: those of `tuning.table.CANDIDATES`, unless measured before.
+
+    Returns:
+        Seconds by back end; empty if nothing was timed.
+
+    Cost: some 8 calls of each back end.
+    """
+    global _measured
+    store, kind = measurements(call.q.device, settings.tune_dir), kind_of(call, doing)
+    if (names is None and kind in store.orders) or _recorded(call):
+        return {}
+    with _measuring:  # a second measurement beside the first would spoil both
+        if names is None and kind in store.orders:
+            return {}
+        asked = names or CANDIDATES.get(call.q.device.type, ())
+        able = [name for name in asked if _failed.get(_kind(name, call)) is None and backend(name).refuses(call) is None]
+        able = [name for name in able if _mask_bytes(backend(name), call) <= MASK_BYTES]
+        runs = {name: functools.partial(work, backend(name)) for name in able}
+        seconds, _ = median_seconds(runs, call.q.device) if len(runs) > 1 else ({}, {})
+        store.add(kind, seconds)
+        _measured += 1
+    return seconds
 
 
-def order(call: Call) -> tuple[str, ...]:
+def revision() -> int:
+    """Grows when a choice made before may be another now: a kernel has failed, or something was measured."""
+    return len(_failed) + _measured
+
+
+def order(call: Call, given: str | Settings = "auto", doing: Doing = "forward") -> tuple[str, ...]:
     """Names of the back ends in the order in which they are asked."""
-    return _ORDER.get(call.q.device.type, ("sdpa", "eager"))
+    return _listed(call, settings_of(given), doing)[0]
+
+
+def _listed(call: Call, settings: Settings, doing: Doing) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Names in order, and what was measured of them."""
+    names, known = first_choices(call, doing), _NOTHING
+    if settings.tune != "off" and (store := measurements(call.q.device, settings.tune_dir)).orders:
+        fastest = store.orders.get(kind := kind_of(call, doing), ())
+        if fastest:
+            names = (*(name for name in fastest if name in BACKENDS), *(name for name in names if name not in fastest))
+            known = {name: store.reasons[kind, name] for name in fastest}
+    if _mask_bytes(backend(names[0]), call) > MASK_BYTES:
+        names = tuple(sorted(names, key=lambda name: (name == "eager", _mask_bytes(backend(name), call) > MASK_BYTES)))
+    return names, known
+
+
+def _mask_bytes(found: Backend, call: Call) -> int:
+    memory = getattr(found, "memory", None)
+    return 0 if memory is None else int(memory(call))
+
+
+def _undecided(found: Backend, settings: Settings, doing: Doing) -> str | None:
+    if settings.deterministic and doing == "backward" and not getattr(found, "deterministic", True):
+        return "its gradients may differ from run to run, and deterministic=True was asked for"
+    return None
+
+
+def _recorded(call: Call) -> bool:
+    """Whether the card is told to note launches for later: then nothing may wait for it."""
+    return call.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

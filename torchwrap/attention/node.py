@@ -105,7 +105,7 @@ class _Gradients(torch.autograd.Function):
         call = _with(rest, tensors).for_gradients(wants_bias)
         with exact_dtypes(call.q):
             # Whoever computed the forward: out and lse are the same for all.
-            return attempt(call, backend, lambda found: found.backward(call, out, lse, grad_out, grad_lse))
+            return attempt(call, backend, lambda found: found.backward(call, out, lse, grad_out, grad_lse), "backward")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

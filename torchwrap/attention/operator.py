@@ -111,7 +111,7 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     call = _call(q, k, v, sinks, bias, seed, tensors, numbers, scale, softcap, dropout).for_gradients(wants_bias)
     with exact_dtypes(q):
-        found = attempt(call, backend, lambda chosen: chosen.backward(call, out, lse, grad_out, grad_lse))
+        found = attempt(call, backend, lambda chosen: chosen.backward(call, out, lse, grad_out, grad_lse), "backward")
     dq, dk, dv, dsinks, dbias = (q.new_empty(0) if grad is None else grad.contiguous() for grad in found)
     return dq, dk, dv, dsinks, dbias
 

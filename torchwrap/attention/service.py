@@ -23,7 +23,7 @@ from torchwrap.attention.autocast import autocast
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.settings import CacheSettings
 from torchwrap.attention.cooperative.tensors import TieredTensor
-from torchwrap.attention.dispatch import choose, failures
+from torchwrap.attention.dispatch import choose, revision
 from torchwrap.attention.distributed.deferred import Deferred
 from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
@@ -121,7 +121,7 @@ class Service:
         # Afterwards, because a back end may have failed and another one have computed it.
         if not torch.compiler.is_compiling():
             kind = _kind(q, k, mask, softcap, sinks, bias, dropout)
-            size = kind, q.shape[2].bit_length(), k.shape[2].bit_length(), failures()
+            size = kind, q.shape[2].bit_length(), k.shape[2].bit_length(), revision()
             if size not in self._chosen:  # asked once for each kind and size class: the answer is for people
                 if isinstance(k, TieredTensor):
                     name, reason = "cooperative", k.cache.reason

@@ -56,7 +56,6 @@ class Settings:
         object.__setattr__(self, "text", self.backend if said.keys() <= {"backend"} else json.dumps(said))
 
 
-@functools.lru_cache(maxsize=256)
 def settings_of(given: str | Settings) -> Settings:
     """Settings from settings, from the name of a back end, or from their text.
 
@@ -68,4 +67,9 @@ def settings_of(given: str | Settings) -> Settings:
     if not isinstance(given, str):
         fix = 'Give "auto", the name of a back end, or Settings.'
         raise ConfigError(f"backend is a {type(given).__name__}", where="attend", fix=fix)
-    return Settings(**json.loads(given)) if given.startswith("{") else Settings(backend=given)
+    return _read(given)
+
+
+@functools.lru_cache(maxsize=256)
+def _read(text: str) -> Settings:
+    return Settings(**json.loads(text)) if text.startswith("{") else Settings(backend=text)

@@ -17,7 +17,7 @@ from torchwrap.cli.output import Outcome, render
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("demo", "doctor", "plan", "describe", "verify", "bench")
+COMMANDS = ("demo", "doctor", "plan", "describe", "verify", "bench", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,32 +22,44 @@ __all__ = ["block_mask", "index_function"]
 def index_function(mask: TileMask) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The mask as a function of batch row, head, query row and key column, integer tensors that broadcast; no positions.
 
-    Cost: none; the function reads the tensors of the mask.
+    Numbers are tensors in it, so that one compiled kernel serves masks that differ in them: offsets grow with every token.
+
+    Cost: one copy of each number to the device; the function reads the tensors of the mask.
     """
+    q_offset, kv_offset = (torch.as_tensor(value, device=mask.device) for value in (mask.q_offset, mask.kv_offset))
+    right, left, chunk = (
+        None if value is None else torch.as_tensor(value, device=mask.device) for value in (mask.right, mask.left, mask.chunk)
+    )
+    shift, kv_start, kv_end, key_mask = mask.shift, mask.kv_start, mask.kv_end, mask.key_mask
+    q_segments, k_segments = mask.q_segments, mask.k_segments
+    if mask.dictionary is not None:
+        codes, tiles, (bm, bn) = mask.dictionary.codes, mask.dictionary.tiles, mask.dictionary.block
+        r0, c0 = (torch.as_tensor(first, device=mask.device) for first in mask.dictionary.start)
+    else:
+        codes = None
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        query, key = q + mask.q_offset, k + mask.kv_offset
+        query, key = q + q_offset, k + kv_offset
         seen = (q >= 0) & (k >= 0)
-        if mask.right is not None:
-            seen = seen & (key <= query + mask.right)
-        if mask.left is not None:
-            seen = seen & (key >= query - mask.left)
-        if mask.chunk is not None:
-            start = 0 if mask.shift is None else mask.shift[_row(b, mask.shift)]
-            seen = seen & ((key - start) // mask.chunk == (query - start) // mask.chunk)
-        if mask.kv_start is not None:
-            seen = seen & (k >= mask.kv_start[_row(b, mask.kv_start)])
-        if mask.kv_end is not None:
-            seen = seen & (k < mask.kv_end[_row(b, mask.kv_end)])
-        if mask.key_mask is not None:
-            seen = seen & mask.key_mask[_row(b, mask.key_mask), k]
-        if mask.q_segments is not None and mask.k_segments is not None:
-            seen = seen & (mask.q_segments[_row(b, mask.q_segments), q] == mask.k_segments[_row(b, mask.k_segments), k])
-        if mask.dictionary is not None:
-            (bm, bn), (r0, c0) = mask.dictionary.block, mask.dictionary.start
-            row, column, codes = q + r0, k + c0, mask.dictionary.codes
+        if right is not None:
+            seen = seen & (key <= query + right)
+        if left is not None:
+            seen = seen & (key >= query - left)
+        if chunk is not None:
+            start = 0 if shift is None else shift[_row(b, shift)]
+            seen = seen & ((key - start) // chunk == (query - start) // chunk)
+        if kv_start is not None:
+            seen = seen & (k >= kv_start[_row(b, kv_start)])
+        if kv_end is not None:
+            seen = seen & (k < kv_end[_row(b, kv_end)])
+        if key_mask is not None:
+            seen = seen & key_mask[_row(b, key_mask), k]
+        if q_segments is not None and k_segments is not None:
+            seen = seen & (q_segments[_row(b, q_segments), q] == k_segments[_row(b, k_segments), k])
+        if codes is not None:
+            row, column = q + r0, k + c0
             code = codes[_row(b, codes), h if codes.shape[1] > 1 else 0 * h, row // bm, column // bn].long()
-            packed = mask.dictionary.tiles[code, row % bm, column % bn // 8].int()
+            packed = tiles[code, row % bm, column % bn // 8].int()
             seen = seen & ((packed >> column % 8) % 2 == 1)
         return seen
 

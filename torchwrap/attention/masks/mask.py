@@ -364,12 +364,12 @@ class TileMask(LazyMask):
         return packing.cumulative_lengths(self)
 
     def to_block_mask(self, block: int = 128) -> BlockMask:
-        """The mask for `torch.nn.attention.flex_attention`, in blocks of `block` x `block`; see `block_mask`.
+        """The mask for `torch.nn.attention.flex_attention`, in square blocks, worked out once for each size; see `block_mask`.
 
         Raises:
             ConfigError: `block` is below 1.
         """
-        return block_mask(self, block)
+        return self._once(("block_mask", block), lambda: block_mask(self, block))
 
     def to_dense(self, dtype: torch.dtype | None = None, *, masked_grad: bool | None = None) -> torch.Tensor:
         """The whole mask as a tensor of B x H x Sq x Sk elements; warns and is counted. For tests and for code that knows no better."""

@@ -16,7 +16,7 @@ from torchwrap.attention.contract import Call
 from torchwrap.attention.torch_kernels.card import CardKernel, filled, outline, permits
 from torchwrap.attention.torch_kernels.masks import corner, is_full
 
-__all__ = ["Flash"]
+__all__ = ["Flash", "band", "laid_out"]
 
 _aten = torch.ops.aten
 
@@ -40,18 +40,18 @@ class Flash(CardKernel):
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         """One call of the kernel."""
-        q, k, v = _laid_out(call)
-        causal, options = _band(call)
+        q, k, v = laid_out(call)
+        causal, options = band(call)
         out, lse, *_ = _aten._flash_attention_forward(q, k, v, None, None, call.q_length, call.kv_length, 0.0, causal, False, **options)
         return out.narrow(-1, 0, call.value_width).transpose(1, 2), lse
 
     def run_backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One call of the kernel's backward."""
-        q, k, v = _laid_out(call)
+        q, k, v = laid_out(call)
         out, grad_out = (filled(tensor, q.shape[3]).transpose(1, 2) for tensor in (out, grad_out))
         # State of the random numbers of dropout, of which there is none.
         seed, offset = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty((), dtype=torch.uint64, device=q.device)
-        causal, options = _band(call)
+        causal, options = band(call)
         dq, dk, dv = _aten._flash_attention_backward(
             grad_out, q, k, v, out, lse.contiguous(), None, None, call.q_length, call.kv_length, 0.0, causal, seed, offset, **options
         )
@@ -63,13 +63,13 @@ def _width(call: Call) -> int:
     return -(-max(call.width, call.value_width) // 8) * 8
 
 
-def _laid_out(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def laid_out(call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as `[B, S, H, D]`, of one width."""
     q, k, v = (filled(tensor, _width(call)).transpose(1, 2) for tensor in (call.q, call.k, call.v))
     return q, k, v
 
 
-def _band(call: Call) -> tuple[bool, dict[str, Any]]:
+def band(call: Call) -> tuple[bool, dict[str, Any]]:
     """Whether the mask is causal, and scale and window: keys that a query sees before and after its own."""
     mask, options = call.mask, {"scale": call.scale, "window_size_left": None, "window_size_right": None}
     if mask is None or mask.plain in ("full", "causal"):
