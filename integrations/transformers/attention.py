@@ -23,7 +23,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from torchwrap.attention.cooperative.tensors import TieredTensor
-from torchwrap.attention.distributed.tiled import Tiling
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.node import is_mapped
 from torchwrap.attention.service import Service
@@ -35,7 +34,8 @@ from torchwrap.integrations.transformers.batching import StandIn, attend_paged, 
 from torchwrap.integrations.transformers.cache import into_arenas
 from torchwrap.integrations.transformers.generating import CacheMaker, generates_with_a_growing_cache
 from torchwrap.integrations.transformers.masks import tile_mask, user_mask
-from torchwrap.integrations.transformers.tensor_parallel import ProjectionLayer, find, same_processes
+from torchwrap.integrations.transformers.sequence import SequenceLayer, refuse_to_divide, running
+from torchwrap.integrations.transformers.tensor_parallel import ProjectionLayer, projections
 
 __all__ = ["NAME", "AttentionLayer", "ModelLayer", "TransformersRoute", "attention_forward", "attention_mask", "route"]
 
@@ -61,7 +61,13 @@ class AttentionLayer(Layer):
 
     def tiles(self, module: nn.Module, query: Tensor, key: Tensor) -> bool:
         """Is this call to be computed together with its projection, in blocks of rows?"""
-        if self.projection is None or query.shape[2] <= 1 or isinstance(key, TieredTensor) or torch.compiler.is_compiling():
+        if (
+            self.projection is None
+            or self.service.sequence is not None
+            or query.shape[2] <= 1
+            or isinstance(key, TieredTensor)
+            or torch.compiler.is_compiling()
+        ):
             return False
         return self.projection.takes(module)
 
@@ -155,12 +161,12 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
     for _, module in (*models, *sites):
         configs.update((id(config), config) for config in _with_nested(module.config))
     found.originals = [(config, config._attn_implementation_internal) for config in configs.values()]
-    projections = _projections(sites, service)
+    divided = projections(sites, service)
     for fqn, module in sites:
-        _, _, projection = projections.get(fqn, (None, None, None))
+        _, _, projection = divided.get(fqn, (None, None, None))
         found.places.append((fqn, module, AttentionLayer(fqn, service, module.config._attn_implementation_internal, projection)))
         found.attends.append(fqn)
-    found.places += projections.values()
+    found.places += divided.values()
     for fqn, module in models:
         layer = ModelLayer(fqn, service, found)
         found.places.append((fqn, module, layer))
@@ -169,35 +175,15 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
             found.generates.append(fqn)
         if hasattr(module, "init_continuous_batching"):
             found.stand_ins.append(StandIn(fqn, module, layer, NAME))
+    if service.sequence is not None:
+        refuse_to_divide(model, sites)
+        found.divides = True
+        found.places += [(fqn, module, SequenceLayer(fqn, service.sequence)) for fqn, module in models]
     names = sorted({str(name) for _, name in found.originals})
-    if projections:
-        found.notes.append(f"{len(projections)} output projections summed over their processes in blocks ({service.allreduce_blocks})")
+    if divided:
+        found.notes.append(f"{len(divided)} output projections summed over their processes in blocks ({service.allreduce_blocks})")
     found.notes.append(f"{len(sites)} attention modules through {NAME!r} instead of {', '.join(map(repr, names))}")
     return found
-
-
-def _projections(sites: list[tuple[str, nn.Module]], service: Service) -> dict[str, tuple[str, nn.Module, ProjectionLayer]]:
-    """Places on the output projections that are summed over processes, by the name of their attention module."""
-    if service.allreduce_blocks == 1:
-        return {}
-    known: dict[str, Tiling] = {}
-    places: dict[str, tuple[str, nn.Module, ProjectionLayer]] = {}
-    for fqn, module in sites:
-        projection = find(module)
-        if projection is None:
-            continue
-        if service.tp_group is not None:
-            same_processes(service.tp_group, projection.group)
-        group = service.tp_group or projection.group
-        tiling = known.setdefault(group, Tiling(group, service.allreduce_blocks))
-        places[fqn] = (f"{fqn}.{projection.name}", projection.module, ProjectionLayer(projection.name, tiling))
-    if service.tp_group is not None and not places:
-        raise UnsupportedModelError(
-            "there is a tp_group, and no attention module has an output projection that is summed over processes",
-            where="FastAttention.tp_group",
-            fix='Load the model with from_pretrained(..., distributed_config=DistributedConfig(tp_plan="auto")), or leave tp_group out.',
-        )
-    return places
 
 
 def _refuse(fqn: str, model: Any) -> None:
@@ -295,6 +281,10 @@ def attention_forward(
         return attend_paged(module, query, key, value, packed, attend, kwargs).transpose(1, 2).contiguous(), None
     own = _own_implementation(module.config, layer)
     if own is None and any(kwargs.get(name) is not None for name in OWN_KEYS):
+        if service.sequence is not None:
+            raise UnsupportedModelError(
+                "it chooses its keys itself, in its part of a divided sequence", where=fqn, fix="Leave sp_group out."
+            )
         service.leave(fqn, f"it chooses its keys itself ({', '.join(OWN_KEYS)})", "Nothing has to be done.")
         own = "eager"
     if own is not None:
@@ -305,7 +295,11 @@ def attention_forward(
         given = {name: value for name, value in given.items() if value is not None}
         function = _own_function(module, own)
         return function(module, query, key, value, _for_own(attention_mask, own, query), **given, **kwargs)
-    if attention_mask is None:
+    if service.sequence is not None:
+        if attention_mask is None and getattr(module, "is_causal", True):
+            tokens = query.shape[2] * service.sequence.size
+            attention_mask = TileMask(1, tokens, tokens, right=0, left=None if sliding_window is None else sliding_window - 1)
+    elif attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         attention_mask, key, value = _without_mask(query, key, value, bool(causal), sliding_window)
     else:
@@ -339,6 +333,9 @@ def attention_mask(**kwargs: Any) -> Tensor | None:
     """What transformers calls under `NAME` for a mask; keywords as for its own `sdpa_mask`."""
     if _packed.peek() is not None:
         return None  # what belongs together is known
+    divided = running()
+    if divided is not None:
+        return divided.mask(**kwargs)
     own = _own_implementation(kwargs.get("config"), None)
     padding = kwargs.get("attention_mask")
     if own is None and isinstance(padding, Tensor) and is_mapped(padding):

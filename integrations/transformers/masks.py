@@ -20,9 +20,9 @@ from transformers.masking_utils import causal_mask_function
 
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.masks.packing import key_conditions
-from torchwrap.core.errors import ConfigError
+from torchwrap.core.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["tile_mask", "user_mask"]
+__all__ = ["divided_mask", "tile_mask", "user_mask"]
 
 _MODULE = "transformers.masking_utils"
 Conditions = dict[str, Any]
@@ -63,6 +63,35 @@ def tile_mask(
     if known is not None:
         return TileMask(batch_size, q_length, kv_length, **known, **offsets)
     return TileMask.from_function(mask_function, batch_size, q_length, kv_length, vmap=use_vmap, **padding, **offsets)
+
+
+def divided_mask(
+    mask_function: Callable[..., Any], batch: int, length: int, padding: Conditions, device: torch.device | str
+) -> TileMask:  # fmt: skip
+    """The mask of whole sequences of which a process has a part, from the function that transformers made for the part.
+
+    Args:
+        mask_function: for the part. Packed sequences in it are none: positions of a part jump where another process' tokens are.
+        batch: B.
+        length: S, of whole sequences.
+        padding: conditions of the whole mask.
+        device: of the mask.
+
+    Raises:
+        UnsupportedModelError: the function is not known, or counts from where a row's tokens begin.
+    """
+    held = _held(mask_function) if _maker(mask_function) == "and_masks.and_mask" else {}
+    remapped = [one for one in held.get("mask_functions", ()) if _maker(one) == "remap_positions_for_packed_sequence.inner_mask"]
+    if remapped:
+        mask_function = _held(remapped[0])["mask_function"]
+    known = _recognised(mask_function, _Place(batch, length, length, 0, 0))
+    if known is None or ("chunk" in known and padding):
+        raise UnsupportedModelError(
+            "the rule of its mask cannot be read" if known is None else "chunks of padded sequences begin elsewhere in every row",
+            where="sp_group",
+            fix="Unwrap the model, or wrap it without sp_group.",
+        )
+    return TileMask(batch, length, length, **known, **padding, q_offset=0, device=device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torchwrap.attention.distributed.deferred import Deferred
 from torchwrap.attention.distributed.tiled import Tiling
 from torchwrap.attention.distributed.works import resolved
-from torchwrap.core.errors import ConfigError
+from torchwrap.attention.service import Service
+from torchwrap.core.errors import ConfigError, UnsupportedModelError
 from torchwrap.core.layer import Layer
 from torchwrap.core.swap import layers_of, original_class
 
-__all__ = ["Projection", "ProjectionLayer", "find", "same_processes"]
+__all__ = ["Projection", "ProjectionLayer", "find", "projections"]
 
 _INSTALLED = "TensorParallelLayer.install_forward.<locals>.tp_forward"
 
@@ -73,6 +74,39 @@ class ProjectionLayer(Layer):
         return call(given.compute(), *args[1:], **kwargs)
 
 
+def projections(sites: list[tuple[str, nn.Module]], service: Service) -> dict[str, tuple[str, nn.Module, ProjectionLayer]]:
+    """Places on the output projections that are summed over processes, by the name of their attention module.
+
+    Args:
+        sites: names and attention modules.
+        service: its settings say whether, over which group, and in how many blocks.
+
+    Raises:
+        ConfigError: a group of the user's has other processes than the model's.
+        UnsupportedModelError: there is such a group, and nothing to sum over it.
+    """
+    if service.allreduce_blocks == 1 or service.sequence is not None:
+        return {}
+    known: dict[str, Tiling] = {}
+    places: dict[str, tuple[str, nn.Module, ProjectionLayer]] = {}
+    for fqn, module in sites:
+        projection = find(module)
+        if projection is None:
+            continue
+        if service.tp_group is not None:
+            _same_processes(service.tp_group, projection.group)
+        group = service.tp_group or projection.group
+        tiling = known.setdefault(group, Tiling(group, service.allreduce_blocks))
+        places[fqn] = (f"{fqn}.{projection.name}", projection.module, ProjectionLayer(projection.name, tiling))
+    if service.tp_group is not None and not places:
+        raise UnsupportedModelError(
+            "there is a tp_group, and no attention module has an output projection that is summed over processes",
+            where="FastAttention.tp_group",
+            fix='Load the model with from_pretrained(..., distributed_config=DistributedConfig(tp_plan="auto")), or leave tp_group out.',
+        )
+    return places
+
+
 def find(attention: nn.Module) -> Projection | None:
     """The output projection of an attention module, if transformers sums it over processes; None if there is not exactly one."""
     found = [one for name, child in attention.named_children() if (one := _projection(name, child)) is not None]
@@ -98,7 +132,7 @@ def _projection(name: str, module: nn.Module) -> Projection | None:
     return Projection(name, module, mesh.get_group().group_name)
 
 
-def same_processes(given: str, own: str) -> None:
+def _same_processes(given: str, own: str) -> None:
     """Check that a group of the user's has the processes that the model is divided over.
 
     Raises:

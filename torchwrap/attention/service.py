@@ -25,6 +25,7 @@ from torchwrap.attention.cooperative.settings import CacheSettings
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import choose, revision
 from torchwrap.attention.distributed.deferred import Deferred
+from torchwrap.attention.distributed.sequence import DividedSequence
 from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.settings import Settings
@@ -49,6 +50,7 @@ class Service:
         cooperation: how caches are to be divided between device and host; None: they are not.
         tp_group: name of the group over which output projections are summed; None: that of the model's own mesh.
         allreduce_blocks: into how many blocks of rows a tensor-parallel model's attention is cut; 1: its own order.
+        sequence: over which processes sequences are divided; None: they are whole.
 
     Attributes:
         served: `{(module, back end, kind of call): calls}`.
@@ -58,7 +60,7 @@ class Service:
 
     def __init__(
         self, backend: str | Settings = "auto", fallback: str = "warn", cache: str = "keep", *, cooperation: CacheSettings | None = None,
-        tp_group: str | None = None, allreduce_blocks: int | Literal["auto"] = 1,
+        tp_group: str | None = None, allreduce_blocks: int | Literal["auto"] = 1, sequence: DividedSequence | None = None,
     ) -> None:  # fmt: skip
         self.backend: str | Settings = backend
         self.fallback: str = fallback
@@ -66,6 +68,7 @@ class Service:
         self.cooperation: CacheSettings | None = cooperation
         self.tp_group: str | None = tp_group
         self.allreduce_blocks: int | Literal["auto"] = allreduce_blocks
+        self.sequence: DividedSequence | None = sequence
         self.served: Counter[tuple[str, str, str]] = Counter()
         self.reasons: dict[tuple[str, str], str] = {}
         self._chosen: dict[tuple[str, int, int, int], str] = {}
@@ -109,6 +112,16 @@ class Service:
         Returns:
             `[B, Hq, Sq, Dv]`.
         """
+        if self.sequence is not None:
+            divided: Tensor = self.sequence.attend(
+                where, q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=self.backend
+            )
+            if not torch.compiler.is_compiling():
+                kind = _kind(q, k, mask, softcap, sinks, bias, dropout)
+                self.reasons[self.sequence.way, kind] = f"sequences are divided over {self.sequence.size} processes"
+                with _lock:
+                    self.served[where, self.sequence.way, kind] += 1
+            return divided
         if isinstance(k, TieredTensor):
             if k.cache.is_lossy:
                 with _lock:

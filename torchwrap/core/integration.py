@@ -94,12 +94,14 @@ class AttentionRoute:
         attends: names of the modules whose attention is led through the function.
         generates: names of models that will generate with caches made by the route, if the service asks for such.
         notes: remarks for `describe`.
+        divides: True if it serves a model whose sequences are divided over processes.
     """
 
     places: list[tuple[str, nn.Module, Layer]] = field(default_factory=list)
     attends: list[str] = field(default_factory=list)
     generates: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    divides: bool = False
 
     def set(self) -> None:
         """Switch on what layers alone cannot, such as a configured name. Must not raise half-way."""

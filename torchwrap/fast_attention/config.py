@@ -120,6 +120,8 @@ class FastAttention(Config):
         object.__setattr__(self, "kv_disk", settings.kv_disk)
         if self.cache != "cooperative":
             self._without_effect(self.OF_A_CACHE, 'only a cache on two sides has it. Use cache="cooperative", or leave it out.')
+        if self.sp_group is None:
+            self._without_effect(("ring",), "it says how sequences are divided over sp_group. Give that, or leave it out.")
 
     def cache_settings(self) -> CacheSettings:
         """What is said about cooperative caches."""

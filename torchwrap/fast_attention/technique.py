@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar, TypeVar, overload
+from typing import Any, ClassVar, TypeVar, cast, overload
 
 from torch import nn
 
-from torchwrap.attention.distributed.works import group_name
+from torchwrap.attention.distributed.sequence import DividedSequence, Way
+from torchwrap.attention.distributed.works import group_size
 from torchwrap.attention.divert import Diverted
 from torchwrap.attention.service import Service
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
@@ -86,6 +87,12 @@ class FastAttentionTechnique(Technique[FastAttention]):
                 where=type(model).__name__,
                 fix='Use cache="arena", the default.',
             )
+        if service.sequence is not None and not all(route.divides for route in routes):
+            raise UnsupportedModelError(
+                f"the sequences of {type(model).__name__} cannot be divided over processes: nobody knows how its tokens meet",
+                where="FastAttention.sp_group",
+                fix="Leave sp_group out, or call torchwrap.attention.distributed.ring.ring_attend in the model's own code.",
+            )
         layers = [place for route in routes for place in route.places]
         notes = [note for route in routes for note in route.notes]
         return Prepared(config=config, layers=layers, notes=notes, data=FastAttentionHandle(service, routes))
@@ -152,7 +159,7 @@ class FastAttentionTechnique(Technique[FastAttention]):
 def _service(config: FastAttention) -> Service:
     return Service(
         config.backend, config.fallback, config.cache, cooperation=config.cache_settings() if config.cache == "cooperative" else None,
-        tp_group=group_name(config.tp_group, where="FastAttention.tp_group"), allreduce_blocks=config.allreduce_blocks,
+        **_over_processes(config),
     )  # fmt: skip
 
 
@@ -161,6 +168,21 @@ def _in_this_thread(config: FastAttention) -> Iterator[FastAttentionHandle]:
     service = _service(config)
     with Diverted("scope", service):
         yield FastAttentionHandle(service, [])
+
+
+def _over_processes(config: FastAttention) -> dict[str, Any]:
+    """The settings of a `Service` about groups of processes.
+
+    Raises:
+        ConfigError: there is no such group, this process is not in it, or the back end cannot compute parts.
+    """
+    settings: dict[str, Any] = {"tp_group": config.tp_group, "allreduce_blocks": config.allreduce_blocks}
+    if config.sp_group is not None:
+        sequence = DividedSequence(config.sp_group, cast("Way", config.ring))
+        sequence.check_backend(config.backend)
+        group_size(config.sp_group)
+        settings["sequence"] = sequence
+    return settings
 
 
 def _routes(prefix: str, module: nn.Module, service: Service) -> Iterator[AttentionRoute]:

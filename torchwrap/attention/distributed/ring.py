@@ -16,7 +16,7 @@ Letters: B batch, Hq and Hkv query and key heads, T processes, S tokens of the w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -88,6 +88,8 @@ def ring_attend(
     rank, size = group_size(group)
     call = checked(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
     ring = _Ring(rank, size, layout, mask, q.shape[2], group, timeout_s, using)
+    if using is None:
+        _backend(replace(call, sinks=None))  # raises while nothing has been sent
     found: tuple[Tensor, Tensor] = _RingAttention.apply(q, k, v, sinks, call, ring)  # type: ignore[no-untyped-call]
     return found
 
