@@ -30,7 +30,7 @@ X86 = platform.machine().lower() in {"x86_64", "amd64"}
 
 
 class BuildKernels(build_ext):
-    """Compiles kernels.cpp once per instruction set, then the rest, and links a shared library with a plain name."""
+    """Compiles the kernels once per instruction set, then the rest, and links a shared library with a plain name."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")[:-1], FILE)
@@ -50,13 +50,13 @@ class BuildKernels(build_ext):
                 known.append((f"WITH_{name.upper()}", None))
             except CompileError:
                 self.warn(f"torchwrap: this compiler does not know {name}; its kernels are left out")
-        objects += self.compiled(["decode.cpp", "parallel.cpp"], "rest", known, [])
+        objects += self.compiled(["choices.cpp", "decode.cpp", "parallel.cpp", "prefill.cpp"], "rest", known, [])
         target = self.get_ext_fullpath(ext.name)
         libraries = ["dl", "pthread"]
         self.compiler.link_shared_object(objects, target, libraries=libraries, target_lang="c++", build_temp=self.build_temp)
 
     def kernels(self, name: str, flags: list[str]) -> list[str]:
-        return self.compiled(["kernels.cpp"], name, [("INSTRUCTION_SET", name)], flags)
+        return self.compiled(["gradient_kernels.cpp", "kernels.cpp", "prefill_kernels.cpp"], name, [("INSTRUCTION_SET", name)], flags)
 
     def compiled(self, files: list[str], folder: str, macros: list[tuple[str, str | None]], flags: list[str]) -> list[str]:
         return self.compiler.compile(
@@ -80,8 +80,8 @@ setup(
     ext_modules=[
         Extension(
             "torchwrap.native.kernels",
-            sources=[str(SOURCE / name) for name in ("decode.cpp", "kernels.cpp", "parallel.cpp")],
-            depends=[str(SOURCE / name) for name in ("call.h", "parallel.h", "simd.h")],
+            sources=sorted(map(str, SOURCE.glob("*.cpp"))),
+            depends=sorted(map(str, SOURCE.glob("*.h"))),
             language="c++",
             optional=True,
         )

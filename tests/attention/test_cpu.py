@@ -10,7 +10,7 @@ import torch
 
 from tests.attention.cases import DTYPES, EXTRAS, MASKS, WIDTHS, assert_correct, largest_tensor, make
 from torchwrap.attention.contract import checked
-from torchwrap.attention.cpu import decode
+from torchwrap.attention.cpu import decode, prefill
 from torchwrap.attention.cpu.backend import Composed
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
@@ -24,6 +24,24 @@ def test_every_mask_is_as_exact_as_the_definition(mask: str, dtype: torch.dtype)
     for seed in range(3 if dtype == torch.float32 else 1):
         call, what = make(seed, mask=mask, extra="plain", dtype=dtype)
         assert_correct(CPU, call, what)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_bfloat16_without_native_kernels(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((prefill, "refuses"), (decode, "native_refuses")):
+        monkeypatch.setattr(module, name, lambda call: "the compositions are under test")
+    call, what = make(2, mask=mask, extra="plain", dtype=torch.bfloat16)
+    assert "native" not in CPU.describe(call).replace("not the native one", "")
+    assert_correct(CPU, call, what)
+
+
+def test_training_in_bfloat16_is_for_the_native_kernel() -> None:
+    call, _ = make(2, mask="causal", extra="plain", dtype=torch.bfloat16, q_length=300)
+    reason = prefill.refuses(call)
+    if reason is not None:
+        pytest.skip(reason)
+    assert "native" in CPU.describe(call)
+    assert "native" not in CPU.describe(make(2, mask="causal", extra="plain", q_length=300)[0])
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -6,6 +6,17 @@ function with a torch reference of the same signature beside it.
 
 from torchwrap.native.decode import decode
 from torchwrap.native.library import available, describe, instruction_sets, reason
-from torchwrap.native.reference import decode_reference
+from torchwrap.native.prefill import gradients, prefill
+from torchwrap.native.reference import decode_reference, prefill_reference
 
-__all__ = ["available", "decode", "decode_reference", "describe", "instruction_sets", "reason"]
+__all__ = [
+    "available",
+    "decode",
+    "decode_reference",
+    "describe",
+    "gradients",
+    "instruction_sets",
+    "prefill",
+    "prefill_reference",
+    "reason",
+]

@@ -15,7 +15,7 @@ from torchwrap.core.errors import UnsupportedModelError
 __all__ = ["available", "describe", "instruction_sets", "library", "reason"]
 
 PATH = Path(__file__).with_name("kernels.native.so")
-INTERFACE = 2  # TORCHWRAP_INTERFACE in src/call.h
+INTERFACE = 3  # TORCHWRAP_INTERFACE in src/call.h
 BUILD = "install a C++17 compiler and build again: pip install -e .  or  python setup.py build_ext --inplace"
 
 
@@ -33,7 +33,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     loaded.torchwrap_compiler.restype = ctypes.c_char_p
     loaded.torchwrap_threads.restype = ctypes.c_char_p
     loaded.torchwrap_instruction_set.restype = ctypes.c_char_p
-    loaded.torchwrap_decode.argtypes = [ctypes.c_void_p]
+    for function in (loaded.torchwrap_decode, loaded.torchwrap_prefill, loaded.torchwrap_gradients):
+        function.argtypes = [ctypes.c_void_p]
     loaded.torchwrap_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     loaded.torchwrap_read.restype = ctypes.c_uint64
     return loaded, ""

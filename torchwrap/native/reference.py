@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["decode_reference"]
+__all__ = ["decode_reference", "prefill_reference"]
 
 
 def decode_reference(
@@ -44,3 +44,30 @@ def decode_reference(
     # Values that no row sees may hold anything, also what is not a number.
     used = seen.any(2)[..., None]
     return weights @ v.to(wide).masked_fill(~used, 0), lse.masked_fill(~live, float("-inf"))
+
+
+def prefill_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    limits: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same as `prefill`, with all scores in memory; what autograd makes of it is the reference of `gradients`.
+
+    Shapes: as `prefill`; results in float32, or in float64 when q is float64.
+
+    Cost: `B * Hq * Sq * Sk` numbers for the scores, several times.
+    """
+    (batch, heads, queries, width), kv_heads = q.shape, k.shape[1]
+    rows = q.reshape(batch, kv_heads, -1, width)
+    each = None if limits is None else limits.expand(batch, -1, -1).repeat(1, heads // kv_heads, 1)
+    out, lse = decode_reference(rows, k, v, limits=each, scale=scale, softcap=softcap)
+    out, lse = out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
+    if sinks is None:
+        return out, lse
+    total = torch.logaddexp(lse, sinks.to(lse)[:, None])
+    return out * torch.exp(lse - total)[..., None], total

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.contract import Call, Gradients
-from torchwrap.attention.cpu import compose, decode, tiled
+from torchwrap.attention.cpu import compose, decode, prefill, tiled
 from torchwrap.attention.cpu.parts import Block, Part, Strip, plan
 
 __all__ = ["Composed"]
@@ -42,6 +42,8 @@ class Composed:
         few = decode.form(call)
         if few is not None:
             return decode.forward(call, few)
+        if prefill.refuses(call) is None:
+            return prefill.forward(call)
         return compose.forward(call) if compose.refuses(call) is None else tiled.forward(call)
 
     def describe(self, call: Call) -> str:
@@ -54,6 +56,8 @@ class Composed:
         missing = decode.native_refuses(call) if call.q_length == 1 else None
         if few == "pieces":
             return f"one query over pieces of the keys, by torch's kernel; not the native one: {missing}"
+        if prefill.refuses(call) is None:
+            return "many queries, by the native kernel: sums are in float32"
         if (lacking := compose.refuses(call)) is not None:
             return f"tiles of our own: {lacking}"
         blocks = plan(call)
@@ -62,6 +66,8 @@ class Composed:
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of everything."""
+        if prefill.refuses(call) is None:
+            return prefill.backward(call, out, lse, grad_out, grad_lse)
         tile = compose.refuses(call) is not None or call.is_empty or (call.bias is not None and call.bias.requires_grad)
         if tile or (grad_lse is not None and bool(grad_lse.any())):
             return tiled.backward(call, out, lse, grad_out, grad_lse)

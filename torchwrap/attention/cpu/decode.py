@@ -22,7 +22,7 @@ from torchwrap.attention.merge import merge, merge_stack, with_sinks
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
-__all__ = ["PIECE", "Form", "form", "forward", "native_refuses", "partial"]
+__all__ = ["MOST_WIDTH", "PIECE", "Form", "form", "forward", "is_ranges", "native_library", "native_refuses", "partial"]
 
 PIECE = 2048
 """Keys of one piece: chosen; half as many or twice as many take as long."""
@@ -40,7 +40,7 @@ def form(call: Call) -> Form | None:
     mask, one = call.mask, call.q_length == 1
     if not one and call.group * call.q_length > MOST_ROWS:
         return None
-    if call.bias is not None or call.dropout or (mask is not None and not _is_ranges(mask)):
+    if call.bias is not None or call.dropout or (mask is not None and not is_ranges(mask)):
         return None
     if native_refuses(call) is None:
         return "native"
@@ -54,9 +54,9 @@ def _is_one_tile(call: Call) -> bool:
 
 def native_refuses(call: Call) -> str | None:
     """Why the native kernel cannot compute a call whose mask is a range of keys for each row, or None."""
-    native = _native()
-    if isinstance(native, str):
-        return native
+    missing = native_library()
+    if missing is not None:
+        return missing
     if call.group * call.q_length > MOST_ROWS:
         return f"{call.group} heads of a group times {call.q_length} queries are more than {MOST_ROWS} rows"
     if call.q.dtype not in _DTYPES or call.width > MOST_WIDTH or call.value_width > MOST_WIDTH:
@@ -64,7 +64,13 @@ def native_refuses(call: Call) -> str | None:
     return None
 
 
-def _is_ranges(mask: TileMask) -> bool:
+def native_library() -> str | None:
+    """Why there is no native kernel at all, or None."""
+    native = _native()
+    return native if isinstance(native, str) else None
+
+
+def is_ranges(mask: TileMask) -> bool:
     """Each query sees all keys from a first to a last one."""
     if mask.dictionary is not None or mask.key_mask is not None:
         return False

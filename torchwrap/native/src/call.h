@@ -1,4 +1,4 @@
-// What crosses the border: one call of `decode` as plain numbers and addresses, and what each instruction set's file offers.
+// What crosses the border: calls of `decode` and `prefill` as plain numbers and addresses, and what each instruction set's file offers.
 //
 // Letters: B batch, H key/value heads, R rows of queries that share one key/value head, S keys, D width of queries and keys, V width of values.
 // Strides count elements; the last dimension of q, k and v is contiguous.
@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 // Raised with every change of what Python and the library say to each other; torchwrap/native/library.py holds the same number.
-#define TORCHWRAP_INTERFACE 2
+#define TORCHWRAP_INTERFACE 3
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -54,5 +54,56 @@ struct Kernel {
     void (*piece)(const DecodeCall &, const Piece &, void *scratch);  // scratch is aligned to 64 bytes
 };
 
-// Each is compiled from kernels.cpp with other flags; which of them exist is said by macros of the same names in capitals.
+// A call of `prefill`, and of the gradients of one: many queries, in bfloat16. G query heads share a key/value head.
+extern "C" struct PrefillCall {
+    const void *q, *k, *v;       // (B, G * H, Q, D), (B, H, S, D), (B, H, S, V)
+    void *out;                   // (B, G * H, Q, V)
+    float *lse;                  // (B, G * H, Q), contiguous
+    const int32_t *limits;       // (B or 1, Q, 2), or null: columns [first, end) that a query sees, alike for all heads
+    const float *sinks;          // (G * H), or null; `prefill` only
+    const void *grad_out;        // as out; this and the rest are for gradients only
+    const float *grad_lse;       // as lse, or null
+    void *dq, *dk, *dv;          // as q, k, v
+    float *delta;                // as lse: sum(dO * O) - dlse, from weights that were never rounded
+    int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], grad_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
+    int64_t batch, heads, kv_heads, q_length, k_length, width, value_width;
+    float scale, softcap;        // softcap 0: none
+    int32_t limits_shared, threads, instruction_set;
+    // From here on the library's own: rows of one task, float32 sums of (B, H, S, padded width).
+    int64_t part;
+    float *dk_sums, *dv_sums;
+
+    int64_t group() const { return heads / kv_heads; }
+};
+
+// Rows and keys of one pair of blocks; width that queries, keys and values have at most.
+constexpr int64_t HEIGHT = 64, BLOCK = 128, MAX_WIDTH = 512;
+
+static inline Range seen_by(const PrefillCall &call, int64_t batch, int64_t row) {
+    if (!call.limits) return {0, call.k_length};
+    const int32_t *own = call.limits + 2 * ((call.limits_shared ? 0 : batch) * call.q_length + row % call.q_length);
+    return {own[0] < 0 ? 0 : own[0], own[1] > call.k_length ? call.k_length : own[1]};
+}
+
+// Of the tasks that add to one block of keys, which one this is; -1: it does not.
+struct Turn { int32_t number, of; };
+
+// Some rows of (batch, head): `begin` to `end` of all G * Q queries that share it. For gradients, `turns` has an entry for each block of keys.
+struct PrefillTask {
+    int64_t batch, head, begin, end;
+    const Turn *turns;
+    void *progress;
+    void (*wait)(const PrefillTask &, int64_t block);  // until the tasks before have added to this block
+    void (*done)(const PrefillTask &, int64_t block);
+};
+
+struct PrefillKernel {
+    size_t (*scratch_bytes)(const PrefillCall &);
+    void (*run)(const PrefillCall &, const PrefillTask &, void *scratch);  // scratch is aligned to 64 bytes
+};
+
+// Each is compiled from kernels.cpp, prefill_kernels.cpp or gradient_kernels.cpp with other flags; which of them exist is said by macros of the
+// same names in capitals.
 extern const Kernel kernel_baseline, kernel_avx2, kernel_avx512, kernel_avx512_bf16;
+extern const PrefillKernel prefill_baseline, prefill_avx2, prefill_avx512, prefill_avx512_bf16;
+extern const PrefillKernel gradients_baseline, gradients_avx2, gradients_avx512, gradients_avx512_bf16;

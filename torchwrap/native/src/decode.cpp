@@ -11,43 +11,13 @@
 #include <atomic>
 #include <new>
 
-#include "call.h"
+#include "choices.h"
 #include "parallel.h"
 
 namespace {
 
-struct Choice {
-    const char *name;
-    const Kernel *kernel;
-    bool (*runs)();
-};
-
-// Best first.
-const Choice choices[] = {
-#if defined(WITH_AVX512_BF16)
-    {"avx512_bf16", &kernel_avx512_bf16,
-     [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }},
-#endif
-#if defined(WITH_AVX512)
-    {"avx512", &kernel_avx512,
-     [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }},
-#endif
-#if defined(WITH_AVX2)
-    {"avx2", &kernel_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-#endif
-    {"baseline", &kernel_baseline, [] { return true; }},
-};
-constexpr int CHOICES = sizeof choices / sizeof choices[0];
-
 constexpr int64_t PIECES = 128, SHORTEST = 256, LONGEST = 4096;
 constexpr int64_t ALONE = 1 << 17;  // bytes of K and V below which waking a second thread costs more than it brings (chosen)
-
-// Memory of this call, aligned to cache lines and given back when the call ends.
-struct Memory {
-    void *at;
-    explicit Memory(size_t bytes) : at(aligned_alloc(64, (bytes + 64) / 64 * 64)) {}
-    ~Memory() { free(at); }
-};
 
 struct Work {
     const DecodeCall &call;
@@ -87,7 +57,7 @@ struct Work {
     }
 
     void run() {
-        const Memory scratch(kernel.scratch_bytes(call));
+        const torchwrap::Memory scratch(kernel.scratch_bytes(call));
         if (!scratch.at) {
             no_memory = true;
             return;
@@ -119,20 +89,6 @@ Range span_of(const DecodeCall &call, int64_t batch) {
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-EXPORT int torchwrap_interface() { return TORCHWRAP_INTERFACE; }
-EXPORT const char *torchwrap_compiler() {
-#if defined(__clang__)
-    return "clang " __clang_version__;
-#else
-    return "gcc " __VERSION__;
-#endif
-}
-EXPORT const char *torchwrap_threads() { return torchwrap::thread_source(); }
-EXPORT int torchwrap_instruction_sets() { return CHOICES; }
-EXPORT const char *torchwrap_instruction_set(int index) { return index < 0 || index >= CHOICES || !choices[index].runs() ? nullptr : choices[index].name; }
-
 // Reads memory as `decode` does, by the same threads, and does nothing else: what its speed is compared with.
 EXPORT uint64_t torchwrap_read(const uint64_t *memory, int64_t words, int threads) {
     struct Reading {
@@ -157,13 +113,11 @@ EXPORT uint64_t torchwrap_read(const uint64_t *memory, int64_t words, int thread
 // 0: done. 1: no memory. 2: the instruction set cannot run here.
 EXPORT int torchwrap_decode(const DecodeCall *asked) {
     const DecodeCall &call = *asked;
-    int chosen = call.instruction_set;
-    if (chosen < 0)
-        for (chosen = 0; !choices[chosen].runs();) chosen++;
-    if (chosen >= CHOICES || !choices[chosen].runs()) return 2;
+    const torchwrap::Choice *chosen = torchwrap::choice(call.instruction_set);
+    if (!chosen) return 2;
     const int64_t pairs = call.batch * call.heads, rows = call.rows;
     if (pairs == 0 || rows == 0) return 0;
-    const Memory spans_memory(call.batch * sizeof(Range));
+    const torchwrap::Memory spans_memory(call.batch * sizeof(Range));
     if (!spans_memory.at) return 1;
     Range *spans = (Range *)spans_memory.at;
     int64_t longest = 0, total = 0;
@@ -177,10 +131,10 @@ EXPORT int torchwrap_decode(const DecodeCall *asked) {
     length = length < SHORTEST ? SHORTEST : length > LONGEST ? LONGEST : length;
     const int64_t splits = longest > length ? (longest + length - 1) / length : 1, tasks = pairs * splits;
 
-    const Memory parts(tasks * rows * (call.value_width + 2) * sizeof(float)), counters(pairs * sizeof(std::atomic<int>));
+    const torchwrap::Memory parts(tasks * rows * (call.value_width + 2) * sizeof(float)), counters(pairs * sizeof(std::atomic<int>));
     if (!parts.at || !counters.at) return 1;
     float *values = (float *)parts.at, *maximum = values + tasks * rows * call.value_width;
-    Work work{call, *choices[chosen].kernel, spans, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)counters.at};
+    Work work{call, *chosen->decode, spans, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)counters.at};
     for (int64_t pair = 0; pair < pairs; pair++) new (work.left + pair) std::atomic<int>((int)splits);
 
     const int64_t bytes = call.heads * total * (call.width + call.value_width) * (call.dtype == FLOAT32 ? 4 : 2);

@@ -46,8 +46,8 @@ INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c
 INLINE Vector larger(Vector a, Vector b) { return _mm512_max_ps(a, b); }
 INLINE Vector smaller(Vector a, Vector b) { return _mm512_min_ps(a, b); }
 INLINE Vector nearest(Vector a) { return _mm512_roundscale_ps(a, 0); }
-INLINE Vector zero_below(Vector x, float bound, Vector value) {
-    return _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, all(bound), _CMP_LT_OQ), zeros());
+INLINE Vector if_below(Vector x, float bound, Vector then, Vector otherwise) {
+    return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(x, all(bound), _CMP_LT_OQ), then);
 }
 INLINE Vector two_to(Vector whole) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(whole), _mm512_set1_epi32(127)), 23));
@@ -98,7 +98,9 @@ INLINE Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c
 INLINE Vector larger(Vector a, Vector b) { return _mm256_max_ps(a, b); }
 INLINE Vector smaller(Vector a, Vector b) { return _mm256_min_ps(a, b); }
 INLINE Vector nearest(Vector a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-INLINE Vector zero_below(Vector x, float bound, Vector value) { return _mm256_andnot_ps(_mm256_cmp_ps(x, all(bound), _CMP_LT_OQ), value); }
+INLINE Vector if_below(Vector x, float bound, Vector then, Vector otherwise) {
+    return _mm256_blendv_ps(otherwise, then, _mm256_cmp_ps(x, all(bound), _CMP_LT_OQ));
+}
 INLINE Vector two_to(Vector whole) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23));
 }
@@ -145,7 +147,7 @@ INLINE Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
 // Adding and taking away 1.5 * 2^23 leaves the nearest whole number, for what is smaller than 2^22.
 INLINE Vector nearest(Vector a) { return (a + 12582912.f) - 12582912.f; }
-INLINE Vector zero_below(Vector x, float bound, Vector value) { return x < all(bound) ? zeros() : value; }
+INLINE Vector if_below(Vector x, float bound, Vector then, Vector otherwise) { return x < all(bound) ? then : otherwise; }
 INLINE Vector two_to(Vector whole) { return (Vector)((__builtin_convertvector(whole, decltype(whole < whole)) + 127) << 23); }
 INLINE float sum(Vector a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 INLINE Vector sums(const Vector *a) { return Vector{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])}; }
@@ -203,7 +205,7 @@ INLINE Vector power_series(Vector t) {
 INLINE Vector exp2(Vector x) {
     Vector inside = larger(all(-126.f), x), whole = nearest(inside);
     Vector power = two_to(whole);
-    return zero_below(x, -126.f, fma(power, power_series(sub(inside, whole)), power));
+    return if_below(x, -126.f, zeros(), fma(power, power_series(sub(inside, whole)), power));
 }
 
 // With e = exp(2 x) - 1 the hyperbolic tangent is e / (e + 2), accurate also where it is small.

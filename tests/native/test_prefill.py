@@ -1,0 +1,145 @@
+"""`prefill` and `gradients` compute what the definition does, for every kind of mask, instruction set and number of threads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.attention.cases import MASKS, assert_correct, make
+from torchwrap import native
+from torchwrap.attention.contract import Call, Gradients, checked
+from torchwrap.attention.cpu.prefill import refuses
+from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.merge import grad_of_sinks
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
+
+SETS = list(native.instruction_sets())
+INTERVALS = [name for name in MASKS if name not in ("segments that return", "holes", "dense", "function")]
+
+
+def limits_of(mask: TileMask | None) -> Tensor | None:
+    if mask is None:
+        return None
+    return torch.stack([mask.spans().first, mask.spans().end], -1)
+
+
+class Native:
+    """As a back end, by one instruction set."""
+
+    def __init__(self, instruction_set: str | None = None, threads: int | None = None) -> None:
+        self.how: dict[str, Any] = {"instruction_set": instruction_set, "threads": threads}
+
+    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, **self.how}
+        return native.prefill(call.q, call.k, call.v, limits_of(call.mask), call.sinks, **options)
+
+    def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, **self.how}
+        *found, delta = native.gradients(call.q, call.k, call.v, out, lse, grad_out, grad_lse, limits_of(call.mask), **options)
+        return *found, None if call.sinks is None else grad_of_sinks(call.sinks, lse, delta), None
+
+
+def bfloat16(seed: int, **given: Any) -> tuple[Call, str]:
+    return make(seed, dtype=torch.bfloat16, **given)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("mask", INTERVALS)
+def test_every_mask_of_intervals(mask: str, instruction_set: str) -> None:
+    for seed in range(2):
+        call, what = bfloat16(seed, mask=mask, extra="plain")
+        assert_correct(Native(instruction_set), call, what)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("extra", ["softcap", "sinks", "gradient of lse", "wide values", "strided", "scale"])
+def test_every_extra(extra: str, instruction_set: str) -> None:
+    for seed in range(3):
+        call, what = bfloat16(300 + seed, mask=INTERVALS[seed * 4], extra=extra)
+        assert_correct(Native(instruction_set), call, what, with_lse=extra == "gradient of lse")
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("width", [1, 5, 16, 48, 72, 96, 128, 200, 512])
+def test_every_width(width: int, instruction_set: str) -> None:
+    call, what = bfloat16(width, width=width, q_length=127, past=0, heads=(4, 2), mask="window 7", extra="plain")
+    assert_correct(Native(instruction_set), call, what)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (3, 1), (1, 700), (63, 65), (65, 63), (129, 513), (600, 600)])
+def test_every_length(queries: int, keys: int) -> None:
+    for causal in (None, TileMask.causal(1, queries, keys)):
+        q, k, v = (torch.randn(2, heads, length, 24).bfloat16() for heads, length in ((6, queries), (2, keys), (2, keys)))
+        assert_correct(Native(), checked(q, k, v, mask=causal), f"{queries} over {keys}")
+
+
+def test_gradients_of_many_parts_keep_the_law_where_torch_does_not() -> None:
+    call, what = bfloat16(0, heads=(8, 1), batch=1, q_length=300, past=333, width=64, mask="causal", extra="plain")
+    assert_correct(Native(), call, what)
+
+
+@pytest.mark.parametrize("mask", ["causal", "packed", "padded window"])
+def test_threads_and_strides_change_no_bit(mask: str) -> None:
+    call, _ = bfloat16(3, heads=(8, 2), batch=3, q_length=300, past=333, mask=mask, extra="sinks")
+    out, lse = Native(threads=1).forward(call)
+    grad = torch.randn_like(out)
+    grads = Native(threads=1).backward(call, out, lse, grad, None)
+    for threads in (2, 5):
+        assert all(map(torch.equal, Native(threads=threads).forward(call), (out, lse)))
+        assert all(map(torch.equal, Native(threads=threads).backward(call, out, lse, grad, None)[:3], grads[:3]))
+    other = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (call.q, call.k, call.v)]
+    strided = checked(*other, mask=call.mask, scale=call.scale, sinks=call.sinks)
+    found, found_lse = Native().forward(strided)
+    assert torch.equal(found, out) and torch.equal(found_lse, lse) and found.stride() == strided.q.stride()
+    again = Native().backward(strided, found, found_lse, grad, None)
+    assert all(map(torch.equal, again[:3], grads[:3])) and again[0].stride() == strided.q.stride()
+
+
+def test_what_nobody_sees_may_hold_anything() -> None:
+    call, _ = bfloat16(4, batch=2, q_length=128, past=0, width=40, heads=(4, 2), mask="none", extra="plain")
+    limits = torch.tensor([[20, 90]]).expand(2, 128, 2).int().contiguous()
+    limits[:, 7] = 0
+
+    def run(call: Call, grad: Tensor) -> list[Tensor]:
+        out, lse = native.prefill(call.q, call.k, call.v, limits, scale=0.2)
+        return [out, lse, *native.gradients(call.q, call.k, call.v, out, lse, grad, limits=limits, scale=0.2)]
+
+    grad = torch.randn(2, 4, 128, 40).bfloat16()
+    expected = run(call, grad)
+    for tensor in (call.k, call.v):
+        tensor[:, :, :20], tensor[:, :, 90:] = math.nan, math.inf
+    call.q[:, :, 7] = math.nan
+    grad[:, :, 7] = math.nan
+    found = run(call, grad)
+    assert all(map(torch.equal, found, expected)) and all(bool(tensor.isfinite().all()) for tensor in found[2:])
+    assert not found[0][:, :, 7].any() and bool((found[1][:, :, 7] == -math.inf).all()) and not found[2][:, :, 7].any()
+    assert not found[3][:, :, :20].any() and not found[4][:, :, 90:].any()
+
+
+def test_reference_is_the_same_function() -> None:
+    call, _ = bfloat16(5, heads=(8, 2), q_length=64, past=333, mask="padded left", extra="sinks")
+    leaves = [tensor.double().requires_grad_() for tensor in (call.q, call.k, call.v)]
+    exact, exact_lse = native.prefill_reference(*leaves, limits_of(call.mask), call.sinks, scale=call.scale)
+    out, lse = Native().forward(call)
+    torch.testing.assert_close(out.double(), exact, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
+    grad = torch.randn_like(exact)
+    live = torch.where(exact_lse.detach()[..., None] == -math.inf, 0.0, exact)
+    for found, true in zip(Native().backward(call, out, lse, grad.bfloat16(), None), torch.autograd.grad(live, leaves, grad), strict=False):
+        assert found is not None
+        torch.testing.assert_close(found.double(), true, atol=3e-2, rtol=3e-2)
+
+
+def test_other_calls_are_refused_with_the_reason() -> None:
+    call, _ = bfloat16(6, mask="causal", extra="plain")
+    assert refuses(call) is None or "AVX2" in str(refuses(call))
+    assert "float32" in str(refuses(make(6, mask="causal", extra="plain")[0]))
+    for mask, extra, word in (("holes", "plain", "intervals"), ("none", "bias", "bias"), ("none", "dropout", "dropout")):
+        assert word in str(refuses(bfloat16(6, mask=mask, extra=extra)[0]))
+    wide = torch.zeros(1, 1, 2, 520, dtype=torch.bfloat16)
+    assert "520" in str(refuses(checked(wide, wide, wide)))

@@ -1,0 +1,88 @@
+"""Many queries in bfloat16, forward and backward, by the native kernel (`torchwrap.native.prefill`).
+
+torch's kernel loses time and exactness in bfloat16: its backward adds gradients up in it, over heads of a group and blocks of rows and
+keys, with 2 to 6 times the errors of the definition. Here sums are in float32, and it takes a third of torch's time (docs/figures.md). A
+mask is handed over as the interval of columns that each query sees, so causal, window, padding, packed sequences and chunks are one case.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchwrap.attention.contract import Call, Gradients
+from torchwrap.attention.cpu.decode import MOST_WIDTH, is_ranges, native_library
+from torchwrap.attention.merge import grad_of_sinks
+
+if TYPE_CHECKING:
+    from torchwrap.attention.masks.mask import TileMask
+
+__all__ = ["backward", "forward", "refuses"]
+
+
+def refuses(call: Call) -> str | None:
+    """Why the native kernel cannot compute a call of many queries, or None."""
+    if call.q.dtype != torch.bfloat16:
+        return f"{call.q.dtype}, the native kernel for many queries is for bfloat16"
+    for name, there in (("bias", call.bias is not None), ("dropout", bool(call.dropout)), ("an empty call", call.is_empty)):
+        if there:
+            return f"{name}, which the native kernel does not have"
+    if call.mask is not None and not is_ranges(call.mask):
+        return "queries do not see intervals of keys"
+    if max(call.width, call.value_width) > MOST_WIDTH:
+        return f"widths {call.width} and {call.value_width} are beyond {MOST_WIDTH}"
+    return _library()
+
+
+@functools.cache
+def _library() -> str | None:
+    """Why there are no kernels, or none that are worth it, or None."""
+    missing = native_library()
+    if missing is not None:
+        return missing
+    from torchwrap.native.library import instruction_sets  # here, so that nothing is loaded where there is no library
+
+    # With four lanes and no instruction for it, float32 copies and torch's kernel are up to twice as fast (512 to 4096 queries).
+    return "this processor has no AVX2" if next(iter(instruction_sets())) == "baseline" else None
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Out and lse, as in `contract`."""
+    from torchwrap.native.prefill import prefill
+
+    return prefill(call.q, call.k, call.v, _limits(call.mask), call.sinks, scale=call.scale, softcap=call.softcap)
+
+
+def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+    """Gradients of q, k, v and the sinks.
+
+    Args:
+        call: as given to `forward`.
+        out: the result of `forward`.
+        lse: the result of `forward`.
+        grad_out: gradient of out.
+        grad_lse: gradient of lse; None: zeros.
+    """
+    from torchwrap.native.prefill import gradients
+
+    limits = _limits(call.mask)
+    dq, dk, dv, delta = gradients(
+        call.q, call.k, call.v, out, lse, grad_out, grad_lse, limits, scale=call.scale, softcap=call.softcap
+    )  # fmt: skip
+    return dq, dk, dv, None if call.sinks is None else grad_of_sinks(call.sinks, lse, delta), None
+
+
+def _limits(mask: TileMask | None) -> Tensor | None:
+    """First and last column of each query, int32 `[B | 1, Sq, 2]`; None: all."""
+    if mask is None or mask.plain == "full":
+        return None
+
+    def work() -> Tensor:
+        spans = mask.spans()
+        return torch.stack([spans.first, torch.maximum(spans.first, spans.end)], -1)
+
+    limits: Tensor = mask._once("limits", work)
+    return limits

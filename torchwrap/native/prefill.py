@@ -1,0 +1,183 @@
+"""Attention of many queries in bfloat16, and its gradients, with every sum in float32, where each query sees an interval of keys.
+
+Products are of bfloat16 numbers, as torch's CPU kernel has them. But that kernel adds gradients up in bfloat16, over the heads of a group,
+blocks of rows and blocks of keys; here all sums stay in float32 until the end. Neither function has an operator of torch around it:
+they are the inside of one (`torchwrap.attention.attend`), which knows about autograd and has checked what it is given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from torchwrap.core.errors import BudgetError, UnsupportedModelError
+from torchwrap.native.library import instruction_sets, library
+
+__all__ = ["gradients", "prefill"]
+
+_READ = ("q", "k", "v", "out", "grad_out")
+_WRITTEN = ("dq", "dk", "dv")
+
+
+class _Call(ctypes.Structure):
+    """`PrefillCall` of src/call.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "limits", "sinks", "grad_out", "grad_lse", *_WRITTEN, "delta")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in (*_READ, *_WRITTEN)),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "q_length", "k_length", "width", "value_width")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_int32) for name in ("limits_shared", "threads", "instruction_set")),
+        ("part", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("dk_sums", "dv_sums")),
+    )
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    limits: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    instruction_set: str | None = None,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention, with the log-sum-exp that merging and gradients need.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        limits: first visible column and the one behind the last, for each query; None: all.
+        sinks: a score for each head that takes weight and has no value; None: none.
+        scale: factor of the scores.
+        softcap: scores become `softcap * tanh(score / softcap)`; None: they stay.
+        instruction_set: one of `instruction_sets()`, for tests; None: the best.
+        threads: None: as torch.get_num_threads().
+
+    Returns:
+        `(out, lse)`: bfloat16, laid out as q where widths agree, and float32. Rows that see no key have out 0 and lse -inf, or the sink.
+
+    Raises:
+        UnsupportedModelError: the native library is not available.
+        BudgetError: no memory for a block of keys.
+
+    Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) bfloat16; limits (B or 1, Sq, 2) int32; sinks (Hq); none of the sizes 0,
+        D and Dv <= 512. out (B, Hq, Sq, Dv), lse (B, Hq, Sq). Nothing is checked here: what does not fit is read as addresses.
+
+    Exactness: scores and all sums in float32; weights are rounded to bfloat16 for their product with values. Independent of the number of
+        threads and of strides, not of the instruction set: sums are in another order.
+
+    Cost: `4 * (visible pairs) * D` operations for each query head; about half a megabyte for each thread.
+
+    Source: Tri Dao, "FlashAttention-2", 2023, algorithm 1.
+    """
+    out = _like(q, v.shape[3])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32)
+    if sinks is not None:
+        sinks = sinks.detach().float()
+    tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "limits": limits, "sinks": sinks}
+    _run("prefill", tensors, scale, softcap, instruction_set, threads)
+    return out, lse
+
+
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None = None,
+    limits: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    instruction_set: str | None = None,
+    threads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, given the results of the forward.
+
+    Args:
+        q: as in `prefill`, and so k, v, limits, scale, softcap, instruction_set, threads.
+        k: keys.
+        v: values.
+        out: result of the forward.
+        lse: log-sum-exp of the scores, sinks included.
+        grad_out: gradient of out.
+        grad_lse: gradient of lse; None: zeros.
+        limits: intervals of columns.
+        scale: factor of the scores.
+        softcap: bound of the scores.
+        instruction_set: for tests.
+        threads: how many.
+
+    Returns:
+        `(dq, dk, dv, delta)`: delta is `sum(grad_out * out) - grad_lse` of each row, from an out that was not rounded; gradients of sinks
+        are `-sum(exp(sink - lse) * delta)`.
+
+    Raises:
+        UnsupportedModelError: the native library is not available.
+        BudgetError: no memory for sums.
+
+    Shapes: as in `prefill`; out and grad_out (B, Hq, Sq, Dv) bfloat16, lse, grad_lse and delta
+        (B, Hq, Sq) float32. Results as q, k, v.
+
+    Exactness: as in `prefill`; gradients of scores too are rounded to bfloat16 once, for their products.
+
+    Cost: `10 * (visible pairs) * D` operations for each query head; `4 * B * Hkv * Sk * (D + Dv)` bytes where several tasks share keys, and
+        about a megabyte for each thread.
+
+    Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2.
+    """
+    tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "limits": limits, "grad_out": grad_out, "grad_lse": grad_lse}
+    found = _like(q, q.shape[3]), _like(k, k.shape[3]).zero_(), _like(v, v.shape[3]).zero_()
+    delta = torch.empty(q.shape[:3], dtype=torch.float32)
+    _run("gradients", tensors | dict(zip(_WRITTEN, found, strict=True), delta=delta), scale, softcap, instruction_set, threads)
+    return *found, delta
+
+
+def _like(tensor: Tensor, width: int) -> Tensor:
+    """Memory laid out as that of a tensor if that has a contiguous last dimension: models that keep heads innermost get results so too."""
+    like = torch.empty_like(tensor) if width == tensor.shape[3] else tensor.new_empty(*tensor.shape[:3], width)
+    return like if like.stride(3) == 1 else torch.empty(like.shape, dtype=like.dtype)
+
+
+def _run(
+    name: str, given: dict[str, Tensor | None], scale: float, softcap: float | None, instruction_set: str | None, threads: int | None
+) -> None:
+    # Held in a dictionary until the call is over: a copy made here has no other owner.
+    tensors = {
+        key: tensor if key in _WRITTEN or (key in _READ and tensor.stride(3) == 1) else tensor.contiguous()
+        for key, tensor in given.items()
+        if tensor is not None
+    }
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    call = _Call(
+        **{key: tensor.data_ptr() for key, tensor in tensors.items()},
+        **{f"{key}_strides": tensor.stride()[:3] for key, tensor in tensors.items() if key in (*_READ, *_WRITTEN)},
+        **dict(zip(("batch", "heads", "q_length", "width"), q.shape, strict=True)),
+        **dict(zip(("kv_heads", "k_length", "value_width"), (*k.shape[1:3], v.shape[3]), strict=True)),
+        scale=scale,
+        softcap=softcap or 0.0,
+        limits_shared="limits" not in tensors or tensors["limits"].shape[0] == 1,
+        threads=threads or torch.get_num_threads(),
+        instruction_set=-1 if instruction_set is None else instruction_sets()[instruction_set],
+    )
+    status = getattr(library(), f"torchwrap_{name}")(ctypes.addressof(call))
+    if status == 1:
+        needed = 4 * (k.numel() + v.numel())
+        raise BudgetError(
+            f"no memory for sums over {tuple(k.shape)} keys, about {needed} bytes",
+            needed=needed,
+            available=0,
+            where=f"torchwrap.native.{name}",
+            fix="Free memory, or use a smaller batch or a shorter sequence.",
+        )
+    if status:
+        raise UnsupportedModelError(f"this processor cannot run {instruction_set}", where=f"torchwrap.native.{name}")

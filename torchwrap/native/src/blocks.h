@@ -1,0 +1,104 @@
+// Blocks of rows and keys, as the kernels for many queries pack them for the products of tiles.h.
+#pragma once
+
+#include "tiles.h"
+
+#define JOIN(a, b) a##b
+
+namespace {
+
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+
+INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Cuts memory into arrays that begin at cache lines; from null it only counts.
+struct Cut {
+    char *next;
+    template <class T> void operator()(T *&at, int64_t count) { at = (T *)next, next += up(count * (int64_t)sizeof(T), 64); }
+};
+
+// Where a row of a task is in a tensor with query heads.
+INLINE int64_t place_of(const int64_t *strides, const PrefillCall &call, const PrefillTask &task, int64_t row) {
+    const int64_t head = task.head * call.group() + row / call.q_length;
+    return task.batch * strides[0] + head * strides[1] + row % call.q_length * strides[2];
+}
+// The same for lse, which is contiguous.
+INLINE int64_t lse_of(const PrefillCall &call, const PrefillTask &task, int64_t row) {
+    return (task.batch * call.kv_heads + task.head) * call.group() * call.q_length + row;
+}
+
+// What the rows of a task see, from its first row on, and everything that any of them sees. Rows behind its end see nothing.
+INLINE Range look(const PrefillCall &call, const PrefillTask &task, Range *seen) {
+    Range span{call.k_length, 0};
+    for (int64_t r = 0; r < call.part; r++) {
+        const int64_t row = task.begin + r;
+        seen[r] = row < task.end ? seen_by(call, task.batch, row) : Range{0, 0};
+        if (seen[r].empty()) {
+            seen[r] = {0, 0};
+            continue;
+        }
+        if (seen[r].first < span.first) span.first = seen[r].first;
+        if (seen[r].end > span.end) span.end = seen[r].end;
+    }
+    return span;
+}
+
+// Columns of the block of keys from `block` on that some of these rows see, widened to whole tiles.
+INLINE Range columns_seen(const Range *seen, int64_t rows, int64_t block) {
+    Range span{BLOCK, 0};
+    for (int64_t r = 0; r < rows; r++) {
+        if (seen[r].end <= block || seen[r].first >= block + BLOCK) continue;
+        if (seen[r].first - block < span.first) span.first = seen[r].first > block ? seen[r].first - block : 0;
+        if (seen[r].end - block > span.end) span.end = seen[r].end < block + BLOCK ? seen[r].end - block : BLOCK;
+    }
+    return span.empty() ? Range{0, 0} : Range{span.first / COLUMNS * COLUMNS, up(span.end, COLUMNS)};
+}
+
+enum Sight { NOTHING, SOME, EVERYTHING };
+
+// Of a tile whose first column is `left`, what its rows see.
+INLINE Sight sight(const Range *seen, int64_t left) {
+    bool none = true, whole = true;
+    for (int r = 0; r < ROWS; r++) {
+        if (seen[r].first < left + COLUMNS && seen[r].end > left) none = false;
+        if (seen[r].first > left || seen[r].end < left + COLUMNS) whole = false;
+    }
+    return none ? NOTHING : whole ? EVERYTHING : SOME;
+}
+
+// W numbers, the first of column `left`, with something else in place of those that a row does not see.
+INLINE Vector if_seen(Vector x, Range seen, int64_t left, Vector otherwise) {
+    alignas(64) static const float lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Vector column = load(lanes);
+    x = if_below(column, (float)(seen.first - left), otherwise, x);
+    return if_below(sub(zeros(), column), (float)(left - seen.end + 1), otherwise, x);
+}
+
+// One row as a left factor, with zeros up to the padded width; null: all zeros.
+INLINE void copy_row(const uint16_t *row, int64_t width, int64_t padded, uint16_t *to) {
+    if (row) memcpy(to, row, width * sizeof *to);
+    const int64_t from = row ? width : 0;
+    memset(to + from, 0, (padded - from) * sizeof *to);
+}
+
+// Keys or values of a block, of which a task sees those in `span`; the others count as zeros, whatever they hold.
+struct Keys {
+    const uint16_t *base;
+    int64_t stride, block;
+    Range span;
+    Keys(const void *tensor, const int64_t *strides, const PrefillTask &task, int64_t block, Range span)
+        : base((const uint16_t *)tensor + task.batch * strides[0] + task.head * strides[1]), stride(strides[2]), block(block), span(span) {}
+    const uint16_t *operator()(int64_t n) const {
+        return block + n >= span.first && block + n < span.end ? base + (block + n) * stride : nullptr;
+    }
+    void pack_columns(int64_t width, int64_t padded, uint32_t *to) const { columns_of(*this, BLOCK, width, padded, to); }
+    void pack_pairs(int64_t width, int64_t padded, uint32_t *to) const {
+        for (int64_t n = 0; n < BLOCK; n += 2) pairs_of((*this)(n), (*this)(n + 1), width, padded, to + n / 2 * padded);
+    }
+};
+
+INLINE void store_row(const float *from, float factor, int64_t width, uint16_t *to) {
+    for (int64_t d = 0; d < width; d++) to[d] = (uint16_t)rounded(from[d] * factor);
+}
+
+}  // namespace

@@ -1,0 +1,130 @@
+// Shares a call of `prefill` out, or of its gradients: parts of the rows that share a key/value head are tasks, which threads take in turn.
+//
+// A task owns the results of its queries. Gradients of keys are sums over tasks: for each block of keys the tasks that see it add to it one after
+// another, always in the order in which they are handed out, so the result does not depend on the number of threads. A task waits only
+// for tasks that were taken before it, so somebody always goes on. Parts go from the last row to the first: below a causal mask the longest
+// come first, and the shortest fill the ends.
+#include <math.h>
+#include <string.h>
+
+#include <atomic>
+#include <new>
+#include <thread>
+
+#include "choices.h"
+#include "parallel.h"
+
+namespace {
+
+constexpr int64_t TASKS = 32, LONGEST = 512;  // parts are made for as many tasks, if their rows do not get fewer than two blocks
+constexpr int64_t ALONE = 1 << 22;            // products of a row and a key, times widths, below which one thread is enough (chosen)
+
+struct Work {
+    const PrefillCall &call;
+    const PrefillKernel &kernel;
+    const Turn *turns;   // (B or 1, parts, blocks)
+    std::atomic<int> *progress;  // (pairs, blocks): tasks that have added to it
+    int64_t parts, blocks, tasks;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> no_memory{false};
+
+    void run() {
+        const torchwrap::Memory scratch(kernel.scratch_bytes(call));
+        if (!scratch.at) {
+            no_memory = true;
+            return;
+        }
+        const int64_t pairs = call.batch * call.kv_heads, rows = call.group() * call.q_length;
+        for (int64_t number; (number = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+            const int64_t part = number / pairs, pair = number % pairs, begin = (parts - 1 - part) * call.part;
+            const int64_t end = begin + call.part < rows ? begin + call.part : rows, batch = pair / call.kv_heads;
+            kernel.run(call, {batch, pair % call.kv_heads, begin, end, turns + ((call.limits_shared ? 0 : batch) * parts + part) * blocks,
+                              progress + pair * blocks, wait, done}, scratch.at);
+        }
+    }
+
+    static std::atomic<int> &of(const PrefillTask &task, int64_t block) { return ((std::atomic<int> *)task.progress)[block]; }
+    static void wait(const PrefillTask &task, int64_t block) {
+        while (of(task, block).load(std::memory_order_acquire) != task.turns[block].number) std::this_thread::yield();
+    }
+    static void done(const PrefillTask &task, int64_t block) { of(task, block).fetch_add(1, std::memory_order_release); }
+};
+
+// The turns of one batch entry; returns whether some block is added to by more than one task.
+bool count_turns(const PrefillCall &call, int64_t batch, int64_t parts, int64_t blocks, Turn *turns, int32_t *seen) {
+    const int64_t rows = call.group() * call.q_length;
+    int32_t *of = seen + blocks + 1;
+    memset(of, 0, blocks * sizeof *of);
+    for (int64_t part = 0; part < parts; part++) {
+        // Each interval adds one at its beginning and takes it away behind its end; running sums are what is seen.
+        memset(seen, 0, (blocks + 1) * sizeof *seen);
+        const int64_t begin = (parts - 1 - part) * call.part, end = begin + call.part < rows ? begin + call.part : rows;
+        for (int64_t row = begin; row < end; row++) {
+            const Range range = seen_by(call, batch, row);
+            if (!range.empty()) seen[range.first / BLOCK]++, seen[(range.end - 1) / BLOCK + 1]--;
+        }
+        int32_t open = 0;
+        for (int64_t block = 0; block < blocks; block++) {
+            open += seen[block];
+            turns[part * blocks + block].number = open > 0 ? of[block]++ : -1;
+        }
+    }
+    bool shared = false;
+    for (int64_t block = 0; block < blocks; block++) {
+        if (of[block] > 1) shared = true;
+        for (int64_t part = 0; part < parts; part++) turns[part * blocks + block].of = of[block];
+    }
+    return shared;
+}
+
+// Parts of the rows of one (batch, head).
+int64_t split(PrefillCall &call) {
+    const int64_t rows = call.group() * call.q_length, all = rows * call.batch * call.kv_heads;
+    const int64_t wanted = (all / TASKS + HEIGHT - 1) / HEIGHT * HEIGHT;
+    call.part = wanted < 2 * HEIGHT ? 2 * HEIGHT : wanted > LONGEST ? LONGEST : wanted;
+    return (rows + call.part - 1) / call.part;
+}
+
+int go(Work &work) {
+    const PrefillCall &call = work.call;
+    int64_t threads = call.batch * call.heads * call.q_length * call.k_length * call.width < ALONE ? 1 : call.threads;
+    if (threads > work.tasks) threads = work.tasks;
+    torchwrap::on_threads((int)threads, [](void *argument) { ((Work *)argument)->run(); }, &work);
+    // A thread without memory leaves its share to the others; only when all of them had none is something missing.
+    return work.next.load() < work.tasks && work.no_memory ? 1 : 0;
+}
+
+}  // namespace
+
+// Both return 0: done; 1: no memory; 2: the instruction set cannot run here. No size is zero.
+EXPORT int torchwrap_prefill(const PrefillCall *asked) {
+    PrefillCall call = *asked;
+    const torchwrap::Choice *chosen = torchwrap::choice(call.instruction_set);
+    if (!chosen) return 2;
+    const int64_t parts = split(call);
+    Work work{call, *chosen->prefill, nullptr, nullptr, parts, 0, call.batch * call.kv_heads * parts};
+    return go(work);
+}
+
+// dk and dv hold zeros when it is called: what nobody sees is not written.
+EXPORT int torchwrap_gradients(const PrefillCall *asked) {
+    PrefillCall call = *asked;
+    const torchwrap::Choice *chosen = torchwrap::choice(call.instruction_set);
+    if (!chosen) return 2;
+    const int64_t parts = split(call), pairs = call.batch * call.kv_heads, blocks = (call.k_length + BLOCK - 1) / BLOCK;
+    const int64_t tables = call.limits_shared ? 1 : call.batch;
+    const torchwrap::Memory turns(tables * parts * blocks * sizeof(Turn)), counts((2 * blocks + 1) * sizeof(int32_t));
+    const torchwrap::Memory progress(pairs * blocks * sizeof(std::atomic<int>));
+    if (!turns.at || !counts.at || !progress.at) return 1;
+    bool shared = false;
+    for (int64_t b = 0; b < tables; b++)
+        shared |= count_turns(call, b, parts, blocks, (Turn *)turns.at + b * parts * blocks, (int32_t *)counts.at);
+    for (int64_t i = 0; i < pairs * blocks; i++) new ((std::atomic<int> *)progress.at + i) std::atomic<int>(0);
+
+    const int64_t width = (call.width + 15) / 16 * 16, value_width = (call.value_width + 15) / 16 * 16;
+    const torchwrap::Memory sums(shared ? pairs * call.k_length * (width + value_width) * sizeof(float) : 0);
+    if (!sums.at) return 1;
+    call.dk_sums = (float *)sums.at, call.dv_sums = call.dk_sums + (shared ? pairs * call.k_length * width : 0);
+    Work work{call, *chosen->gradients, (Turn *)turns.at, (std::atomic<int> *)progress.at, parts, blocks, pairs * parts};
+    return go(work);
+}
