@@ -44,11 +44,61 @@ NAME = "torchwrap_fast"
 # Arguments with which a model chooses keys in a way of its own (transformers 5.23: sparse attention of MiniMax M3 and dots3, Inkling 2).
 OWN_KEYS = ("block_indices", "indices", "sinks")
 
-_weights_asked = CallState()
-"""Configs of the models whose running call returns weights of attention, innermost call last."""
+_calls = CallState()
+"""Layers of the models whose calls run, and configs of those whose call returns weights of attention; innermost call last."""
 
+_NO_CALL: tuple[tuple[ModelLayer, ...], tuple[Any, ...]] = ((), ())
 _packed = CallState()
 """How the running call's sequences are taken apart, if it is one of continuous batching."""
+
+
+class _Name(str):
+    """`NAME` as it stands in the config of a wrapped model. A copy or pickle of the config alone has what stood there before.
+
+    Otherwise a model that is made from a copied config would ask for a function that works for nobody. Where a whole model is copied, its
+    route writes the name into the configs of the copy.
+    """
+
+    __slots__ = ("original", "routes")
+
+    original: str | None
+    routes: int
+    """How many wrapped models have this very config."""
+
+    @classmethod
+    def put(cls, config: Any) -> None:
+        """Write the name into a config."""
+        standing = config._attn_implementation_internal
+        if not isinstance(standing, cls):
+            made = cls(NAME)
+            made.original, made.routes = standing, 0
+            config._attn_implementation_internal = standing = made
+        standing.routes += 1
+
+    @classmethod
+    def take(cls, config: Any, original: str | None) -> None:
+        """Write back what stood there, unless somebody wrote something else, or another wrapped model has the config."""
+        standing = config._attn_implementation_internal
+        if isinstance(standing, cls):
+            standing.routes -= 1
+        if standing == NAME and getattr(standing, "routes", 0) == 0:
+            config._attn_implementation_internal = original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str | None:
+        return self.original
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _same, (self.original,)
+
+
+def _same(value: str | None) -> str | None:
+    return value
+
+
+def _before(config: Any) -> str | None:
+    """The implementation that the config had before any model of it was wrapped."""
+    name: str | None = config._attn_implementation_internal
+    return name.original if isinstance(name, _Name) else name
 
 
 class AttentionLayer(Layer):
@@ -78,18 +128,21 @@ class TransformersRoute(AttentionRoute):
 
     Attributes:
         originals: every config of the model with the implementation it had.
+        led: the configs that have our name because of this route.
         makers: for each model that generates with caches on two sides, what makes them.
         stand_ins: of the models that can batch continuously.
     """
 
     originals: list[tuple[Any, str | None]] = field(default_factory=list)
+    led: list[Any] = field(default_factory=list)
     makers: list[CacheMaker] = field(default_factory=list)
     stand_ins: list[StandIn] = field(default_factory=list)
 
     def set(self) -> None:
         """Write our name into every config, and let `generate` ask for its cache here."""
         for config, _ in self.originals:
-            config._attn_implementation_internal = NAME
+            _Name.put(config)
+            self.led.append(config)
         for maker in self.makers:
             maker.put()
         for stand_in in self.stand_ins:
@@ -103,11 +156,19 @@ class TransformersRoute(AttentionRoute):
         """Write back what was there, where our name still is."""
         for stand_in in self.stand_ins:
             stand_in.close()
-        for config, original in self.originals:
-            if config._attn_implementation_internal == NAME:
-                config._attn_implementation_internal = original
+        for config in self.led:
+            _Name.take(config, self.original(config)[1])
+        self.led.clear()
         for maker in self.makers:
             maker.take()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "led": [config for config in self.led if config._attn_implementation_internal == NAME]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for config in self.led:
+            _Name.put(config)
 
     def original(self, config: object) -> tuple[bool, str | None]:
         """Whether the config belongs to this model, and the implementation it had."""
@@ -123,26 +184,26 @@ class ModelLayer(Layer):
         self.fqn, self.service, self.route = fqn, service, owner
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        asked: tuple[Any, ...] = _weights_asked.peek(())
+        layers, asked = _calls.peek(_NO_CALL)
         if kwargs.get("output_attentions") and module.config._attn_implementation_internal == NAME:
             self.service.leave(
                 self.fqn, "it returns the weights of attention (output_attentions=True)",
                 "Leave output_attentions out to have it served.",
             )  # fmt: skip
             asked = (*asked, *(config for config, _ in self.route.originals))
-        _weights_asked.push(asked)
+        _calls.push(((*layers, self), asked))
         _packed.push(packings(kwargs) if "cache" in kwargs else None)
         if self.service.cache != "keep" and not torch.compiler.is_dynamo_compiling():
             into_arenas(kwargs.get("past_key_values"))
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        _weights_asked.pop()
+        _calls.pop()
         _packed.pop()
         return output
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
-        _weights_asked.pop()
+        _calls.pop()
         _packed.pop()
 
 
@@ -160,11 +221,11 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
     configs: dict[int, Any] = {}
     for _, module in (*models, *sites):
         configs.update((id(config), config) for config in _with_nested(module.config))
-    found.originals = [(config, config._attn_implementation_internal) for config in configs.values()]
+    found.originals = [(config, _before(config)) for config in configs.values()]
     divided = projections(sites, service)
     for fqn, module in sites:
         _, _, projection = divided.get(fqn, (None, None, None))
-        found.places.append((fqn, module, AttentionLayer(fqn, service, module.config._attn_implementation_internal, projection)))
+        found.places.append((fqn, module, AttentionLayer(fqn, service, _before(module.config), projection)))
         found.attends.append(fqn)
     found.places += divided.values()
     for fqn, module in models:
@@ -272,7 +333,8 @@ def attention_forward(
         (B, Sq, Hq, Dv), contiguous, and None; from the model's own eager function the weights.
     """
     layer = next((layer for layer in layers_of(module) if isinstance(layer, AttentionLayer)), None)
-    service = layer.service if layer is not None else Service(fallback="silent")
+    stands: AttentionLayer | ModelLayer | None = layer or _model_around(module.config)
+    service = stands.service if stands is not None else Service(fallback="silent")
     fqn = layer.fqn if layer is not None else type(module).__name__
     if "cache" in kwargs and (packed := _packed.peek() or packings(kwargs)) is not None:
         if position_bias is not None:
@@ -280,6 +342,11 @@ def attention_forward(
         attend = partial(service.attend, fqn, scale=scaling, softcap=softcap, sinks=s_aux, dropout=dropout)
         return attend_paged(module, query, key, value, packed, attend, kwargs).transpose(1, 2).contiguous(), None
     own = _own_implementation(module.config, layer)
+    if own is None and stands is None:
+        own = _of_nobody(module.config, kwargs)
+        if own == "eager" and attention_mask is None:  # to which no mask means that everything is seen
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            attention_mask, key, value = _without_mask(query, key, value, bool(causal), sliding_window)
     if own is None and any(kwargs.get(name) is not None for name in OWN_KEYS):
         if service.sequence is not None:
             raise UnsupportedModelError(
@@ -359,9 +426,26 @@ def _own_implementation(config: object, layer: AttentionLayer | None) -> str | N
             known, original = held.route.original(config)
             if known:
                 return original or "eager"
-    if any(config is asked for asked in _weights_asked.peek(())):
+    if any(config is asked for asked in _calls.peek(_NO_CALL)[1]):
         return "eager"
     return None
+
+
+def _model_around(config: object) -> ModelLayer | None:
+    """The layer of the running model that a module without a layer of its own belongs to."""
+    layers: tuple[ModelLayer, ...] = _calls.peek(_NO_CALL)[0]
+    return next((layer for layer in layers if layer.route.original(config)[0]), None)
+
+
+def _of_nobody(config: Any, asked: dict[str, Any]) -> str | None:
+    """What computes for a module of no wrapped model: its own implementation, if a wrapped one has the same config object.
+
+    Whoever set our name himself has calls without weights served.
+    """
+    name = config._attn_implementation_internal
+    if isinstance(name, _Name):
+        return name.original or "eager"
+    return "eager" if asked.get("output_attentions") else None
 
 
 def _own_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -76,10 +76,12 @@ def test_saved_config_and_weights_say_nothing_of_it(tmp_path: Any) -> None:
 
 def test_a_failure_while_applying_leaves_every_config_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = built("llava")
-    before = settings(model)
+    before, whole = settings(model), attention.TransformersRoute.set
 
     def fail(self: attention.TransformersRoute) -> None:
-        self.originals[0][0]._attn_implementation_internal = attention.NAME
+        half, self.originals = self.originals, self.originals[:1]
+        whole(self)
+        self.originals = half
         raise OSError("half-way")
 
     monkeypatch.setattr(attention.TransformersRoute, "set", fail)
@@ -252,6 +254,38 @@ def test_copies_and_pickles_are_wrapped_and_independent() -> None:
         assert set(settings(model)) == {attention.NAME}
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "from_config"])
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_a_model_made_from_a_copied_config_computes_its_own_attention(name: str, how: str) -> None:
+    model = tw.fast_attention(built(name))
+    if how == "from_config":
+        import transformers
+
+        auto = transformers.AutoModelForCausalLM if name == "llama" else transformers.AutoModelForImageTextToText
+        made = auto.from_config(model.config)
+    else:
+        config = copy.deepcopy(model.config) if how == "deepcopy" else pickle.loads(pickle.dumps(model.config))
+        made = type(model)(config)
+    if how != "from_config":  # which hands on the very object
+        assert set(settings(made)) == {"sdpa"} and set(settings(model)) == {attention.NAME}
+    made.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        plain = built(name)
+        assert torch.equal(made.eval()(**inputs(name)).logits, plain(**inputs(name)).logits)
+    tw.fast_attention(made)
+    assert set(settings(made)) == {attention.NAME}
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copied_model_keeps_what_its_user_set_meanwhile(how: str) -> None:
+    model = tw.fast_attention(built("llava"))
+    model.config.vision_config._attn_implementation = "sdpa"
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert twin.config.vision_config._attn_implementation == "sdpa" and twin.config.text_config._attn_implementation == attention.NAME
+    tw.unwrap(twin)
+    assert set(settings(twin)) == {"sdpa"} and model.config.text_config._attn_implementation == attention.NAME
+
+
 def test_two_threads_generate_on_one_wrapped_model() -> None:
     model, twin = tw.fast_attention(built("llama")), eager("llama")
     prompts = [inputs("llama")["input_ids"][:1, : 5 + 3 * index] for index in range(2)]
@@ -370,16 +404,30 @@ def test_a_model_loaded_by_from_pretrained_under_a_decorated_class(tmp_path: Any
         torch.testing.assert_close(model(**given).logits[seen], eager("llama")(**given).logits[seen], rtol=1e-4, atol=1e-5)
 
 
-def test_two_models_of_one_config_are_both_right() -> None:
-    """The implementation is a field of the config, so a model that shares it is served as well."""
+def test_two_models_of_one_config_are_each_what_they_are() -> None:
+    """The implementation is a field of the config, which they share; the layers are not."""
     import transformers
 
     config = transformers.LlamaConfig(**TEXT)
-    first, second, given = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config), inputs("llama")
+    first, second, given = transformers.LlamaForCausalLM(config).eval(), transformers.LlamaForCausalLM(config).eval(), inputs("llama")
+    with torch.no_grad():
+        expected, weights = second(**given).logits, second(**given, output_attentions=True).attentions
+        tw.fast_attention(first)
+        assert torch.equal(second(**given).logits, expected)
+        assert all(torch.equal(*pair) for pair in zip(second(**given, output_attentions=True).attentions, weights, strict=True))
+        tw.fast_attention(second)
+        tw.unwrap(first)
+        second(**given)
+        assert sum(tw.handle_of(second, "fast_attention").stats()["served"].values()) == config.num_hidden_layers
+        tw.unwrap(second)
+        assert torch.equal(second(**given).logits, expected) and set(settings(second)) == {"sdpa"}
+
+
+def test_a_model_that_was_given_our_name_by_hand_is_served_and_returns_weights() -> None:
+    model, twin, given = built("llama"), built("llama"), inputs("llama")
+    model.set_attn_implementation(attention.NAME)
     seen = given["attention_mask"].bool()
     with torch.no_grad():
-        expected = second.eval()(**given).logits[seen]
-        tw.fast_attention(first)
-        torch.testing.assert_close(second(**given).logits[seen], expected, rtol=1e-4, atol=1e-5)
-        tw.unwrap(first)
-        assert torch.equal(second(**given).logits[seen], expected)
+        torch.testing.assert_close(model(**given).logits[seen], twin(**given).logits[seen], rtol=1e-4, atol=1e-5)
+        found = model(**given, output_attentions=True).attentions
+    assert all(isinstance(weights, torch.Tensor) for weights in found)
