@@ -122,6 +122,15 @@ def test_the_question_whether_attention_can_be_set_is_answered_as_transformers_d
             del kind._can_set_attn_implementation_cached_value
 
 
+@pytest.mark.parametrize("part", ["layers.0", "layers.0.self_attn"])
+def test_a_part_taken_out_of_a_model_is_refused_with_the_way_out(part: str) -> None:
+    model = built("llama")
+    with pytest.raises(tw.UnsupportedModelError, match="no attention that can be led elsewhere") as caught:
+        tw.fast_attention(model.model.get_submodule(part))
+    assert "LlamaAttention" in caught.value.fix and "give the whole model" in caught.value.fix
+    assert set(settings(model)) == {"sdpa"}
+
+
 def test_a_model_configured_to_return_weights_is_refused() -> None:
     import transformers
 

@@ -74,12 +74,7 @@ class FastAttentionTechnique(Technique[FastAttention]):
             own.notes.append(f"{len(own.attends)} modules that use nn.MultiheadAttention or scaled_dot_product_attention themselves")
             routes.append(own)
         if not any(route.attends for route in routes):
-            raise UnsupportedModelError(
-                f"fast_attention: {type(model).__name__} has no attention that can be led elsewhere: looked for nn.MultiheadAttention, for "
-                f"modules whose forward calls scaled_dot_product_attention, and for those known to the {integration.name} integration",
-                where=type(model).__name__,
-                fix="Call torchwrap.attention.attend.attend in the model's own code, or give the part of it that has attention.",
-            )
+            raise _nothing_found(model, integration)
         if config.cache == "cooperative" and not any(route.generates for route in routes):
             raise UnsupportedModelError(
                 f'cache="cooperative": no model in this {type(model).__name__} generates with a growing cache of layers of full attention, '
@@ -154,6 +149,23 @@ class FastAttentionTechnique(Technique[FastAttention]):
         """The handle's `explain()`: which back end computed which calls of a wrapped model, and why."""
         handle: FastAttentionHandle = handle_of(model, self.name)
         return handle.explain()
+
+
+def _nothing_found(model: nn.Module, integration: Integration) -> UnsupportedModelError:
+    named = [(fqn, type(module).__name__) for fqn, module in model.named_modules() if "Attention" in type(module).__name__]
+    fix = "Call torchwrap.attention.attend.attend in the model's own code, or give the part of it that has attention."
+    if named:
+        fqn, kind = named[0]
+        fix = (
+            f"It has {kind}{f' ({fqn})' if fqn else ''}: if that was taken out of a model, give the whole model, whose configuration says "
+            f"what computes its attention. {fix}"
+        )
+    return UnsupportedModelError(
+        f"fast_attention: {type(model).__name__} has no attention that can be led elsewhere: looked for nn.MultiheadAttention, for "
+        f"modules whose forward calls scaled_dot_product_attention, and for those known to the {integration.name} integration",
+        where=type(model).__name__,
+        fix=fix,
+    )
 
 
 def _service(config: FastAttention) -> Service:
