@@ -10,9 +10,7 @@ Weights of attention do not exist in any fast way of computing it. A call that a
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,17 +27,17 @@ from torchwrap.attention.service import Service
 from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.layer import CallState, Layer, held_back
-from torchwrap.core.swap import layers_of, original_class
+from torchwrap.core.swap import layers_of
 from torchwrap.integrations.transformers.batching import StandIn, attend_paged, packings
 from torchwrap.integrations.transformers.cache import into_arenas
 from torchwrap.integrations.transformers.generating import CacheMaker, generates_with_a_growing_cache
 from torchwrap.integrations.transformers.masks import tile_mask, user_mask
+from torchwrap.integrations.transformers.naming import NAME, Name, implementation_before
 from torchwrap.integrations.transformers.sequence import SequenceLayer, refuse_to_divide, running
+from torchwrap.integrations.transformers.sites import asks_the_registry, code_of, refuse, with_nested
 from torchwrap.integrations.transformers.tensor_parallel import ProjectionLayer, projections
 
 __all__ = ["NAME", "AttentionLayer", "ModelLayer", "TransformersRoute", "attention_forward", "attention_mask", "route"]
-
-NAME = "torchwrap_fast"
 
 # Arguments with which a model chooses keys in a way of its own (transformers 5.23: sparse attention of MiniMax M3 and dots3, Inkling 2).
 OWN_KEYS = ("block_indices", "indices", "sinks")
@@ -50,55 +48,6 @@ _calls = CallState()
 _NO_CALL: tuple[tuple[ModelLayer, ...], tuple[Any, ...]] = ((), ())
 _packed = CallState()
 """How the running call's sequences are taken apart, if it is one of continuous batching."""
-
-
-class _Name(str):
-    """`NAME` as it stands in the config of a wrapped model. A copy or pickle of the config alone has what stood there before.
-
-    Otherwise a model that is made from a copied config would ask for a function that works for nobody. Where a whole model is copied, its
-    route writes the name into the configs of the copy.
-    """
-
-    __slots__ = ("original", "routes")
-
-    original: str | None
-    routes: int
-    """How many wrapped models have this very config."""
-
-    @classmethod
-    def put(cls, config: Any) -> None:
-        """Write the name into a config."""
-        standing = config._attn_implementation_internal
-        if not isinstance(standing, cls):
-            made = cls(NAME)
-            made.original, made.routes = standing, 0
-            config._attn_implementation_internal = standing = made
-        standing.routes += 1
-
-    @classmethod
-    def take(cls, config: Any, original: str | None) -> None:
-        """Write back what stood there, unless somebody wrote something else, or another wrapped model has the config."""
-        standing = config._attn_implementation_internal
-        if isinstance(standing, cls):
-            standing.routes -= 1
-        if standing == NAME and getattr(standing, "routes", 0) == 0:
-            config._attn_implementation_internal = original
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> str | None:
-        return self.original
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _same, (self.original,)
-
-
-def _same(value: str | None) -> str | None:
-    return value
-
-
-def _before(config: Any) -> str | None:
-    """The implementation that the config had before any model of it was wrapped."""
-    name: str | None = config._attn_implementation_internal
-    return name.original if isinstance(name, _Name) else name
 
 
 class AttentionLayer(Layer):
@@ -141,7 +90,7 @@ class TransformersRoute(AttentionRoute):
     def set(self) -> None:
         """Write our name into every config, and let `generate` ask for its cache here."""
         for config, _ in self.originals:
-            _Name.put(config)
+            Name.put(config)
             self.led.append(config)
         for maker in self.makers:
             maker.put()
@@ -157,7 +106,7 @@ class TransformersRoute(AttentionRoute):
         for stand_in in self.stand_ins:
             stand_in.close()
         for config in self.led:
-            _Name.take(config, self.original(config)[1])
+            Name.take(config, self.original(config)[1])
         self.led.clear()
         for maker in self.makers:
             maker.take()
@@ -168,7 +117,7 @@ class TransformersRoute(AttentionRoute):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         for config in self.led:
-            _Name.put(config)
+            Name.put(config)
 
     def original(self, config: object) -> tuple[bool, str | None]:
         """Whether the config belongs to this model, and the implementation it had."""
@@ -216,16 +165,16 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
     found = TransformersRoute()
     models = [(fqn, module) for fqn, module in model.named_modules(prefix=prefix) if isinstance(module, PreTrainedModel)]
     for fqn, module in models:
-        _refuse(fqn, module)
-    sites = [(fqn, module) for fqn, module in model.named_modules(prefix=prefix) if _asks_the_registry(module)]
+        refuse(fqn, module)
+    sites = [(fqn, module) for fqn, module in model.named_modules(prefix=prefix) if asks_the_registry(module)]
     configs: dict[int, Any] = {}
     for _, module in (*models, *sites):
-        configs.update((id(config), config) for config in _with_nested(module.config))
-    found.originals = [(config, _before(config)) for config in configs.values()]
+        configs.update((id(config), config) for config in with_nested(module.config))
+    found.originals = [(config, implementation_before(config)) for config in configs.values()]
     divided = projections(sites, service)
     for fqn, module in sites:
         _, _, projection = divided.get(fqn, (None, None, None))
-        found.places.append((fqn, module, AttentionLayer(fqn, service, _before(module.config), projection)))
+        found.places.append((fqn, module, AttentionLayer(fqn, service, implementation_before(module.config), projection)))
         found.attends.append(fqn)
     found.places += divided.values()
     for fqn, module in models:
@@ -245,53 +194,6 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
         found.notes.append(f"{len(divided)} output projections summed over their processes in blocks ({service.allreduce_blocks})")
     found.notes.append(f"{len(sites)} attention modules through {NAME!r} instead of {', '.join(map(repr, names))}")
     return found
-
-
-def _refuse(fqn: str, model: Any) -> None:
-    kind = original_class(model)
-    if getattr(model.config, "output_attentions", False):
-        raise UnsupportedModelError(
-            f"{kind.__name__} is configured to return the weights of attention in every call, which no fast way of computing it has",
-            where=fqn or kind.__name__,
-            fix="Set model.config.output_attentions = False first.",
-        )
-    if not can_be_set(kind):
-        raise UnsupportedModelError(
-            f"the attention of {kind.__name__} cannot be set: its code does not ask transformers' AttentionInterface",
-            where=fqn or kind.__name__,
-            fix="Apply fast_attention to the parts whose attention can be set, e.g. torchwrap.fast_attention(model.language_model), "
-            "or leave it out: apply(model, ..., strict=False) goes on without it.",
-        )
-
-
-def can_be_set(kind: type) -> bool:
-    """Does the code of this model class ask the registry, or have no attention of its own?
-
-    The same question as `PreTrainedModel._can_set_attn_implementation` (transformers 5.23), which reads source files and leaves its
-    answer on the class.
-    """
-    scope = vars(sys.modules.get(kind.__module__, object))
-    if "ALL_ATTENTION_FUNCTIONS" in scope:
-        return True
-    own = (value for value in scope.values() if isinstance(value, type) and value.__module__ == kind.__module__)
-    return bool(scope) and not any(nn.Module in value.__bases__ and "Attention" in value.__name__ for value in own)
-
-
-def _asks_the_registry(module: nn.Module) -> bool:
-    code = getattr(_code_of(module), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
-
-
-def _code_of(module: nn.Module) -> Any:
-    return inspect.unwrap(original_class(module).forward)
-
-
-def _with_nested(config: Any) -> Iterator[Any]:
-    yield config
-    for name in getattr(config, "sub_configs", ()):
-        nested = getattr(config, name, None)
-        if hasattr(nested, "_attn_implementation_internal"):
-            yield from _with_nested(nested)
 
 
 # What the registries call
@@ -443,14 +345,14 @@ def _of_nobody(config: Any, asked: dict[str, Any]) -> str | None:
     Whoever set our name himself has calls without weights served.
     """
     name = config._attn_implementation_internal
-    if isinstance(name, _Name):
+    if isinstance(name, Name):
         return name.original or "eager"
     return "eager" if asked.get("output_attentions") else None
 
 
 def _own_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """What the module would call under this name: eager functions are in the file of the model, the others in the registry."""
-    scope = _code_of(module).__globals__
+    scope = code_of(module).__globals__
     function: Callable[..., tuple[Tensor, Tensor | None]] = scope["ALL_ATTENTION_FUNCTIONS"].get_interface(
         name, scope["eager_attention_forward"]
     )

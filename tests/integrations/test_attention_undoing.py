@@ -26,7 +26,7 @@ from tests.integrations.attending import (
     settings,
     tensors,
 )
-from torchwrap.integrations.transformers import attention
+from torchwrap.integrations.transformers import attention, sites
 
 
 @every_family
@@ -117,7 +117,7 @@ def test_the_question_whether_attention_can_be_set_is_answered_as_transformers_d
     for case in tiny.CASES:
         kind = type(case.build())
         known = dict(vars(kind))
-        assert attention.can_be_set(kind) == kind._can_set_attn_implementation(), kind
+        assert sites.can_be_set(kind) == kind._can_set_attn_implementation(), kind
         if "_can_set_attn_implementation_cached_value" not in known:
             del kind._can_set_attn_implementation_cached_value
 
