@@ -1,4 +1,4 @@
-"""Attention on one CUDA card: `attend` with the dispatcher's own choice and with our Triton kernels, beside torch's.
+"""Attention on one CUDA card: `attend` by the shipped table, by measurement, with our Triton kernels and by name, beside torch's.
 
 Contenders take turns in one process on the same tensors. A sample is the time between two events around as many calls as take 10 ms;
 figures are medians of samples. Operations are those of visible pairs of query and key (4 D for each in a forward, 10 D in a backward), so
@@ -9,6 +9,7 @@ that cannot run a case are recorded with their reason. Masks of rivals are built
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
@@ -20,11 +21,17 @@ from torch import Tensor
 
 from benchmarks.harness.statistics import ratio_of_medians, spread
 from torchwrap.attention.attend import attend
+from torchwrap.attention.contract import checked
+from torchwrap.attention.dispatch import choose
 from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.settings import Settings
 
 __all__ = ["CASES", "Case", "measure"]
 
 Contender = Callable[[], Any]
+SETTINGS = {"auto": Settings(tune="off"), "tuned": Settings(tune="measure", tune_dir=tempfile.mkdtemp())}
+OWN = ("auto", "tuned", "triton")
+BY_NAME = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash_attn", "flex")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +98,9 @@ def measure(name: str, *, rounds: int = 5, dtype: torch.dtype = torch.bfloat16) 
         dtype: of the inputs.
 
     Returns:
-        seconds, rate and peak device bytes of each contender; `ratio`, time of a rival over ours ("triton") and `auto_ratio`, time of the
-        fastest rival over that of the dispatcher's choice; `error`, of ours against float32.
+        seconds, rate and peak device bytes of each contender; `ratio`, time of a rival over ours ("triton"), `auto_ratio` and
+        `tuned_ratio`, time of the fastest rival over that of the dispatcher's choice by table and by measurement; `chosen`, what those
+        were and why; `error`, of ours against float32.
     """
     case = CASES[name]
     made = _Inputs(case, dtype)
@@ -103,7 +111,7 @@ def measure(name: str, *, rounds: int = 5, dtype: torch.dtype = torch.bfloat16) 
         try:
             counts[contender], peaks[contender] = _warm(run)
         except Exception as error:  # a rival that cannot run here is a result to record; our own failure is raised
-            if contender in ("auto", "triton"):
+            if contender in OWN:
                 raise
             failed[contender] = f"{type(error).__name__}: {str(error)[:200]}"
             del contenders[contender], samples[contender]
@@ -114,7 +122,7 @@ def measure(name: str, *, rounds: int = 5, dtype: torch.dtype = torch.bfloat16) 
         order.append(order.pop(0))
     work = made.bytes_read() if case.rows == 1 else made.operations()
     unit = "bytes_per_s" if case.rows == 1 else "operations_per_s"
-    rivals = [contender for contender in contenders if contender not in ("auto", "triton")]
+    rivals = [contender for contender in contenders if contender not in OWN]
     best = min(rivals, key=lambda rival: median(samples[rival])) if rivals else None
     return {
         "title": f"attention-cuda[{name}]",
@@ -126,6 +134,8 @@ def measure(name: str, *, rounds: int = 5, dtype: torch.dtype = torch.bfloat16) 
         "best_rival": best,
         "ratio": {rival: ratio_of_medians(samples[rival], samples["triton"]) for rival in rivals},
         "auto_ratio": ratio_of_medians(samples[best], samples["auto"]) if best else None,
+        "tuned_ratio": ratio_of_medians(samples[best], samples["tuned"]) if best else None,
+        "chosen": made.chosen(),
         "error": made.error(),
     }
 
@@ -153,7 +163,9 @@ class _Inputs:
         """What is timed, and why some rivals are not."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        found = {name: self._timed(lambda name=name: self._ours(name)) for name in ("auto", "triton")}
+        found = {name: self._timed(lambda name=name: self._ours(SETTINGS.get(name, name))) for name in OWN}
+        # What `attend` adds to a kernel of torch's shows beside `sdpa-...` below; the last two are rivals that only it calls here.
+        found |= {f"attend {name}": self._timed(lambda name=name: self._ours(name)) for name in BY_NAME}
         if self.options:
             found["eager"] = self._timed(lambda: self._ours("eager"))
             return found, {}
@@ -196,7 +208,13 @@ class _Inputs:
         """Keys and values, once."""
         return float(self.k.nbytes + self.v.nbytes)
 
-    def _ours(self, backend: str) -> Tensor:
+    def chosen(self) -> dict[str, str]:
+        """Why the dispatcher took what it took."""
+        with torch.no_grad():
+            call = checked(self.q, self.k, self.v, mask=self.mask, **self.options)
+        return {name: choose(call, SETTINGS[name], "backward" if self.case.backward else "forward").reason for name in SETTINGS}
+
+    def _ours(self, backend: str | Settings) -> Tensor:
         return attend(self.q, self.k, self.v, mask=self.mask, backend=backend, **self.options)
 
     def _timed(self, forward: Callable[[], Tensor]) -> Contender:
