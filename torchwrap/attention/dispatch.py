@@ -28,7 +28,7 @@ from torchwrap.attention.tuning.store import measurements
 from torchwrap.attention.tuning.table import CANDIDATES, MASK_BYTES, first_choices
 from torchwrap.core import errors
 
-__all__ = ["BACKENDS", "Choice", "attempt", "backend", "choose", "compare", "order", "revision"]
+__all__ = ["BACKENDS", "SHARING", "Choice", "attempt", "backend", "choose", "compare", "order", "revision", "sharing"]
 
 R = TypeVar("R")
 
@@ -45,6 +45,9 @@ BACKENDS = {
     "eager": "torchwrap.attention.reference:Eager",
 }
 """Where each back end is defined; loaded when it is first asked for."""
+
+SHARING = ("cpu", "triton", "cuda_mma")
+"""Those whose backward gives the share of some of the keys from the out and lse of all; torch's own kernels and "eager" do not."""
 
 _Kind = tuple[str, torch.device, torch.dtype, int, int]
 _failed: dict[_Kind, str] = {}
@@ -207,6 +210,26 @@ def _undecided(found: Backend, settings: Settings, doing: Doing) -> str | None:
 def _recorded(call: Call) -> bool:
     """Whether the card is told to note launches for later: then nothing may wait for it."""
     return call.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def sharing(call: Call, where: str) -> Backend:
+    """The first of `SHARING` that can compute a call over some of the keys.
+
+    Args:
+        call: over some of the keys.
+        where: who asks, for the error.
+
+    Raises:
+        UnsupportedModelError: there is none for this call.
+    """
+    for name in order(call):
+        if name in SHARING and backend(name).refuses(call) is None:
+            return backend(name)
+    raise errors.UnsupportedModelError(
+        f"none of {', '.join(SHARING)} can compute a part of {call.q.dtype} on {call.q.device}",
+        where=where,
+        fix="Attend all keys at once: attend, or ulysses_attend over processes.",
+    )
 
 
 @functools.cache

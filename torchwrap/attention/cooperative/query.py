@@ -15,7 +15,7 @@ from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.merge import merge
 from torchwrap.core import errors
 
-__all__ = ["Attend", "Partial", "Query"]
+__all__ = ["Attend", "Partial", "Query", "sees"]
 
 Partial = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor, "TileMask | None", float, "float | None"], Partial]
@@ -90,7 +90,12 @@ class Query:
 
     def sees(self, first: int, end: int) -> bool:
         """Some query may see a key of `[first, end)`; where False none does."""
-        if self.mask is None:
-            return True
-        part = self.mask.sub(columns=(first, end))
-        return any(part.key_range(row) != (0, 0) for row in range(part.shape[0]))
+        return sees(self.mask, first, end)
+
+
+def sees(mask: TileMask | None, first: int, end: int) -> bool:
+    """Some query of a mask may see a key of `[first, end)`; where False none does."""
+    if mask is None:
+        return True
+    part = mask.sub(columns=(first, end))
+    return any(part.key_range(row) != (0, 0) for row in range(part.shape[0]))

@@ -70,8 +70,10 @@ class Staging:
         """
         batch, kv_heads, width, value_width = shape
         needed = tuple(batch * kv_heads * self.chunk_tokens * last for last in (width, value_width))
-        if self._buffers and self._buffers[0][0].dtype == storage and all(
-            have.numel() >= need for have, need in zip(self._buffers[0], needed, strict=True)
+        if (
+            self._buffers
+            and self._buffers[0][0].dtype == storage
+            and all(have.numel() >= need for have, need in zip(self._buffers[0], needed, strict=True))
         ):
             return
         self._buffers, self._wide, self.free = [], None, [None, None]

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.contract import Backend, Call, checked
-from torchwrap.attention.dispatch import backend, order
+from torchwrap.attention.dispatch import sharing
 from torchwrap.attention.distributed.works import Group, Outstanding, exchange, group_size, resolved
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.merge import grad_of_sinks, merge, with_sinks
@@ -32,7 +32,6 @@ from torchwrap.core import errors
 __all__ = ["Layout", "ring_attend", "shard", "unshard"]
 
 Layout = Literal["zigzag", "contiguous"]
-SHARING = ("cpu", "triton", "cuda_mma")
 
 
 def shard(x: Tensor, dim: int, rank: int, size: int, layout: Layout = "zigzag") -> Tensor:
@@ -89,7 +88,7 @@ def ring_attend(
     call = checked(q, k, v, scale=scale, softcap=softcap, sinks=sinks)
     ring = _Ring(rank, size, layout, mask, q.shape[2], group, timeout_s, using)
     if using is None:
-        _backend(replace(call, sinks=None))  # raises while nothing has been sent
+        sharing(replace(call, sinks=None), "ring_attend")  # raises while nothing has been sent
     found: tuple[Tensor, Tensor] = _RingAttention.apply(q, k, v, sinks, call, ring)  # type: ignore[no-untyped-call]
     return found
 
@@ -155,7 +154,7 @@ class _RingAttention(torch.autograd.Function):
                 for part in ring.rectangles(step):
                     rows = slice(*part.rows)
                     partial = _partial(call, q, here, part)
-                    found = (ring.using or _backend(partial)).forward(partial)
+                    found = (ring.using or sharing(partial, "ring_attend")).forward(partial)
                     out[:, :, rows], lse[:, :, rows] = merge(out[:, :, rows], lse[:, :, rows], *found)
                 works.wait(step)
                 here = coming
@@ -182,7 +181,7 @@ class _RingAttention(torch.autograd.Function):
                 for part in ring.rectangles(step):
                     rows, columns = slice(*part.rows), slice(*part.columns)
                     partial = _partial(call, q, here, part)
-                    found = (ring.using or _backend(partial)).backward(
+                    found = (ring.using or sharing(partial, "ring_attend")).backward(
                         partial, out[:, :, rows], lse[:, :, rows], grad_out[:, :, rows],
                         None if grad_lse is None else grad_lse[:, :, rows],
                     )  # fmt: skip
@@ -209,18 +208,6 @@ def _partial(call: Call, q: Tensor, here: tuple[Tensor, ...], part: _Rectangle) 
     rows, columns = slice(*part.rows), slice(*part.columns)
     k, v = here[0][:, :, columns], here[1][:, :, columns]
     return Call(q=q[:, :, rows], k=k, v=v, mask=part.mask, scale=call.scale, softcap=call.softcap)
-
-
-def _backend(call: Call) -> Backend:
-    """The first whose backward gives a partial's share from the out and lse of the whole; torch's own kernels and "eager" do not."""
-    for name in order(call):
-        if name in SHARING and backend(name).refuses(call) is None:
-            return backend(name)
-    raise errors.UnsupportedModelError(
-        f"none of {', '.join(SHARING)} can compute a part of {call.q.dtype} on {call.q.device}",
-        where="ring_attend",
-        fix="Give using=, or use ulysses_attend, which attends whole sequences.",
-    )
 
 
 def _chunks(size: int, layout: Layout, tokens: int) -> int:

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchwrap.attention.autocast import autocast
+from torchwrap.attention.dispatch import SHARING
 from torchwrap.attention.dispatch import backend as backend_named
-from torchwrap.attention.distributed.ring import SHARING, Layout, ring_attend, shard, unshard
+from torchwrap.attention.distributed.ring import Layout, ring_attend, shard, unshard
 from torchwrap.attention.distributed.ulysses import ulysses_attend
 from torchwrap.attention.distributed.works import Group, Outstanding, group_size, resolved
 from torchwrap.attention.masks.mask import TileMask
