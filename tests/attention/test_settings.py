@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,6 +17,13 @@ from torchwrap.core.errors import ConfigError, UnsupportedModelError
 @pytest.mark.parametrize("given", [Settings(), Settings(backend="sdpa"), Settings(tune="off", tune_dir="/a b", deterministic=True)])
 def test_settings_are_the_same_after_a_graph_has_held_them_as_text(given: Settings) -> None:
     assert settings_of(given.text) == given == settings_of(given)
+
+
+def test_settings_can_be_changed_copied_and_sent_to_other_processes() -> None:
+    given = replace(Settings(tune="off"), deterministic=True)
+    assert given.text == Settings(tune="off", deterministic=True).text
+    for other in (copy.deepcopy(given), pickle.loads(pickle.dumps(given))):
+        assert other == given and other.text == given.text and hash(other) == hash(given)
 
 
 def test_settings_that_are_a_name_are_that_name() -> None:

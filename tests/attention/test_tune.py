@@ -185,6 +185,14 @@ def test_compiled_graphs_and_records_go_by_the_figures(measure: Settings, clocks
     assert next(iter(service.stats()["served"])).startswith("a sdpa ") and "measured here" in service.explain()
 
 
+def test_tensors_without_numbers_are_not_timed(measure: Settings, clocks: Any) -> None:
+    asked = clocks({"cpu": 2e-3, "sdpa": 1e-3})
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 8, 8)
+        assert attend(x, x, x, backend=measure).shape == x.shape
+    assert not asked
+
+
 # The file
 
 
@@ -322,6 +330,9 @@ def test_named_back_ends_are_compared_again(measure: Settings, clocks: Any) -> N
     for backends in (None, None, ("cpu", "eager")):
         tune.tune([shape], backends=backends, tune_dir=measure.tune_dir)
     assert asked == [("cpu", "sdpa"), ("cpu", "eager")]
+    found = tune.tune([shape], tune_dir=measure.tune_dir)
+    assert found[0].order == ("eager", "sdpa", "cpu"), "figures of others stay"
+    assert tune.tune([shape], backends=("cuda_mma",), tune_dir=measure.tune_dir)[0].order == found[0].order, "nobody to compare with"
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def compare(
     """
     global _measured
     store, kind = measurements(call.q.device, settings.tune_dir), kind_of(call, doing)
-    if (names is None and kind in store.orders) or _recorded(call):
+    if (names is None and kind in store.orders) or not _is_timeable(call):
         return {}
     with _measuring:  # a second measurement beside the first would spoil both
         if names is None and kind in store.orders:
@@ -207,9 +207,11 @@ def _undecided(found: Backend, settings: Settings, doing: Doing) -> str | None:
     return None
 
 
-def _recorded(call: Call) -> bool:
-    """Whether the card is told to note launches for later: then nothing may wait for it."""
-    return call.q.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _is_timeable(call: Call) -> bool:
+    """False for tensors without numbers, and while a card is told to note launches for later: then nothing may wait for it."""
+    if type(call.q) is not torch.Tensor or call.q.device.type == "meta":
+        return False
+    return call.q.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def sharing(call: Call, where: str) -> Backend:

@@ -32,7 +32,9 @@ _lock = threading.Lock()
 
 def on_card(call: Call) -> str | None:
     """Why the call is not on a CUDA card, or None."""
-    return None if call.q.device.type == "cuda" else f"q is on {call.q.device}, and this kernel of torch's is for CUDA"
+    if call.q.device.type != "cuda":
+        return f"q is on {call.q.device}, and this kernel is for CUDA"
+    return None if torch.version.hip is None else "this is a ROCm build of torch, on which this kernel's lse has never been looked at"
 
 
 class CardKernel:
@@ -135,8 +137,9 @@ def _reason(
     kernel: str, device: torch.device, dtype: torch.dtype, q: torch.Size, k: torch.Size, v: torch.Size, mask: bool, causal: bool
 ) -> str:
     """What torch warns of when it is asked to explain its refusal."""
-    query, key, value = (torch.empty(shape, dtype=dtype, device=device) for shape in (q, k, v))
-    added = torch.empty((), dtype=dtype, device=device).expand(q[0], q[1], q[2], k[2]) if mask else None
+    # One row for all: checks look at sizes and at the last stride.
+    query, key, value = (torch.empty(shape[-1], dtype=dtype, device=device).expand(shape) for shape in (q, k, v))
+    added = torch.empty(k[2], dtype=dtype, device=device).expand(q[0], q[1], q[2], k[2]) if mask else None
     parameters = torch.backends.cuda.SDPAParams(query, key, value, added, 0.0, causal, q[1] != k[1])
     with _lock, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -40,7 +40,7 @@ class Efficient(CardKernel):
         width, value_width = -(-call.width // 8) * 8, -(-call.value_width // 8) * 8
         q, k, v = outline(call.q.narrow(1, 0, call.kv_heads), width), outline(call.k, width), outline(call.v, value_width)
         shape = call.batch, call.kv_heads, call.q_length, call.kv_length
-        mask = None if _word(call) is not None else call.q.new_empty(1).expand(1, 1, *shape[2:]).expand(shape)
+        mask = None if _word(call) is not None else call.q.new_empty(call.kv_length).expand(shape)
         return permits("efficient", q, k, v, mask, False)
 
     def memory(self, call: Call) -> int:

@@ -20,8 +20,10 @@ Corner = Literal["first", "last", "both"]
 
 
 def is_full(call: Call) -> bool:
-    """No mask, or one that hides nothing."""
-    return call.mask is None or call.mask.plain == "full"
+    """No mask, or one that hides nothing: that of one query at the last key is causal by name only."""
+    if call.mask is None or (plain := call.mask.plain) == "full":
+        return True
+    return plain == "causal" and call.q_length == 1 and corner(call) in ("last", "both")
 
 
 def corner(call: Call) -> Corner | None:

@@ -55,29 +55,22 @@ class Measurements:
         self._lock = threading.Lock()
         self._take(self._read())
 
-    def add(self, kind: Kind, seconds: Mapping[str, float], *, keep: bool = True) -> None:
-        """Figures of one kind of calls; written to the file unless there was nothing to compare.
+    def add(self, kind: Kind, seconds: Mapping[str, float]) -> None:
+        """Figures of one kind of calls, beside those of other back ends; written to the file unless there was nothing to compare.
 
         Args:
             kind: of the calls.
             seconds: of each back end that could run them.
-            keep: write the file as well.
         """
         with self._lock:
-            self._take({kind: dict(seconds)})
-            if keep and len(seconds) > 1:
+            self._take({kind: self._seconds.get(kind, {}) | dict(seconds)})
+            if len(seconds) > 1:
                 self._take(self._read() | self._seconds)
                 self._write()
 
     def seconds(self) -> dict[Kind, dict[str, float]]:
         """All figures."""
         return {kind: dict(found) for kind, found in self._seconds.items()}
-
-    def forget(self) -> None:
-        """Drop all figures, those of the file as well."""
-        with self._lock, contextlib.suppress(OSError):
-            self._seconds, self.orders, self.reasons = {}, {}, {}
-            self.path.unlink()
 
     def _take(self, figures: Mapping[Kind, dict[str, float]]) -> None:
         for kind, seconds in figures.items():
@@ -140,7 +133,7 @@ def measurements(device: torch.device, folder: str | None) -> Measurements:
         with _lock:  # two of them would not know of each other's figures
             if (device, folder) not in _kept:
                 shared = Path(os.environ.get("TORCHWRAP_CACHE") or Path.home() / ".cache" / "torchwrap") / "attention"
-                _kept[device, folder] = Measurements(Path(folder) if folder is not None else shared, machine_of(device))
+                _kept[device, folder] = Measurements(Path(folder).expanduser() if folder is not None else shared, machine_of(device))
             found = _kept[device, folder]
     return found
 
