@@ -14,7 +14,15 @@ from torchwrap.attention.settings import Settings, settings_of
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
 
 
-@pytest.mark.parametrize("given", [Settings(), Settings(backend="sdpa"), Settings(tune="off", tune_dir="/a b", deterministic=True)])
+@pytest.mark.parametrize(
+    "given",
+    [
+        Settings(),
+        Settings(backend="sdpa"),
+        Settings(tune="off", tune_dir="/a b", deterministic=True),
+        Settings(backend="triton", block_m=64, num_stages=3),
+    ],
+)
 def test_settings_are_the_same_after_a_graph_has_held_them_as_text(given: Settings) -> None:
     assert settings_of(given.text) == given == settings_of(given)
 
@@ -52,3 +60,45 @@ def test_a_compiled_graph_keeps_the_settings() -> None:
         return attend(x, x, x, backend=given)
 
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="eager")(x), function(x))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"block_m": 48}, "power of two from 16 to 256"), ({"block_n": 8}, "power of two"), ({"num_warps": 3}, "power of two"),
+        ({"num_stages": 0}, "from 1 to 8"), ({"block_m": 64.0}, "block_m=64.0"), ({"num_warps": True}, "num_warps=True"),
+        ({"block_m": 64, "backend": "auto"}, "no effect with backend='auto'"),
+    ],
+)  # fmt: skip
+def test_tiles_that_are_none_or_have_no_effect_are_refused(wrong: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Settings(**{"backend": "triton", **wrong})  # type: ignore[arg-type]
+
+
+def test_tiles_reach_the_kernel_or_are_refused_with_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchwrap.attention import dispatch
+    from torchwrap.attention.contract import checked
+    from torchwrap.attention.triton import backend
+    from torchwrap.attention.triton.blocks import Card, Fixed
+
+    monkeypatch.setattr(backend, "_missing", lambda: None)
+    monkeypatch.setattr(backend, "interpreted", lambda: True)
+    monkeypatch.setattr(backend, "card_of", lambda device: Card(capability=80, shared_bytes=64 << 10, processors=40))
+    x = torch.randn(1, 2, 64, 128).half()
+    found = dispatch.choose(checked(x, x, x), Settings(backend="triton", block_m=32, num_warps=2)).backend
+    assert found.blocks == Fixed(queries=32, warps=2)  # type: ignore[attr-defined]
+    with pytest.raises(UnsupportedModelError, match=r"block_m=256: the forward pass needs \d+ bytes .* 65536 bytes") as caught:
+        attend(x, x, x, backend=Settings(backend="triton", block_m=256))
+    assert "Leave out block_m" in caught.value.fix
+    with pytest.raises(UnsupportedModelError, match="float64"):
+        attend(x.double(), x.double(), x.double(), backend=Settings(backend="triton", block_m=32))
+
+
+def test_a_named_back_end_that_is_not_deterministic_is_refused_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchwrap.attention.reference import Eager
+
+    monkeypatch.setattr(Eager, "deterministic", False, raising=False)
+    x = torch.randn(1, 2, 3, 8, requires_grad=True)
+    out = attend(x, x, x, backend=Settings(backend="eager", deterministic=True))
+    with pytest.raises(UnsupportedModelError, match="deterministic=True"):
+        out.sum().backward()

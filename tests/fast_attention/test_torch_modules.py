@@ -368,6 +368,44 @@ def test_settings_out_of_range_are_refused(field: str, value: str) -> None:
         tw.fast_attention(own(), block_q=4)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tune": "always"}, "'always' is not accepted"), ({"tune": "measure", "backend": "cpu"}, "tune='measure' would have no effect"),
+        ({"tune": "off", "tune_dir": "/nowhere"}, "tune_dir='/nowhere' would have no effect"),
+        ({"block_m": 64}, "block_m=64 would have no effect"), ({"backend": "triton", "block_n": 40}, "block_n=40"),
+        ({"backend": "triton", "num_warps": 64}, "out of range"), ({"deterministic": 1}, "deterministic"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_work_together_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(tw.ConfigError, match=words):
+        tw.FastAttention(**options)
+
+
+def test_what_is_measured_is_kept_and_chosen_by(tmp_path: Any) -> None:
+    model, inputs = tw.fast_attention(own(), tune="measure", tune_dir=str(tmp_path)), x(B, T, E)
+    with torch.no_grad():
+        model(inputs)
+    assert list(tmp_path.iterdir()) and "measured" in tw.handle_of(model, "fast_attention").explain()
+    other = tw.fast_attention(own(), tune_dir=str(tmp_path))
+    with torch.no_grad():
+        other(inputs)
+    assert "measured" in tw.fast_attention.explain(other)
+
+
+def test_a_wrapped_model_can_be_tuned_on_a_call(tmp_path: Any) -> None:
+    model = tw.fast_attention(own(), tune_dir=str(tmp_path))
+    with torch.no_grad():
+        assert "measured" in tw.fast_attention.tune(model, x(B, T, E))
+    handle = tw.handle_of(model, "fast_attention")
+    assert handle.service.backend.tune == "table"
+    with pytest.raises(ZeroDivisionError), handle.tuning():
+        raise ZeroDivisionError
+    assert handle.service.backend.tune == "table"
+    with pytest.raises(tw.ConfigError, match="nothing to choose"):
+        tw.fast_attention.tune(tw.fast_attention(own(), backend="eager"), x(B, T, E))
+
+
 def test_a_named_back_end_is_used_for_every_call() -> None:
     model = tw.fast_attention(own(), backend="eager")
     model(x(B, T, E))

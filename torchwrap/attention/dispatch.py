@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -93,7 +93,7 @@ def choose(call: Call, given: str | Settings = "auto", doing: Doing = "forward")
     """
     settings = settings_of(given)
     if settings.backend != "auto":
-        return Choice(_forced(call, settings.backend), call, ("asked for",))
+        return Choice(_forced(call, settings, doing), call, ("asked for",))
     names, known = _listed(call, settings, doing)
     refused: list[str] = []
     for name in names:
@@ -255,14 +255,29 @@ def _kind(name: str, call: Call) -> _Kind:
     return name, call.q.device, call.q.dtype, call.width, call.value_width
 
 
-def _forced(call: Call, name: str) -> Backend:
-    found = backend(name)
-    why_not = found.refuses(call)
+@functools.cache
+def _with_tiles(name: str, tiles: tuple[int | None, ...]) -> Backend:
+    """A back end that takes tiles as they are given."""
+    from torchwrap.attention.triton.blocks import Fixed  # the only one there is, and seldom needed
+
+    queries, keys, warps, stages = tiles
+    kind: Any = type(backend(name))
+    made: Backend = kind(Fixed(queries=queries, keys=keys, warps=warps, stages=stages))
+    return made
+
+
+def _forced(call: Call, settings: Settings, doing: Doing) -> Backend:
+    name = settings.backend
+    found = _with_tiles(name, settings.tiles) if settings.tiles else backend(name)
+    why_not = _undecided(found, settings, doing) or found.refuses(call)
     if why_not is not None:
-        nearest = next(other for other in (*order(call), "eager") if other != name and backend(other).refuses(call) is None)
-        raise errors.UnsupportedModelError(
-            f"backend={name!r} cannot compute this call: {why_not}",
-            where="attend",
-            fix=f'Use backend="auto", or backend={nearest!r}, which can.',
-        )
+        if settings.tiles and backend(name).refuses(call) is None:
+            fix = "Leave out block_m, block_n, num_warps and num_stages: the table's tiles fit."
+        else:
+            nearest = next(
+                other for other in (*order(call), "eager")
+                if other != name and backend(other).refuses(call) is None and _undecided(backend(other), settings, doing) is None
+            )  # fmt: skip
+            fix = f'Use backend="auto", or backend={nearest!r}, which can.'
+        raise errors.UnsupportedModelError(f"backend={name!r} cannot compute this call: {why_not}", where="attend", fix=fix)
     return found

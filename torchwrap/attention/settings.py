@@ -29,6 +29,8 @@ class Settings:
             first comes. "off": the shipped order.
         tune_dir: folder of the measurements; None: `$TORCHWRAP_CACHE`, else `~/.cache/torchwrap`, folder `attention`.
         deterministic: "auto" takes no back end whose gradients may differ in their last bits from run to run.
+        block_m, block_n, num_warps, num_stages: rows and columns of a tile, warps of a program, tiles in flight; with `backend="triton"`,
+            which takes them as they are or refuses. None: from its table.
         text: the settings as a string, of which `settings_of` makes them again; the name of the back end if that is all they say.
 
     Raises:
@@ -39,6 +41,10 @@ class Settings:
     tune: Tune = "table"
     tune_dir: str | None = None
     deterministic: bool = False
+    block_m: int | None = None
+    block_n: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
     # Made beforehand: Dynamo 2.13 can read a string, but cannot trace what would make it.
     text: str = field(init=False, repr=False, compare=False)
 
@@ -51,9 +57,30 @@ class Settings:
         if not isinstance(self.backend, str) or not isinstance(self.tune_dir, str | None):
             said = f"backend={self.backend!r}, tune_dir={self.tune_dir!r}"
             raise ConfigError(said, where="Settings", fix="Give the name of a back end, and a folder as a string or None.")
+        for name, least, most in (("block_m", 16, 256), ("block_n", 16, 256), ("num_warps", 1, 32), ("num_stages", 1, 8)):
+            _check_tile(name, getattr(self, name), least, most, self.backend)
 
         said = {field.name: value for field in fields(self) if field.init and (value := getattr(self, field.name)) != field.default}
         object.__setattr__(self, "text", self.backend if said.keys() <= {"backend"} else json.dumps(said))
+
+
+    @property
+    def tiles(self) -> tuple[int | None, ...]:
+        """block_m, block_n, num_warps and num_stages; empty if none is given."""
+        given = (self.block_m, self.block_n, self.num_warps, self.num_stages)
+        return () if all(value is None for value in given) else given
+
+
+def _check_tile(name: str, value: int | None, least: int, most: int, backend: str) -> None:
+    if value is None:
+        return
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or not least <= value <= most or (name != "num_stages" and value & (value - 1)):
+        powers = "a number" if name == "num_stages" else "a power of two"
+        raise ConfigError(f"{name}={value!r}", where="Settings", fix=f"Give {powers} from {least} to {most}, or None for the table's.")
+    if backend != "triton":
+        fix = 'Only the back end "triton" takes it: use backend="triton", or leave it out.'
+        raise ConfigError(f"{name}={value} would have no effect with backend={backend!r}", where="Settings", fix=fix)
 
 
 def settings_of(given: str | Settings) -> Settings:

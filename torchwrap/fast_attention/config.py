@@ -12,6 +12,7 @@ from torchwrap.attention.cooperative.planner import RECENT
 from torchwrap.attention.cooperative.settings import CacheSettings
 from torchwrap.attention.dispatch import BACKENDS
 from torchwrap.attention.distributed.works import group_name
+from torchwrap.attention.settings import Settings
 from torchwrap.core.config import Config, option
 from torchwrap.core.errors import ConfigError
 
@@ -24,6 +25,13 @@ class FastAttention(Config):
 
     Attributes:
         backend: which way of computing attention; a named one that cannot run a call raises.
+        tune: what the choice of a back end goes by.
+        tune_dir: folder of what was measured.
+        deterministic: gradients are the same bits in every run.
+        block_m: rows of a tile.
+        block_n: columns of a tile.
+        num_warps: warps of a program.
+        num_stages: tiles in flight.
         fallback: what to do when a call must go to the model's own attention, because it asks for something no back end returns.
         cache: `arena` lets growing caches write in place, `cooperative` lets `generate` keep part of them on the host, `keep` leaves them.
         kv_host: how much of a cooperative cache lies on the host.
@@ -50,6 +58,22 @@ class FastAttention(Config):
     backend: str = option(
         "auto", choices=("auto", *BACKENDS), doc="Which way of computing attention; a named one that cannot run a call raises."
     )
+    tune: str = option(
+        "table", choices=("table", "measure", "off"),
+        doc="What `auto` goes by: the shipped order, corrected by what was measured on this machine before (`table`); the same, and a kind "
+        "of call that was never measured is measured when it first comes (`measure`); the shipped order alone (`off`).",
+    )  # fmt: skip
+    tune_dir: str | None = option(
+        None, machine=True, doc="Folder of the measurements; none: `$TORCHWRAP_CACHE`, else `~/.cache/torchwrap`, in it `attention`."
+    )
+    deterministic: bool = option(False, doc="Take no back end whose gradients may differ in their last bits from run to run.")
+    block_m: int | None = option(
+        None, low=16, high=256,
+        doc="Rows of a tile, a power of two, with `backend='triton'`: taken as it is, or refused with the bytes it needs.",
+    )  # fmt: skip
+    block_n: int | None = option(None, low=16, high=256, doc="Columns of a tile, as `block_m`.")
+    num_warps: int | None = option(None, low=1, high=32, doc="Warps of a program, a power of two, as `block_m`.")
+    num_stages: int | None = option(None, low=1, high=8, doc="Tiles of the inner loop in flight, as `block_m`.")
     fallback: str = option(
         "warn", choices=("warn", "error", "silent"),
         doc="When a call must go to the model's own attention (it asks for attention's weights): warn once per reason, raise, or neither.",
@@ -118,10 +142,19 @@ class FastAttention(Config):
         settings = self.cache_settings()
         object.__setattr__(self, "kv_host", settings.kv_host)
         object.__setattr__(self, "kv_disk", settings.kv_disk)
+        self.settings()
+        if self.backend != "auto":
+            self._without_effect(("tune", "tune_dir"), 'it is about the choice of a back end. Use backend="auto", or leave it out.')
+        if self.tune == "off":
+            self._without_effect(("tune_dir",), 'nothing is read there with tune="off". Leave one of them out.')
         if self.cache != "cooperative":
             self._without_effect(self.OF_A_CACHE, 'only a cache on two sides has it. Use cache="cooperative", or leave it out.')
         if self.sp_group is None:
             self._without_effect(("ring",), "it says how sequences are divided over sp_group. Give that, or leave it out.")
+
+    def settings(self) -> Settings:
+        """What is said about the computation of every call."""
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings) if field.init})
 
     def cache_settings(self) -> CacheSettings:
         """What is said about cooperative caches."""

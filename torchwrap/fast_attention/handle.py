@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torchwrap.attention.service import Service
-from torchwrap.core.errors import ConflictError
+from torchwrap.attention.settings import settings_of
+from torchwrap.core.errors import ConfigError, ConflictError
 from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.technique import Handle
 
@@ -26,6 +30,25 @@ class FastAttentionHandle(Handle):
     def explain(self) -> str:
         """A line per back end and kind of call, with why it was chosen; then what went to the model's own attention, and why."""
         return self.service.explain() or "No call yet."
+
+    @contextmanager
+    def tuning(self) -> Iterator[None]:
+        """Within the block a kind of call that was never measured on this machine is measured when it comes; what is found is kept.
+
+        Raises:
+            ConfigError: the settings name a back end, so that there is nothing to choose.
+        """
+        before = self.service.backend
+        settings = settings_of(before)
+        if settings.backend != "auto":
+            raise ConfigError(
+                f"backend={settings.backend!r} leaves nothing to choose", where="tuning", fix='Wrap the model with backend="auto".'
+            )
+        self.service.backend = replace(settings, tune="measure")
+        try:
+            yield
+        finally:
+            self.service.backend = before
 
     def open(self) -> None:
         """Lead the model's attention here."""
