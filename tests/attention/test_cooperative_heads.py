@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from tests.attention.cooperative_cases import DV, HKV, RATES, D, error, machines, make, queries, tokens, whole
 from tests.attention.virtual import VirtualMachine
+from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.heads import HeadLayer, HeadRoom
 from torchwrap.attention.cooperative.machine import OneMemory
@@ -17,6 +19,7 @@ from torchwrap.attention.cooperative.planner import CacheShape, Plan, Rates, pla
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.cooperative.tiers import Room
 from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.reference import attention
 from torchwrap.core import errors
 
 SHAPE = CacheShape(layers=5, batch=2, heads=12, kv_heads=6, width=8, value_width=8, itemsize=4)
@@ -87,6 +90,45 @@ def test_a_host_without_memory_costs_one_token_of_both_sides() -> None:
         cache.append(0, *tokens(1))
     layer = cache.layers[0]
     assert isinstance(layer, HeadLayer) and layer.kept.length == layer.moved.length == 4096
+
+
+def test_a_worker_that_dies_costs_one_token_of_both_sides() -> None:
+    fails = False
+
+    def partial(*given: Any) -> Any:
+        if fails and threading.current_thread().name.startswith("torchwrap-host-attention"):
+            raise ValueError("the worker is gone")
+        return attention(checked(*given[:3], mask=given[3], scale=given[4], softcap=given[5]))
+
+    cache = make(ROOM, OneMemory(), layers=2, partial=partial)
+    keys, values = tokens(30)
+    for index in range(2):
+        cache.append(index, keys, values)
+        cache.attend(index, queries(1))
+    one = tokens(1)
+    cache.append(0, *one)
+    cache.attend(0, queries(1))
+    cache.append(1, *one)
+    fails = True
+    with pytest.raises(errors.WorkError, match=r"the worker is gone.*layer 1"):
+        cache.attend(1, queries(1))
+    fails = False
+    q = queries(1)
+    for index in range(2):
+        assert cache.layers[index].length == 30
+        cache.append(index, *one)
+        expected = whole(q, torch.cat([keys, one[0]], 2), torch.cat([values, one[1]], 2))
+        assert error(cache.attend(index, q), expected) < 1e-6
+
+
+def test_rows_without_memory_leave_an_empty_cache() -> None:
+    machine = VirtualMachine(RATES, host_bytes=5 << 20)
+    cache = make(ROOM, machine, layers=2)
+    for index in range(2):
+        cache.append(index, *tokens(20))
+    with pytest.raises(errors.BudgetError, match="60 rows"):
+        cache.select(torch.arange(2).repeat_interleave(30))
+    assert machine.allocated["host"] == 0 and [layer.length for layer in cache.layers] == [0, 0]
 
 
 def test_what_cannot_be_divided_by_heads_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from tests.attention.virtual import VirtualMachine
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.cache import TieredCache
+from torchwrap.attention.cooperative.disk import Disk
 from torchwrap.attention.cooperative.machine import OneMemory
 from torchwrap.attention.cooperative.measure import measure_rates
 from torchwrap.attention.cooperative.planner import CacheShape, Plan, Rates, Split, plan_cache
@@ -229,3 +231,94 @@ def test_planned_bytes_are_allocated_bytes_at_any_length(tokens: int) -> None:
     TieredCache.from_plan(found, machine, torch.bfloat16)
     assert machine.allocated["device"] == pytest.approx(found.device_bytes, rel=0.03)
     assert machine.allocated["host"] == pytest.approx(found.host_bytes, rel=0.03)
+
+
+class Counted(OneMemory):
+    """Both memories are counted and none is touched: tensors without numbers, which can be as long as any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated = {"device": 0, "host": 0}
+        self.device = torch.device("meta")
+
+    def device_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self._count("device", shape, dtype)
+
+    def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return self._count("host", shape, dtype)
+
+    def _count(self, tier: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        self.allocated[tier] += torch.Size(shape).numel() * dtype.itemsize
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("tokens", [256 << 10, 512 << 10, 1 << 20])
+@pytest.mark.parametrize("split", ["token", "layer", "head"])
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16], ids=str)
+def test_a_cache_that_is_full_takes_what_was_planned(tokens: int, split: Split, storage: torch.dtype) -> None:
+    """Prompts of that length in chunks, and a few tokens more: nothing beyond the plan is allocated on the way."""
+    shape = CacheShape(layers=3, batch=1, heads=8, kv_heads=4, width=64, value_width=64, itemsize=4, host_itemsize=storage.itemsize)
+    whole = shape.layers * tokens * shape.token_bytes
+    found = plan_cache(shape, tokens, device_bytes=whole // 3, host_bytes=2 * whole, rates=V100, split=split)
+    machine = Counted()
+    cache = TieredCache.from_plan(found, machine, torch.float32, storage=storage)
+    begun = dict(machine.allocated)
+    for index in range(shape.layers):
+        for first in range(0, tokens, 64 << 10):
+            count = min(64 << 10, tokens - first)
+            cache.append(index, *(torch.empty(1, 4, count, 64, device="meta") for _ in range(2)))
+    assert machine.allocated == begun and {layer.length for layer in cache.layers} == {tokens}
+    assert machine.allocated["device"] == pytest.approx(found.device_bytes, rel=0.03) and found.device_bytes <= whole // 3
+    assert machine.allocated["host"] == pytest.approx(found.host_bytes, rel=0.03)
+
+
+@pytest.mark.parametrize("split", ["token", "head"])
+def test_a_million_tokens_reserve_their_place_on_the_disk(split: Split, tmp_path: Path) -> None:
+    shape = CacheShape(layers=2, batch=1, heads=2, kv_heads=2, width=8, value_width=8, itemsize=4)
+    tokens = 1 << 20
+    whole = shape.layers * tokens * shape.token_bytes
+    found = plan_cache(
+        shape, tokens, device_bytes=whole * 9 // 16, host_bytes=whole // 4, disk_bytes=whole, rates=V100, split=split, chunk_bytes=1 << 20,
+        block_bytes=1 << 20,
+    )  # fmt: skip
+    machine = Counted()
+    cache = TieredCache.from_plan(found, machine, torch.float32, disk=Disk(tmp_path, nbytes=found.disk_bytes))
+    assert cache.disk is not None and cache.disk.nbytes == found.disk_bytes
+    on_disk = sum(found.disk_tokens(layer) * found.host_heads(layer) for layer in range(2)) * shape.token_bytes // 2
+    assert found.disk_bytes == pytest.approx(on_disk, rel=0.03) and on_disk > whole // 8
+    buffers = 2 * found.block * found.host_heads(0) * shape.token_bytes // 2
+    assert machine.allocated["host"] + buffers == pytest.approx(found.host_bytes, rel=0.03) and found.host_bytes < 0.9 * whole / 4
+    cache.release()
+
+
+def test_prompt_chunks_fit_into_the_memory_there_is_for_them() -> None:
+    def chunk(prefill_bytes: int, given: Any = "auto") -> int:
+        return plan_cache(
+            LLAMA, 262_144, device_bytes=14 * GIB, host_bytes=64 * GIB, rates=dataclasses.replace(V100, flops=60e12),
+            prefill_bytes=prefill_bytes, prefill_tokens=given,
+        ).prefill_tokens  # fmt: skip
+
+    # A token of a prompt: 32 heads of 128 for queries and results in two bytes, results twice in four, and its keys and values.
+    token = 32 * (2 * 128 * 2 + 2 * 4 * 128) + LLAMA.token_bytes
+    assert LLAMA.prompt_bytes == token
+    assert [chunk(count * token) for count in (10_000, 2048, 2047, 700, 100)] == [2048, 2048, 1536, 512, 100]
+    assert chunk(0, 4000) == 4000
+
+
+def test_what_is_on_the_host_crosses_the_link_once_for_each_chunk_of_a_prompt_and_layer() -> None:
+    count, tokens, layers = 64, 512, 2
+    shape = CacheShape(layers=layers, batch=1, heads=8, kv_heads=1, width=8, value_width=8, itemsize=4)
+    whole = layers * tokens * shape.token_bytes
+    found = plan_cache(
+        shape, tokens, device_bytes=whole // 4 + 32 * shape.token_bytes, host_bytes=2 * whole, rates=V100, split="token", recent=32,
+        chunk_bytes=16 * shape.token_bytes, prefill_tokens=count,
+    )  # fmt: skip
+    machine = VirtualMachine(V100)
+    cache = TieredCache.from_plan(found, machine, torch.float32)
+    expected = 0
+    for first in range(0, tokens, found.prefill_tokens):
+        for index in range(layers):
+            cache.append(index, torch.randn(1, 1, count, 8), torch.randn(1, 1, count, 8))
+            expected += sum(piece.end - piece.first for piece in cache.layers[index].pieces(first) if piece.tier == "host")
+            cache.attend(index, torch.randn(1, 8, count, 8), mask=TileMask.causal(1, count, first + count))
+    assert machine.uploaded == expected * shape.token_bytes > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import threading
 import warnings
 from typing import Any
@@ -111,6 +112,31 @@ def test_other_divisions_generate_the_same_tokens(model: Any, served: Any, promp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_setting_puts_the_rest_on_a_disk_and_nothing_stays_there(
+    model: Any, prompt: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cooperative, "measure_rates", lambda *_, **__: RATES)
+    monkeypatch.setattr(cooperative, "memory_available", lambda: 24_000)
+    monkeypatch.setattr(cooperative, "plan_cache", functools.partial(cooperative.plan_cache, block_bytes=2000))
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    wrapped = tw.fast_attention(
+        tiny(), cache="cooperative", kv_host=0.8, kv_split="token", kv_recent=8, stream_chunk_mib=1 / 1024, kv_disk="1 MiB",
+        kv_disk_path=str(tmp_path),
+    )  # fmt: skip
+    found = wrapped.generate(**prompt, **options, return_dict_in_generate=True)
+    cache = found.past_key_values
+    assert torch.equal(found.sequences, model.generate(**prompt, **options))
+    assert any(layer.disk_tokens for layer in cache.store.layers) and len(list(tmp_path.iterdir())) == 1
+    del cache, found
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_belongs_to_one_process_and_is_not_copied(served: Any) -> None:
+    with pytest.raises(TypeError, match="belongs to one process"):
+        copy.deepcopy(cache_for(served, 64, 0.4, 1))
+
+
 def test_a_narrower_host_says_what_it_lost(model: Any, prompt: Any) -> None:
     wrapped = tw.fast_attention(tiny())
     cache = cache_for(wrapped, 64, 0.4, 2, kv_host_dtype=torch.bfloat16)
@@ -126,12 +152,13 @@ def test_a_narrower_host_says_what_it_lost(model: Any, prompt: Any) -> None:
     assert "lost" not in tw.handle_of(copy.deepcopy(wrapped), "fast_attention").stats()
 
 
-def test_a_proposed_continuation_that_is_wrong_is_taken_back(model: Any, served: Any) -> None:
+@pytest.mark.parametrize("split", ["token", "head"])
+def test_a_proposed_continuation_that_is_wrong_is_taken_back(model: Any, served: Any, split: Any) -> None:
     """Assisted decoding crops the cache after every step."""
     prompt = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 9, 10, 5, 6, 7]])}
     options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "prompt_lookup_num_tokens": 4}
     expected = model.generate(**prompt, **options)
-    found = served.generate(**prompt, **options, past_key_values=cache_for(served, 64, 0.3, 1))
+    found = served.generate(**prompt, **options, past_key_values=cache_for(served, 64, 0.3, 1, kv_split=split))
     assert torch.equal(found, expected)
 
 

@@ -263,6 +263,9 @@ class TieredCache:
         if self.disk is not None:
             self.disk.close()
 
+    def __getstate__(self) -> None:
+        raise TypeError("a cache on two sides has threads and page-locked memory and belongs to one process; begin the sequence anew")
+
     @contextmanager
     def _restored(self, layer: TieredLayer | HeadLayer, length: int) -> Iterator[None]:
         """On an error every layer is cut back to `length` tokens."""
