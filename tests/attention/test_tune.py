@@ -25,7 +25,7 @@ from torchwrap.attention.settings import Settings
 from torchwrap.attention.tune import Shape
 from torchwrap.attention.tuning import clock, store, table
 from torchwrap.attention.tuning.kinds import kind_of
-from torchwrap.core.errors import ConfigError, TorchwrapWarning
+from torchwrap.core.errors import ConfigError, TorchwrapWarning, UnsupportedModelError
 
 Timed = dict[str, float]
 
@@ -143,6 +143,9 @@ def test_deterministic_leaves_such_a_back_end_out_of_backward_only(monkeypatch: 
     assert choose(call(), strict).backend.name == "cpu" == choose(call(), "auto", "backward").backend.name
     choice = choose(call(), strict, "backward")
     assert choice.backend.name == "sdpa" and "deterministic=True" in choice.reason
+    with pytest.raises(UnsupportedModelError, match="deterministic=True") as raised:
+        choose(call(), Settings(backend="cpu", deterministic=True), "backward")
+    assert "backend='sdpa'" in str(raised.value.fix)
 
 
 # Measuring

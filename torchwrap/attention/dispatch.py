@@ -23,8 +23,8 @@ import torch
 from torchwrap.attention.contract import Backend, Call
 from torchwrap.attention.settings import Settings, settings_of
 from torchwrap.attention.tuning.clock import median_seconds
-from torchwrap.attention.tuning.kinds import Doing, kind_of
-from torchwrap.attention.tuning.store import measurements
+from torchwrap.attention.tuning.kinds import Doing, Kind, kind_of
+from torchwrap.attention.tuning.store import Measurements, measurements
 from torchwrap.attention.tuning.table import CANDIDATES, MASK_BYTES, first_choices
 from torchwrap.core import errors
 
@@ -98,7 +98,7 @@ def choose(call: Call, given: str | Settings = "auto", doing: Doing = "forward")
     refused: list[str] = []
     for name in names:
         found = backend(name)
-        why_not = _failed.get(_kind(name, call)) or _undecided(found, settings, doing) or found.refuses(call)
+        why_not = (_failed and _failed.get(_kind(name, call))) or _undecided(found, settings, doing) or found.refuses(call)
         if why_not is None:
             return Choice(found, call, (known.get(name) or f"first that can, on {call.q.device.type}", *refused))
         refused.append(f"not {name}: {why_not}")
@@ -185,15 +185,24 @@ def order(call: Call, given: str | Settings = "auto", doing: Doing = "forward") 
 
 def _listed(call: Call, settings: Settings, doing: Doing) -> tuple[tuple[str, ...], dict[str, str]]:
     """Names in order, and what was measured of them."""
-    names, known = first_choices(call, doing), _NOTHING
+    found = None
     if settings.tune != "off" and (store := measurements(call.q.device, settings.tune_dir)).orders:
-        fastest = store.orders.get(kind := kind_of(call, doing), ())
-        if fastest:
-            names = (*(name for name in fastest if name in BACKENDS), *(name for name in names if name not in fastest))
-            known = {name: store.reasons[kind, name] for name in fastest}
-    if _mask_bytes(backend(names[0]), call) > MASK_BYTES:
+        lists = store.lists  # held, so that a list made of figures that are old by then is dropped with the others
+        found = lists.get(kind := kind_of(call, doing))
+        if found is None:
+            found = lists[kind] = _corrected(first_choices(call, doing), store, kind)
+    names, known = (first_choices(call, doing), _NOTHING) if found is None else found
+    (batch, heads, rows, _), columns = call.q.shape, call.k.shape[2]
+    # Most calls are so small that no mask of theirs is large, whoever makes it.
+    if 8 * batch * heads * rows * columns > MASK_BYTES and _mask_bytes(backend(names[0]), call) > MASK_BYTES:
         names = tuple(sorted(names, key=lambda name: (name == "eager", _mask_bytes(backend(name), call) > MASK_BYTES)))
     return names, known
+
+
+def _corrected(names: tuple[str, ...], store: Measurements, kind: Kind) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The shipped order with those that were measured in front."""
+    fastest = tuple(name for name in store.orders.get(kind, ()) if name in BACKENDS)
+    return (*fastest, *(name for name in names if name not in fastest)), {name: store.reasons[kind, name] for name in fastest}
 
 
 def _mask_bytes(found: Backend, call: Call) -> int:

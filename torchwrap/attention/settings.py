@@ -28,7 +28,7 @@ class Settings:
             one before (`torchwrap.attention.tune`). "measure": the same, and a kind of call that was never measured is measured when it
             first comes. "off": the shipped order.
         tune_dir: folder of the measurements; None: `$TORCHWRAP_CACHE`, else `~/.cache/torchwrap`, folder `attention`.
-        deterministic: "auto" takes no back end whose gradients may differ in their last bits from run to run.
+        deterministic: no gradients by a back end whose last bits may differ from run to run; one that was asked for by name raises.
         block_m, block_n, num_warps, num_stages: rows and columns of a tile, warps of a program, tiles in flight; with `backend="triton"`,
             which takes them as they are or refuses. None: from its table.
         text: the settings as a string, of which `settings_of` makes them again; the name of the back end if that is all they say.

@@ -44,6 +44,7 @@ class Measurements:
         path: the file.
         orders: names of back ends, fastest first, by kind; empty where fewer than two could be compared.
         reasons: why a back end is where it is in the order, by kind and name.
+        lists: what the dispatcher has made of both, by kind; dropped with every new figure.
     """
 
     def __init__(self, folder: Path, machine: Mapping[str, str]) -> None:
@@ -51,6 +52,7 @@ class Measurements:
         self.path = folder / f"{hashlib.sha256(_canonical(self.machine)).hexdigest()[:24]}.json"
         self.orders: dict[Kind, tuple[str, ...]] = {}
         self.reasons: dict[tuple[Kind, str], str] = {}
+        self.lists: dict[Kind, tuple[tuple[str, ...], dict[str, str]]] = {}
         self._seconds: dict[Kind, dict[str, float]] = {}
         self._lock = threading.Lock()
         self._take(self._read())
@@ -80,6 +82,7 @@ class Measurements:
                 others = ", ".join(f"{other} {_duration(seconds[other])}" for other in order if other != name)
                 self.reasons[kind, name] = f"measured here: {_duration(seconds[name])}" + (f", {others}" if others else "")
             self.orders[kind] = order if len(order) > 1 else ()
+        self.lists = {}
 
     def _read(self) -> dict[Kind, dict[str, float]]:
         try:
