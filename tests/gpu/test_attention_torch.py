@@ -39,9 +39,18 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def errors(found: torch.Tensor, exact: torch.Tensor) -> float:
+FLOOR = 2e-5
+"""What float32 kernels differ by from the formula whatever the law says: they add in other orders, some by three TF32 products."""
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Greatest difference; NaN where only one has it, which no law allows."""
     same = (found.double() == exact) | (found.isnan() & exact.isnan())
-    return float((found.double() - exact).abs().masked_fill(same, 0).nan_to_num(posinf=0).max())
+    return float((found.double() - exact).abs().masked_fill(same, 0).max())
+
+
+def allowed(usual: torch.Tensor, exact: torch.Tensor, factor: int) -> float:
+    return factor * float((usual.double() - exact).abs().nan_to_num(posinf=0).max()) + FLOOR
 
 
 def able(name: str, given: Call) -> Any:
@@ -63,11 +72,11 @@ def test_result_and_gradients_obey_the_error_law(name: str, case: str, dtype: to
     exact, usual = (textbook(given, wide, grad_out, none) for wide in (torch.float64, dtype))
     dead = exact[1] == -torch.inf
     assert torch.equal(lse == -torch.inf, dead) and not out[dead].any()
-    assert errors(out, exact[0]) <= 2 * errors(usual[0], exact[0]) + 1e-6
-    assert errors(lse, exact[1]) <= 2 * errors(usual[1], exact[1]) + 1e-5
+    assert error(out, exact[0]) <= allowed(usual[0], exact[0], 2)
+    assert error(lse, exact[1]) <= allowed(usual[1], exact[1], 2)
     grads = dict(zip(("q", "k", "v", "sinks"), found.backward(given, out, lse, grad_out, None), strict=False))
     for part, expected in exact[2].items():
-        assert errors(grads[part], expected) <= 3 * errors(usual[2][part], expected) + 1e-5, part
+        assert error(grads[part], expected) <= allowed(usual[2][part], expected, 3), part
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -78,7 +87,7 @@ def test_a_gradient_of_lse_arrives(name: str) -> None:
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     exact, usual = (textbook(given, dtype, grad_out, grad_lse) for dtype in (torch.float64, torch.float16))
     for part, ours in zip("qkv", found.backward(given, out, lse, grad_out, grad_lse), strict=False):
-        assert errors(ours, exact[2][part]) <= 3 * errors(usual[2][part], exact[2][part]) + 1e-5
+        assert error(ours, exact[2][part]) <= allowed(usual[2][part], exact[2][part], 3)
 
 
 def test_flash_says_of_a_bias_and_flex_takes_it() -> None:
