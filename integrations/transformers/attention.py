@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.layer import CallState, Layer, held_back
 from torchwrap.core.swap import layers_of
-from torchwrap.integrations.transformers.batching import StandIn, attend_paged, packings
+from torchwrap.integrations.transformers.batching import StandIn, attend_paged, steps
 from torchwrap.integrations.transformers.cache import into_arenas
 from torchwrap.integrations.transformers.generating import CacheMaker, generates_with_a_growing_cache
 from torchwrap.integrations.transformers.masks import tile_mask, user_mask
@@ -47,7 +46,7 @@ _calls = CallState()
 
 _NO_CALL: tuple[tuple[ModelLayer, ...], tuple[Any, ...]] = ((), ())
 _packed = CallState()
-"""How the running call's sequences are taken apart, if it is one of continuous batching."""
+"""What the running call is to do by type of attention, if it is one of continuous batching."""
 
 
 class AttentionLayer(Layer):
@@ -141,7 +140,7 @@ class ModelLayer(Layer):
             )  # fmt: skip
             asked = (*asked, *(config for config, _ in self.route.originals))
         _calls.push(((*layers, self), asked))
-        _packed.push(packings(kwargs) if "cache" in kwargs else None)
+        _packed.push((_packed.peek() or steps(kwargs)) if "cache" in kwargs else None)
         if self.service.cache != "keep" and not torch.compiler.is_dynamo_compiling():
             into_arenas(kwargs.get("past_key_values"))
         return args, kwargs
@@ -184,7 +183,7 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
             found.makers.append(CacheMaker(module, service.cooperation, layer))
             found.generates.append(fqn)
         if hasattr(module, "init_continuous_batching"):
-            found.stand_ins.append(StandIn(fqn, module, layer, NAME))
+            found.stand_ins.append(StandIn(fqn, module, layer, service, NAME))
     if service.sequence is not None:
         refuse_to_divide(model, sites)
         found.divides = True
@@ -238,11 +237,11 @@ def attention_forward(
     stands: AttentionLayer | ModelLayer | None = layer or _model_around(module.config)
     service = stands.service if stands is not None else Service(fallback="silent")
     fqn = layer.fqn if layer is not None else type(module).__name__
-    if "cache" in kwargs and (packed := _packed.peek() or packings(kwargs)) is not None:
+    if "cache" in kwargs and (todo := _packed.peek() or steps(kwargs)) is not None:
         if position_bias is not None:
             raise UnsupportedModelError("continuous batching gives no positions to a bias", where=fqn, fix="Use generate.")
-        attend = partial(service.attend, fqn, scale=scaling, softcap=softcap, sinks=s_aux, dropout=dropout)
-        return attend_paged(module, query, key, value, packed, attend, kwargs).transpose(1, 2).contiguous(), None
+        out = attend_paged(fqn, service, module, query, key, value, todo, kwargs, scale=scaling, softcap=softcap, sinks=s_aux)
+        return out.transpose(1, 2).contiguous(), None
     own = _own_implementation(module.config, layer)
     if own is None and stands is None:
         own = _of_nobody(module.config, kwargs)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,20 +23,57 @@ from torch import Tensor, nn
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from torchwrap.attention.packed import Packing, attend_packed
+from torchwrap.attention.packed import Packing, Part, assembled, attend_packed
+from torchwrap.attention.pages import Pages
+from torchwrap.attention.service import Service
 from torchwrap.core.errors import ConflictError, UnsupportedModelError
 from torchwrap.core.layer import Layer, held_back
 from torchwrap.core.swap import original_class
 
-__all__ = ["PACKED", "Packings", "StandIn", "attend_paged", "packings"]
+__all__ = ["PACKED", "StandIn", "Step", "attend_paged", "steps"]
 
 PACKED = "torchwrap_packed_flash"
 """What the stand-in's config says: "flash" without a version. It is in no registry, for no model carries it."""
 
 _METHODS = ("init_continuous_batching", "destroy_cached_continuous_batching_manager")
 
-Packings = dict[str, Packing]
-"""How the sequences of one forward are taken apart, by the type of a layer's attention."""
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward is to do in the layers of one type of attention.
+
+    Attributes:
+        packing: how the sequences are taken apart.
+        rows: of the cache, where all keys lie once the new ones are written; None: the cache hands keys out itself.
+        pages: those of the sequences of one query, as runs; None with `rows`, or if there are none such.
+    """
+
+    packing: Packing
+    rows: Tensor | None = None
+    pages: Pages | None = None
+
+    @classmethod
+    def of(cls, queries: Tensor, keys: Tensor, allocator: Any, read: Tensor) -> Step:
+        """From what transformers says of a forward.
+
+        Args:
+            queries: cumulative lengths.
+            keys: cumulative lengths.
+            allocator: of the layers' part of the cache.
+            read: rows of all keys; none if nothing is read. A sliding window is read before it is written, with marks among its rows.
+        """
+        window = getattr(allocator, "sliding_window", None)
+        packing = Packing.of(queries, keys, window=window)
+        if window is not None or read.numel() == 0:
+            return cls(packing)
+        single = next((part for part in packing.parts if part.kind == "single"), None)
+        if single is None:
+            return cls(packing, read)
+        rows = read[single.columns]
+        first, end = (None, None) if single.mask is None else (single.mask.kv_start, single.mask.kv_end)
+        if first is None or end is None:
+            first, end = rows.new_tensor([0]), rows.new_tensor([len(rows)])
+        return cls(packing, read, Pages.of(rows, first, end))
 
 
 class StandIn:
@@ -44,13 +83,14 @@ class StandIn:
         fqn: name of the model.
         model: a model with `generate_batch`.
         layer: that says whether the model is served in this thread.
+        service: who computes the model's attention.
         name: of the attention in the model's configs while it is served.
     """
 
     _cached_continuous_batching_manager: Any = None  # not that of the model
 
-    def __init__(self, fqn: str, model: nn.Module, layer: Layer, name: str) -> None:
-        self.fqn, self.layer, self.name = fqn, layer, name
+    def __init__(self, fqn: str, model: nn.Module, layer: Layer, service: Service, name: str) -> None:
+        self.fqn, self.layer, self.service, self.name = fqn, layer, service, name
         self.model: Any = model
         self.managers: weakref.WeakSet[Any] = weakref.WeakSet()
         self.closed = False
@@ -86,7 +126,7 @@ class StandIn:
 
         Raises:
             ConflictError: within `torchwrap.disabled`, which the manager's thread would not hear of.
-            UnsupportedModelError: accelerator graphs or compilation are asked for.
+            UnsupportedModelError: accelerator graphs or compilation are asked for, or sequences are divided over processes.
         """
         if any(held is self.layer for held in held_back()):
             raise ConflictError(
@@ -95,6 +135,11 @@ class StandIn:
             )  # fmt: skip
         if not self._is_served():
             return self._own("init_continuous_batching", self.model)(generation_config, continuous_batching_config, workload_hints)
+        if self.service.sequence is not None:
+            raise UnsupportedModelError(
+                "continuous batching packs whole sequences, and those of this model are divided over processes",
+                where=self.fqn or "the model", fix="Leave sp_group out.",
+            )  # fmt: skip
         generation = self.model.generation_config if generation_config is None else generation_config
         given = continuous_batching_config or getattr(generation, "continuous_batching_config", None) or ContinuousBatchingConfig()
         manager = self._own("init_continuous_batching")(generation_config, self._adjusted(given), workload_hints)
@@ -162,8 +207,8 @@ class StandIn:
 
 # In a frame that Dynamo leaves alone, with what it calls: lengths are read.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def packings(kwargs: dict[str, Any]) -> Packings | None:
-    """How the sequences of a call of a model are to be taken apart; None if it is none of continuous batching.
+def steps(kwargs: dict[str, Any]) -> dict[str, Step] | None:
+    """What a call of a model is to do, by type of attention; None if it is none of continuous batching.
 
     Args:
         kwargs: of the call; those of transformers' `PagedAttentionArgs` are used.
@@ -171,31 +216,56 @@ def packings(kwargs: dict[str, Any]) -> Packings | None:
     cache = kwargs.get("cache")
     if not isinstance(cache, PagedAttentionCache):
         return None
-    queries, found = kwargs["cu_seq_lens_q"], {}
-    for kind, keys in kwargs["cu_seq_lens_k"].items():
-        found[kind] = Packing.of(queries, keys, window=getattr(cache.cache_allocators[kind], "sliding_window", None))
-    return found
+    allocators: dict[str, Any] = cache.cache_allocators
+    return {
+        kind: Step.of(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"][kind], allocator, kwargs["read_index"][allocator.index])
+        for kind, allocator in allocators.items()
+    }
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_paged(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, packed: Packings, attend: Callable[..., Tensor], kwargs: dict[str, Any]
-) -> Tensor:
+    fqn: str, service: Service, module: Any, query: Tensor, key: Tensor, value: Tensor, todo: dict[str, Step], kwargs: dict[str, Any],
+    **options: Any,
+) -> Tensor:  # fmt: skip
     """Write new keys and values to the cache, and attend each sequence within itself.
 
     Args:
+        fqn: name of the module.
+        service: who computes.
         module: an attention module; its `layer_idx` is the place in the cache.
         query: `(1, Hq, Sq, D)`, of all sequences.
         key: `(1, Hkv, Sq, D)`, new ones.
         value: `(1, Hkv, Sq, Dv)`, new ones.
-        packed: from `packings` for this forward.
-        attend: as in `attend_packed`.
+        todo: from `steps` for this forward.
         kwargs: of the attention function, with those of `PagedAttentionArgs`.
+        **options: `scale`, `softcap` and `sinks`.
 
     Returns:
         `(1, Hq, Sq, Dv)`.
     """
     cache: PagedAttentionCache = kwargs["cache"]
-    kind = cache.layer_to_allocator[module.layer_idx].layer_type
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=dict(kwargs))
-    return attend_packed(query, key, value, packed[kind], attend)
+    allocator: Any = cache.layer_to_allocator[module.layer_idx]
+    step = todo[allocator.layer_type]
+    attend: Callable[..., Tensor] = partial(service.attend, fqn, **options)
+    write = partial(cache.update, key_states=key, value_states=value, layer_idx=module.layer_idx)
+    memory: list[Tensor] = []
+    if step.rows is not None:
+        memory = [pages.flatten(0, 1) for pages in allocator.get_cache_for_block_table(module.layer_idx)]
+    if not memory or not service.reads_pages(query, memory[0], memory[1]):
+        keys, values = write(kwargs=dict(kwargs))
+        return attend_packed(query, keys, values, step.packing, attend)
+    write(kwargs=kwargs | {"read_index": [rows[:0] for rows in kwargs["read_index"]]})  # and gather nothing
+
+    def compute(part: Part, rows: Tensor) -> Tensor:
+        if part.kind == "single":
+            assert step.pages is not None
+            return service.attend_pages(fqn, rows.transpose(0, 2), memory[0], memory[1], step.pages, **options).transpose(0, 2)
+        if part.kind == "fresh":
+            return attend(rows, key[:, :, part.rows], value[:, :, part.rows], mask=part.mask)
+        assert step.rows is not None
+        held = step.rows[part.columns]
+        keys, values = (each.index_select(0, held).transpose(0, 1)[None] for each in memory)
+        return attend(rows, keys, values, mask=part.mask)
+
+    return assembled(query, step.packing, value.shape[3], compute)

@@ -16,6 +16,7 @@ import torch
 import torchwrap as tw
 from tests.integrations.attending import built, settings
 from tests.integrations.test_attention_memory import Largest
+from torchwrap.attention.service import Service
 from torchwrap.core.errors import ConflictError, UnsupportedModelError
 from torchwrap.integrations.transformers import attention, batching
 
@@ -82,11 +83,19 @@ def test_tokens_are_those_of_the_models_own_attention(name: str) -> None:
     assert batched(model) == expected
     calls, stats = served(model), tw.handle_of(model, "fast_attention").stats()
     assert calls > 0 and not stats["left"]
-    assert any("decode, composed mask" in kind for kind in stats["served"])  # several sequences in one call
+    several = "decode, composed mask" if name == "mistral" else "decode, pages"  # sequences in one call; a window is read before it moves
+    assert any(several in kind for kind in stats["served"])
     assert set(settings(model)) == {attention.NAME}
     assert batched(twin) == expected and served(model) == calls
     tw.unwrap(model)
     assert settings(model) == before and batched(model) == expected
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_keys_are_gathered_where_pages_cannot_be_read(backend: str) -> None:
+    model = tw.fast_attention(built("qwen2"), backend=backend)
+    assert batched(model) == alone(built("qwen2"))
+    assert {key.split()[1] for key in tw.handle_of(model, "fast_attention").stats()["served"]} == {backend}
 
 
 def test_soft_caps_are_applied_which_the_models_own_paged_attention_leaves_out() -> None:
@@ -235,13 +244,21 @@ def test_graphs_are_refused(asked: dict[str, Any]) -> None:
     assert list(tw.unwrap(model).__dict__) == list(built("llama").__dict__)
 
 
+def test_divided_sequences_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tw.fast_attention(built("llama"))
+    monkeypatch.setattr(tw.handle_of(model, "fast_attention").service, "sequence", object())
+    with pytest.raises(UnsupportedModelError, match="sp_group"):
+        batched(model)
+
+
 def test_transformers_still_decides_by_the_name() -> None:
     """What the stand-in is for: a name without "flash" is refused, one with it gets neither masks nor block tables."""
     from transformers.generation.continuous_batching.initialization import resolve_continuous_batching_config
     from transformers.generation.continuous_batching.utils import attn_mask_is_needed
 
     model = built("llama")
-    stand_in = batching.StandIn("", model, attention.ModelLayer("", None, None), attention.NAME)  # type: ignore[arg-type]
+    service = Service()
+    stand_in = batching.StandIn("", model, attention.ModelLayer("", service, attention.TransformersRoute()), service, attention.NAME)
     assert stand_in.config._attn_implementation == batching.PACKED and model.config._attn_implementation == "sdpa"
     assert stand_in.config.to_dict() == model.config.to_dict()
     assert not attn_mask_is_needed(stand_in.config)

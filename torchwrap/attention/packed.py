@@ -24,7 +24,7 @@ from torch import Tensor
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core.errors import ConfigError
 
-__all__ = ["Packing", "Part", "attend_packed"]
+__all__ = ["Packing", "Part", "assembled", "attend_packed"]
 
 Kind = Literal["single", "fresh", "continued"]
 
@@ -174,20 +174,31 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, attend: Cal
             f"sequences of {packing.q_length} queries and {packing.kv_length} keys in q {list(q.shape)} and k {list(k.shape)}",
             where="attend_packed", fix="Give all sequences in one row.",
         )  # fmt: skip
-    found = [_of_part(part, q, k, v, attend) for part in packing.parts]
+
+    def compute(part: Part, rows: Tensor) -> Tensor:
+        keys, values = k[:, :, part.columns], v[:, :, part.columns]
+        if part.kind != "single":
+            return attend(rows, keys, values, mask=part.mask)
+        count = rows.shape[2]
+        singles = attend(rows.transpose(0, 2), keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), mask=part.mask)
+        return singles.transpose(0, 2)
+
+    return assembled(q, packing, v.shape[3], compute)
+
+
+def assembled(q: Tensor, packing: Packing, width: int, compute: Callable[[Part, Tensor], Tensor]) -> Tensor:
+    """The results of all parts in their places.
+
+    Args:
+        q: `(1, Hq, Sq, D)`.
+        packing: the parts.
+        width: Dv.
+        compute: gives the result of a part, `(1, Hq, rows, Dv)`, from its queries, `(1, Hq, rows, D)`.
+    """
+    found = [compute(part, q[:, :, part.rows]) for part in packing.parts]
     if len(found) == 1 and isinstance(packing.parts[0].rows, slice) and packing.q_length == q.shape[2]:
         return found[0]
-    out = v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype).transpose(1, 2)
+    out = q.new_zeros(1, q.shape[2], q.shape[1], width).transpose(1, 2)
     for part, rows in zip(packing.parts, found, strict=True):
         out[:, :, part.rows] = rows
     return out
-
-
-def _of_part(part: Part, q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-    """(1, Hq, rows, Dv)."""
-    q, k, v = q[:, :, part.rows], k[:, :, part.columns], v[:, :, part.columns]
-    if part.kind != "single":
-        return attend(q, k, v, mask=part.mask)
-    count = q.shape[2]
-    out = attend(q.transpose(0, 2), k.expand(count, -1, -1, -1), v.expand(count, -1, -1, -1), mask=part.mask)
-    return out.transpose(0, 2)

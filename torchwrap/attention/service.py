@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from torchwrap.attention import pages
 from torchwrap.attention.attend import attend
 from torchwrap.attention.autocast import autocast
 from torchwrap.attention.contract import checked
@@ -28,7 +29,7 @@ from torchwrap.attention.distributed.deferred import Deferred
 from torchwrap.attention.distributed.sequence import DividedSequence
 from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
-from torchwrap.attention.settings import Settings
+from torchwrap.attention.settings import Settings, settings_of
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -148,6 +149,42 @@ class Service:
                 self.served[where, self._chosen[size], kind] += 1
         return out
 
+    def reads_pages(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether `attend_pages` can take a call with these queries and memories.
+
+        Args:
+            q: `[N, Hq, 1, D]`, or any shape with these heads, width, dtype and device.
+            k: `[S, Hkv, D]`.
+            v: `[S, Hkv, Dv]`.
+        """
+        return settings_of(self.backend).backend in ("auto", "cpu") and pages.refuses(q, k, v) is None
+
+    def attend_pages(
+        self, where: str, q: Tensor, k: Tensor, v: Tensor, held: pages.Pages, *, scale: float | None = None, softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As `torchwrap.attention.pages.attend_pages`, for the module named `where`.
+
+        Args:
+            where: name of the module that asks, for the record.
+            q: `[N, Hq, 1, D]`.
+            k: `[S, Hkv, D]`; `reads_pages` has said yes to it.
+            v: `[S, Hkv, Dv]`.
+            held: where the keys of each sequence lie.
+            scale: factor of the scores.
+            softcap: bound of the scaled scores.
+            sinks: `[Hq]`.
+
+        Returns:
+            `[N, Hq, 1, Dv]`.
+        """
+        out = pages.attend_pages(q, k, v, held, scale=scale, softcap=softcap, sinks=sinks)
+        kind = ", ".join(["decode, pages", *["softcap"] * (softcap is not None), *["sinks"] * (sinks is not None), _name(q.dtype)])
+        with _lock:
+            self.reasons["cpu", kind] = "keys and values are read where they lie, by the native kernel"
+            self.served[where, "cpu", kind] += 1
+        return out
+
     def defer(self, where: str, q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = None, **options: Any) -> Deferred:
         """As `attend`, for a projection that computes it in blocks of rows; each block is a call in the record.
 
@@ -228,4 +265,8 @@ def _kind(
         seen = "dense mask"
     given = {"softcap": softcap is not None, "sinks": sinks is not None, "bias": bias is not None, "dropout": dropout > 0}
     given["keys on two sides"] = isinstance(k, TieredTensor)
-    return ", ".join([mode, seen, *(name for name, there in given.items() if there), str(q.dtype).removeprefix("torch.")])
+    return ", ".join([mode, seen, *(name for name, there in given.items() if there), _name(q.dtype)])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

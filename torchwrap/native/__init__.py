@@ -4,7 +4,7 @@
 function with a torch reference of the same signature beside it.
 """
 
-from torchwrap.native.decode import decode
+from torchwrap.native.decode import decode, decode_runs
 from torchwrap.native.library import available, describe, instruction_sets, reason
 from torchwrap.native.prefill import gradients, prefill
 from torchwrap.native.reference import decode_reference, prefill_reference
@@ -13,6 +13,7 @@ __all__ = [
     "available",
     "decode",
     "decode_reference",
+    "decode_runs",
     "describe",
     "gradients",
     "instruction_sets",

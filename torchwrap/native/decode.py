@@ -15,7 +15,7 @@ from torchwrap.core.errors import BudgetError, ConfigError, UnsupportedModelErro
 from torchwrap.native.library import instruction_sets, library
 from torchwrap.native.reference import decode_reference
 
-__all__ = ["MAX_ROWS", "MAX_WIDTH", "decode", "run"]
+__all__ = ["MAX_ROWS", "MAX_WIDTH", "decode", "decode_runs", "run"]
 
 MAX_ROWS, MAX_WIDTH = 64, 512
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -73,6 +73,53 @@ def decode(
     return out, lse
 
 
+def decode_runs(
+    q: Tensor, k: Tensor, v: Tensor, runs: Tensor, run_of: Tensor, *, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `decode`, with keys and values of many sequences in pages of one memory, read where they lie. No gradients.
+
+    Args:
+        q: rows of queries of each sequence.
+        k: the memory of keys.
+        v: that of values.
+        runs: first row of the memory and the one behind the last, of each run of neighbouring keys; runs are cut no further.
+        run_of: sequence b has the runs `run_of[b]` to `run_of[b + 1] - 1`, in any order.
+        scale: factor of the scores.
+        softcap: scores become `softcap * tanh(score / softcap)`; None: they stay.
+
+    Returns:
+        `(out, lse)`, as `decode`.
+
+    Raises:
+        ConfigError: shapes, types, devices or strides are not as below, or a run lies outside the memory.
+        UnsupportedModelError: the native library is not available.
+
+    Shapes: q (B, Hkv, R, D), k (Hkv, S, D), v (Hkv, S, Dv), of types and strides as for `decode`; runs (P, 2), run_of (B + 1), int32.
+
+    Cost: reads the runs of K and V once; `R * (Dv + 2) * 4` bytes for each run and head.
+
+    Source: Woosuk Kwon and others, "Efficient Memory Management for Large Language Model Serving with PagedAttention", 2023.
+    """
+    if k.dim() != 3 or v.dim() != 3:
+        raise _refuse(f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}", "Give three dimensions: key/value heads, rows, width.")
+    batch, rows = q.shape[0], k.shape[1]
+    k, v = (tensor.expand(batch, -1, -1, -1) for tensor in (k, v))
+    _check(q, k, v, None, None, None, softcap)
+    whole = all(tensor.dtype == torch.int32 and tensor.device.type == "cpu" for tensor in (runs, run_of))
+    if not whole or runs.dim() != 2 or runs.shape[1] != 2 or run_of.shape != (batch + 1,):
+        raise _refuse(
+            f"runs are {runs.dtype} {tuple(runs.shape)}, run_of {run_of.dtype} {tuple(run_of.shape)}",
+            f"Give int32 of shapes (P, 2) and ({batch + 1},) on the CPU.",
+        )
+    ends = run_of.tolist()
+    if ends[0] != 0 or ends[-1] != len(runs) or sorted(ends) != ends:
+        raise _refuse(f"run_of is {ends} for {len(runs)} runs", "Give [0, n0, n0 + n1, ...] up to the number of runs.")
+    first, end = runs.unbind(1)
+    if bool(((first < 0) | (first > end) | (end > rows)).any()):
+        raise _refuse(f"runs leave the {rows} rows of the memory", "Give 0 <= first <= end <= rows.")
+    return run(q, k, v, None, None, None, scale, softcap or 0.0, runs=(runs, run_of))
+
+
 def _refuse(what: str, fix: str) -> ConfigError:
     return ConfigError(what, where="torchwrap.native.decode", fix=fix)
 
@@ -116,7 +163,7 @@ class _Call(ctypes.Structure):
     """`DecodeCall` of src/call.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "first", "end", "limits", "out", "lse")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "first", "end", "limits", "runs", "run_of", "out", "lse")),
         *((name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "keys", "width", "value_width")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
@@ -135,6 +182,7 @@ def run(
     softcap: float,
     instruction_set: str | None = None,
     threads: int | None = None,
+    runs: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """The call itself, for callers that have made the checks of `decode` themselves: what does not fit is read as addresses.
 
@@ -149,6 +197,7 @@ def run(
         softcap: 0 for none.
         instruction_set: one of `instruction_sets()`, for tests; None: the best.
         threads: None: as torch.get_num_threads().
+        runs: runs of columns and those of each entry, as in `decode_runs`; k and v are expanded over the batch, and there are no ranges.
 
     Raises:
         UnsupportedModelError: the library is not available.
@@ -160,7 +209,7 @@ def run(
     out = torch.empty(batch, heads, rows, value_width)
     lse = torch.empty(batch, heads, rows)
     # Held in a list until the call is over: a copy made here has no other owner.
-    ranges = [None if tensor is None else tensor.contiguous() for tensor in (first, end, limits)]
+    ranges = [None if tensor is None else tensor.contiguous() for tensor in (first, end, limits, *runs)]
     call = _Call(
         q.data_ptr(),
         k.data_ptr(),

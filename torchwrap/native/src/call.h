@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 // Raised with every change of what Python and the library say to each other; torchwrap/native/library.py holds the same number.
-#define TORCHWRAP_INTERFACE 3
+#define TORCHWRAP_INTERFACE 4
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -16,6 +16,9 @@ extern "C" struct DecodeCall {
     const void *q, *k, *v;           // (B, H, R, D), (B, H, S, D), (B, H, S, V)
     const int32_t *first, *end;      // (B), or null: columns [first, end) hold keys
     const int32_t *limits;           // (B, R, 2), or null: columns [first, end) that a row sees
+    // (P, 2) and (B + 1), or null: all rows of entry b see the columns of the runs [first, end) number run_of[b] ... run_of[b + 1] - 1, and no
+    // others. Then first, end and limits are null, and k and v are of all entries: (H, S, D), (H, S, V), with strides of 0 for the batch.
+    const int32_t *runs, *run_of;
     float *out, *lse;                // (B, H, R, V), (B, H, R), contiguous
     int64_t q_strides[3], k_strides[3], v_strides[3];
     int64_t batch, heads, rows, keys, width, value_width;

@@ -1,5 +1,6 @@
 // Shares a call of `decode` out over pieces of keys, lets threads take them in turn, and merges the pieces of each (batch, head).
 //
+// Where keys lie in runs (pages of a pool), each run is a piece: the kernels see neighbouring keys, whatever the order of the pages.
 // Only the columns that some row of a batch entry sees are cut: a window of a long cache still makes work for all threads. The pieces depend on
 // sizes and limits alone and are merged in their order, so the result does not depend on the number of threads.
 // Merge: with maxima m_i (base 2), sums l_i and values a_i of the pieces, m = max m_i, weight w_i = 2^(m_i - m),
@@ -26,19 +27,22 @@ struct Work {
     int64_t length, splits, tasks;      // keys per piece, pieces per (batch, head), pieces in all
     float *values, *maximum, *sum;      // (tasks, R, V), (tasks, R), (tasks, R)
     std::atomic<int> *left;             // (batch * head): pieces not finished
+    const int32_t *owner;               // batch entry of each run, or null: there are no runs
     std::atomic<int64_t> next{0};
     std::atomic<bool> no_memory{false};
 
+    // Task `from + i * step` is piece i of a pair. With runs the heads of one run are neighbours: they share its memory.
     void merge(int64_t pair) const {
-        const int64_t rows = call.rows, width = call.value_width;
+        const int64_t rows = call.rows, width = call.value_width, batch = pair / call.heads;
+        const int64_t step = owner ? call.heads : 1, from = owner ? call.run_of[batch] * step + pair % call.heads : pair * splits;
+        const int64_t behind = from + (owner ? call.run_of[batch + 1] - call.run_of[batch] : splits) * step;
         for (int64_t r = 0; r < rows; r++) {
             float *out = call.out + (pair * rows + r) * width, top = -INFINITY, total = 0;
             memset(out, 0, width * sizeof(float));
-            const int64_t from = pair * splits;
-            for (int64_t i = from; i < from + splits; i++)
+            for (int64_t i = from; i < behind; i += step)
                 if (maximum[i * rows + r] > top) top = maximum[i * rows + r];
             const float origin = top == -INFINITY ? 0 : top;
-            for (int64_t i = from; i < from + splits; i++) {
+            for (int64_t i = from; i < behind; i += step) {
                 const float part = sum[i * rows + r];
                 if (part == 0) continue;  // sees no key of this piece; NaN is not equal to zero
                 const float weight = maximum[i * rows + r] == -INFINITY ? 1 : exp2f(maximum[i * rows + r] - origin);
@@ -63,10 +67,10 @@ struct Work {
             return;
         }
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-            const int64_t pair = task / splits, rows = call.rows;
-            const Range span = spans[pair / call.heads];
-            const int64_t wanted = span.first + task % splits * length, begin = wanted < span.end ? wanted : span.end;
-            const int64_t end = begin + length < span.end ? begin + length : span.end;
+            const int64_t run = task / call.heads, pair = owner ? owner[run] * call.heads + task % call.heads : task / splits, rows = call.rows;
+            const Range span = owner ? Range{call.runs[2 * run], call.runs[2 * run + 1]} : spans[pair / call.heads];
+            const int64_t wanted = span.first + (owner ? 0 : task % splits * length), begin = wanted < span.end ? wanted : span.end;
+            const int64_t end = !owner && begin + length < span.end ? begin + length : span.end;
             kernel.piece(call, {pair / call.heads, pair % call.heads, begin, end, maximum + task * rows, sum + task * rows,
                                 values + task * rows * call.value_width}, scratch.at);
             if (left[pair].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(pair);
@@ -121,7 +125,15 @@ EXPORT int torchwrap_decode(const DecodeCall *asked) {
     if (!spans_memory.at) return 1;
     Range *spans = (Range *)spans_memory.at;
     int64_t longest = 0, total = 0;
-    for (int64_t b = 0; b < call.batch; b++) {
+    const int64_t runs = call.run_of ? call.run_of[call.batch] : 0;
+    const torchwrap::Memory owners((runs + 1) * sizeof(int32_t));
+    if (!owners.at) return 1;
+    for (int64_t b = 0; call.run_of && b < call.batch; b++)
+        for (int64_t run = call.run_of[b]; run < call.run_of[b + 1]; run++) {
+            ((int32_t *)owners.at)[run] = (int32_t)b;
+            total += call.runs[2 * run + 1] - call.runs[2 * run];
+        }
+    for (int64_t b = 0; !call.run_of && b < call.batch; b++) {
         spans[b] = span_of(call, b);
         const int64_t keys = spans[b].end - spans[b].first;
         total += keys;
@@ -129,15 +141,21 @@ EXPORT int torchwrap_decode(const DecodeCall *asked) {
     }
     int64_t length = (call.heads * total / PIECES + 63) / 64 * 64;
     length = length < SHORTEST ? SHORTEST : length > LONGEST ? LONGEST : length;
-    const int64_t splits = longest > length ? (longest + length - 1) / length : 1, tasks = pairs * splits;
+    const int64_t splits = longest > length ? (longest + length - 1) / length : 1;
+    const int64_t tasks = call.run_of ? runs * call.heads : pairs * splits;
 
     const torchwrap::Memory parts(tasks * rows * (call.value_width + 2) * sizeof(float)), counters(pairs * sizeof(std::atomic<int>));
     if (!parts.at || !counters.at) return 1;
     float *values = (float *)parts.at, *maximum = values + tasks * rows * call.value_width;
-    Work work{call, *chosen->decode, spans, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)counters.at};
-    for (int64_t pair = 0; pair < pairs; pair++) new (work.left + pair) std::atomic<int>((int)splits);
+    Work work{call, *chosen->decode, spans, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)counters.at, call.run_of ? (const int32_t *)owners.at : nullptr};
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        const int32_t *of = call.run_of ? call.run_of + pair / call.heads : nullptr;
+        new (work.left + pair) std::atomic<int>((int)(of ? of[1] - of[0] : splits));
+        if (of && of[1] == of[0]) work.merge(pair);  // no piece will
+    }
 
     const int64_t bytes = call.heads * total * (call.width + call.value_width) * (call.dtype == FLOAT32 ? 4 : 2);
+    if (tasks == 0) return 0;
     int64_t threads = bytes * rows < ALONE ? 1 : call.threads;
     if (threads > tasks) threads = tasks;
     torchwrap::on_threads((int)threads, [](void *argument) { ((Work *)argument)->run(); }, &work);
