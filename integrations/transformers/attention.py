@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from torchwrap.attention.cache import ArenaPlan
+from torchwrap.attention.cooperative.planner import Plan
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.node import is_mapped
@@ -29,7 +31,7 @@ from torchwrap.core.layer import CallState, Layer, held_back
 from torchwrap.core.swap import layers_of
 from torchwrap.integrations.transformers.batching import StandIn, attend_paged, steps
 from torchwrap.integrations.transformers.cache import into_arenas
-from torchwrap.integrations.transformers.generating import CacheMaker, generates_with_a_growing_cache
+from torchwrap.integrations.transformers.generating import CacheMaker, divides, plan_of_arenas
 from torchwrap.integrations.transformers.masks import tile_mask, user_mask
 from torchwrap.integrations.transformers.naming import NAME, Name, implementation_before
 from torchwrap.integrations.transformers.sequence import SequenceLayer, refuse_to_divide, running
@@ -110,6 +112,13 @@ class TransformersRoute(AttentionRoute):
         for maker in self.makers:
             maker.take()
 
+    def plan(self, tokens: int, batch: int) -> Plan | ArenaPlan | None:
+        """Of the cache on two sides that the first model makes, else of its growing cache."""
+        if self.makers:
+            return self.makers[0].plan(tokens, batch)
+        models = (module for _, module, layer in self.places if isinstance(layer, ModelLayer))
+        return next((plan for model in models if (plan := plan_of_arenas(model, tokens, batch)) is not None), None)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "led": [config for config in self.led if config._attn_implementation_internal == NAME]}
 
@@ -179,7 +188,7 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
     for fqn, module in models:
         layer = ModelLayer(fqn, service, found)
         found.places.append((fqn, module, layer))
-        if service.cooperation is not None and generates_with_a_growing_cache(module):
+        if service.cooperation is not None and divides(module):
             found.makers.append(CacheMaker(module, service.cooperation, layer))
             found.generates.append(fqn)
         if hasattr(module, "init_continuous_batching"):

@@ -17,13 +17,13 @@ from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.disk import Disk
 from torchwrap.attention.cooperative.machine import cores, free_on, machine_for
 from torchwrap.attention.cooperative.measure import measure_disk, measure_rates
-from torchwrap.attention.cooperative.planner import RECENT, CacheShape, Rates, Split, plan_cache
+from torchwrap.attention.cooperative.planner import RECENT, CacheShape, Plan, Rates, Split, plan_cache
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.core.config import parse_size
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
 from torchwrap.storage.limits import memory_available
 
-__all__ = ["CooperativeCache", "CooperativeLayer"]
+__all__ = ["CooperativeCache", "CooperativeLayer", "plan_of_cache", "shape_of_cache"]
 
 
 class CooperativeCache(DynamicCache):
@@ -76,33 +76,18 @@ class CooperativeCache(DynamicCache):
         prefill_chunk: int | Literal["auto"] = "auto", rates: Rates | None = None,
     ) -> None:  # fmt: skip
         super().__init__(config=model.config)
-        divided = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
-        if not divided:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no layer of full attention with a growing cache: {', '.join(map(repr, self.layers))}",
-                where="CooperativeCache",
-                fix="Use the model's own cache.",
-            )
+        self.plan = plan_of_cache(
+            model, tokens=tokens, device_memory=device_memory, host_memory=host_memory, batch=batch, device=device, dtype=dtype,
+            kv_host=kv_host, kv_split=kv_split, kv_host_dtype=kv_host_dtype, kv_disk=kv_disk, kv_disk_path=kv_disk_path,
+            kv_recent=kv_recent, stream_chunk_mib=stream_chunk_mib, host_threads=host_threads, prefill_chunk=prefill_chunk, rates=rates,
+        )  # fmt: skip
         dtype = dtype or model.dtype
-        storage = _storage(kv_host_dtype, dtype)
-        shape = _shape(model, len(divided), batch, dtype, storage)
-        machine = machine_for(torch.device(device or model.device))
-        chunk_bytes, workers = _chunk_bytes(stream_chunk_mib), _threads(host_threads)
-        whole = shape.layers * tokens * shape.token_bytes
-        host = parse_size(host_memory, field="host_memory") if host_memory is not None else memory_available() or 0
-        near = parse_size(device_memory, field="device_memory") if device_memory is not None else free_on(machine.device)
-        options: dict[str, Any] = {
-            "device_bytes": _left_to_device(kv_host, whole, near, 2 * chunk_bytes), "host_bytes": 0 if kv_host is None else host,
-            "disk_bytes": 0 if kv_disk is None else parse_size(kv_disk, field="kv_disk"), "split": kv_split, "recent": kv_recent,
-            "chunk_bytes": chunk_bytes, "prefill_tokens": prefill_chunk,
-            "prefill_bytes": _for_prompts(model, machine.device, near if device_memory is not None else 0, shape),
-        }  # fmt: skip
-        if rates is None:
-            rates = measure_rates(machine, shape, dtype, chunk_bytes=chunk_bytes, workers=workers, storage=storage)
-            rates = rates if kv_disk is None else replace(rates, disk=_disk_rate(kv_disk_path))
-        self.plan = plan_cache(shape, tokens, rates=rates, **options)
         disk = Disk(kv_disk_path, nbytes=self.plan.disk_bytes) if self.plan.disk_bytes else None
-        self.store = TieredCache.from_plan(self.plan, machine, dtype, workers=workers, storage=storage, disk=disk)
+        self.store = TieredCache.from_plan(
+            self.plan, machine_for(torch.device(device or model.device)), dtype, workers=_threads(host_threads),
+            storage=_storage(kv_host_dtype, dtype), disk=disk,
+        )  # fmt: skip
+        divided = [index for index, layer in enumerate(self.layers) if type(layer) is DynamicLayer]
         for place, index in enumerate(divided):
             self.layers[index] = CooperativeLayer(self.store, place)
 
@@ -111,6 +96,45 @@ class CooperativeCache(DynamicCache):
         """What lies where, and what a narrower dtype on the host has lost so far; waits for the device."""
         loss = self.store.worst_loss
         return self.plan.explain() + (f"; {loss.explain()}" if loss is not None else "")
+
+
+def plan_of_cache(
+    model: Any, *, tokens: int, device_memory: int | str | None = None, host_memory: int | str | None = None, batch: int = 1,
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, kv_host: float | str | None = "auto",
+    kv_split: Split | Literal["auto"] = "auto", kv_host_dtype: torch.dtype | None = None, kv_disk: int | str | None = None,
+    kv_disk_path: str | None = None, kv_recent: int = RECENT, stream_chunk_mib: float = 8.0, host_threads: int | None = None,
+    prefill_chunk: int | Literal["auto"] = "auto", rates: Rates | None = None,
+) -> Plan:  # fmt: skip
+    """The plan that `CooperativeCache` would follow with the same arguments; nothing is allocated, but for measuring.
+
+    Raises:
+        ConfigError, PlanError, UnsupportedModelError: as `CooperativeCache`.
+    """
+    layers = DynamicCache(config=model.config).layers
+    divided = sum(type(layer) is DynamicLayer for layer in layers)
+    if not divided:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no layer of full attention with a growing cache: {', '.join(map(repr, layers))}",
+            where="CooperativeCache",
+            fix="Use the model's own cache.",
+        )
+    dtype = dtype or model.dtype
+    storage = _storage(kv_host_dtype, dtype)
+    shape = shape_of_cache(model, divided, batch, dtype, storage)
+    machine = machine_for(torch.device(device or model.device))
+    chunk_bytes, workers = _chunk_bytes(stream_chunk_mib), _threads(host_threads)
+    whole = shape.layers * tokens * shape.token_bytes
+    host = parse_size(host_memory, field="host_memory") if host_memory is not None else memory_available() or 0
+    near = parse_size(device_memory, field="device_memory") if device_memory is not None else free_on(machine.device)
+    if rates is None:
+        rates = measure_rates(machine, shape, dtype, chunk_bytes=chunk_bytes, workers=workers, storage=storage)
+        rates = rates if kv_disk is None else replace(rates, disk=_disk_rate(kv_disk_path))
+    return plan_cache(
+        shape, tokens, rates=rates, device_bytes=_left_to_device(kv_host, whole, near, 2 * chunk_bytes),
+        host_bytes=0 if kv_host is None else host, disk_bytes=0 if kv_disk is None else parse_size(kv_disk, field="kv_disk"),
+        split=kv_split, recent=kv_recent, chunk_bytes=chunk_bytes, prefill_tokens=prefill_chunk,
+        prefill_bytes=_for_prompts(model, machine.device, near if device_memory is not None else 0, shape),
+    )  # fmt: skip
 
 
 class CooperativeLayer(DynamicLayer):
@@ -211,7 +235,8 @@ def _for_prompts(model: Any, device: torch.device, budget: int, shape: CacheShap
     return free * shape.prompt_bytes // (shape.prompt_bytes + others)
 
 
-def _shape(model: Any, layers: int, batch: int, dtype: torch.dtype, storage: torch.dtype | None) -> CacheShape:
+def shape_of_cache(model: Any, layers: int, batch: int, dtype: torch.dtype, storage: torch.dtype | None = None) -> CacheShape:
+    """Sizes of the keys and values of so many of a model's layers, as its config says."""
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads

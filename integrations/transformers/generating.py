@@ -17,32 +17,49 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from torchwrap.attention.cooperative.planner import Rates
+from torchwrap.attention.cache import ArenaPlan
+from torchwrap.attention.cooperative.planner import Plan, Rates
 from torchwrap.attention.cooperative.settings import CacheSettings
 from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.layer import Layer, held_back
 from torchwrap.core.swap import original_class
-from torchwrap.integrations.transformers.cooperative import CooperativeCache
+from torchwrap.integrations.transformers.cooperative import CooperativeCache, plan_of_cache, shape_of_cache
 
-__all__ = ["CacheMaker", "generates_with_a_growing_cache"]
+__all__ = ["CacheMaker", "divides", "growing_layers", "plan_of_arenas"]
 
 _METHOD = "_prepare_cache_for_generation"
 
 
-def generates_with_a_growing_cache(model: nn.Module) -> bool:
-    """Can `model.generate` work with a growing cache that has layers of full attention?"""
+def growing_layers(model: nn.Module) -> list[Any]:
+    """The layers of the cache that `model.generate` makes by itself; empty for models that make none that grows, or have an encoder."""
     kind: Any = original_class(model)
     config: Any = getattr(model, "config", None)
     if not hasattr(kind, _METHOD) or not kind.can_generate() or config.is_encoder_decoder or not kind._supports_default_dynamic_cache():
-        return False
-    return any(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+        return []
+    return DynamicCache(config=config).layers
+
+
+def divides(model: nn.Module) -> bool:
+    """Has the cache of the model's generations layers of full attention? A window is small and stays where it is."""
+    return any(type(layer) is DynamicLayer for layer in growing_layers(model))
+
+
+def plan_of_arenas(model: Any, tokens: int, batch: int) -> ArenaPlan | None:
+    """What the growing cache of a model takes; None if it has none, or one with layers that do not grow by tokens."""
+    layers = growing_layers(model)
+    if not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
+        return None
+    shape = shape_of_cache(model, len(layers), batch, model.dtype)
+    return ArenaPlan(
+        tokens=tokens, windows=tuple(getattr(layer, "sliding_window", None) for layer in layers), token_bytes=shape.token_bytes
+    )
 
 
 class CacheMaker:
     """Stands for one model's method that makes the cache of a generation.
 
     Args:
-        model: of transformers; `generates_with_a_growing_cache` says yes to it.
+        model: of transformers; `divides` says yes to it.
         settings: of the caches.
         layer: that stands on the model; while it is held back the model's own method works.
     """
@@ -74,12 +91,31 @@ class CacheMaker:
             return own(self.model, *args, **kwargs)
         beams = max(config.num_beams or 1, config.num_return_sequences or 1)
         # The last token that is generated is never stored; proposed ones may be, and memory grows for them.
-        cache = self._made(asked["max_cache_length"], asked["batch_size"] * beams, given)
+        cache = self._made(max(1, asked["max_cache_length"]), asked["batch_size"] * beams, given)
         given["past_key_values"] = cache
         chunk = cache.plan.prefill_tokens
         if config.prefill_chunk_size is None and cache.plan.host_bytes and cache.plan.tokens > chunk and not _is_multimodal(given):
             config.prefill_chunk_size = chunk  # of this generation: `generate` works on a copy
         return None
+
+    def plan(self, tokens: int, batch: int) -> Plan:
+        """What the cache of such a generation would be; the machine is measured once for each batch."""
+        return self._planned(tokens, batch, self._device({}))
+
+    def _planned(self, tokens: int, batch: int, device: torch.device) -> Plan:
+        model: Any = self.model
+        kind = batch, device, model.dtype
+        plan = plan_of_cache(
+            model, tokens=tokens, batch=batch, device=device, rates=self._rates.get(kind), **asdict(self.settings)
+        )
+        self._rates[kind] = plan.rates
+        return plan
+
+    def _device(self, given: dict[str, Any]) -> torch.device:
+        device: torch.device = self.model.device  # type: ignore[assignment]
+        mask = given.get("attention_mask")
+        # Weights may be placed elsewhere between calls; a mask on a card says where it is computed.
+        return mask.device if isinstance(mask, torch.Tensor) and device.type in ("cpu", "meta") else device
 
     def _wanted(self, config: Any, given: dict[str, Any]) -> bool:
         if any(held is self.layer for held in held_back()):
@@ -97,15 +133,9 @@ class CacheMaker:
                 where="generate",
                 fix='Use cache="arena", or load the model on one device.',
             )
-        mask = given.get("attention_mask")
-        # Weights may be placed elsewhere between calls; a mask on a card says where it is computed.
-        device = mask.device if isinstance(mask, torch.Tensor) and model.device.type in ("cpu", "meta") else model.device
-        kind = batch, device, model.dtype
-        cache = CooperativeCache(
-            model, tokens=max(1, tokens), batch=batch, device=device, rates=self._rates.get(kind), **asdict(self.settings)
-        )
-        self._rates[kind] = cache.plan.rates
-        return cache
+        device = self._device(given)
+        rates = self._planned(tokens, batch, device).rates
+        return CooperativeCache(model, tokens=tokens, batch=batch, device=device, rates=rates, **asdict(self.settings))
 
 
 def _is_multimodal(given: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
 import warnings
@@ -16,6 +17,7 @@ import torchwrap as tw
 from tests import torchvision_ops
 from tests.integrations import attending, tiny
 from tests.integrations.test_cooperative_cache import RATES
+from torchwrap.attention.cooperative.machine import OneMemory
 from torchwrap.attention.cooperative.tensors import TieredTensor
 
 torchvision_ops.ensure()
@@ -234,3 +236,56 @@ def test_nothing_warns() -> None:
         warnings.simplefilter("error", tw.TorchwrapWarning)
         tw.fast_attention(built(), **HALF).generate(**prompt(), **OPTIONS)
     assert "torchwrap.integrations.transformers.generating" in sys.modules
+
+
+def test_a_plan_is_what_generation_then_takes(measured: list[Any]) -> None:
+    model = tw.fast_attention(built(), **HALF)
+    plan = tw.fast_attention.plan(model, tokens=21, batch=2)
+    cache = model.generate(**prompt(), **OPTIONS, return_dict_in_generate=True).past_key_values
+    assert cache.plan == plan and cache.store.host_bytes == plan.host_bytes and len(measured) == 1
+    with pytest.raises(tw.PlanError, match="TiB"):
+        tw.handle_of(model, "fast_attention").plan(tokens=1 << 40)
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM"])
+@pytest.mark.parametrize("tokens", [1, 9, 30, 200])
+def test_a_plan_of_arenas_bounds_what_they_take(name: str, tokens: int) -> None:
+    model = tw.fast_attention(built(name))
+    plan = tw.fast_attention.plan(model, tokens=tokens, batch=2)
+    with torch.no_grad():
+        cache = model(torch.ones(2, 1, dtype=torch.long)).past_key_values
+        for _ in range(tokens - 1):
+            model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    # A window of W tokens keeps the W - 1 that the next one sees.
+    assert plan.held_bytes - len(cache.layers) * plan.token_bytes <= held <= plan.held_bytes
+    assert sum(layer.arena.nbytes for layer in cache.layers if hasattr(layer, "arena")) <= plan.device_bytes
+    assert str(tokens) in plan.explain() and plan.host_bytes == 0
+
+
+def test_models_without_a_cache_have_no_plan() -> None:
+    with pytest.raises(tw.UnsupportedModelError, match="growing cache"):
+        tw.fast_attention.plan(tw.fast_attention(built("ViTModel")), tokens=5)
+    with pytest.raises(tw.ConfigError, match="0 tokens"):
+        tw.fast_attention.plan(tw.fast_attention(built()), tokens=0)
+
+
+def test_page_locked_memory_is_given_back_with_a_cache_that_nobody_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: dict[int, int] = {}
+
+    class Locking(OneMemory):
+        def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            memory = super().host_memory(shape, dtype)
+            locked[memory.data_ptr()] = memory.nbytes
+            return memory
+
+        def release_host(self, memory: torch.Tensor) -> None:
+            locked.pop(memory.data_ptr(), None)
+
+    monkeypatch.setattr(cooperative, "machine_for", lambda device: Locking())
+    model = tw.fast_attention(built(), **HALF)
+    found = model.generate(**prompt(), **OPTIONS, return_dict_in_generate=True)
+    assert sum(locked.values()) >= found.past_key_values.store.host_bytes > 0
+    del found
+    gc.collect()
+    assert not locked

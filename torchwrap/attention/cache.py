@@ -9,10 +9,14 @@ Letters: B batch, Hkv key heads, S tokens held, D and Dv widths of keys and of v
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["Arena"]
+from torchwrap.core.config import format_bytes
+
+__all__ = ["Arena", "ArenaPlan"]
 
 _LEAST = 64
 """Tokens of room that are worth an allocation (chosen)."""
@@ -176,6 +180,50 @@ class Arena:
         assert self._stores is not None
         keys, values = self._stores
         return keys[:, :, first:end], values[:, :, first:end]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArenaPlan:
+    """What the keys and values of a sequence take on one device.
+
+    Attributes:
+        tokens: of the sequence, prompt and answer together.
+        windows: for each layer, the tokens it keeps; None: all.
+        token_bytes: of one token of every row of the batch, in one layer.
+    """
+
+    tokens: int
+    windows: tuple[int | None, ...]
+    token_bytes: int
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tokens at the end."""
+        return sum(min(self.tokens, window or self.tokens) for window in self.windows) * self.token_bytes
+
+    @property
+    def device_bytes(self) -> int:
+        """Most bytes at any time: every layer's memory as large as it may get, and beside it the old memory of the one that grows."""
+        rooms = [self._room(window) for window in self.windows]
+        return (sum(rooms) + max(min(self.tokens, room) for room in rooms)) * self.token_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """None: everything is on the device."""
+        return 0
+
+    def explain(self) -> str:
+        """The plan in words, with its numbers."""
+        return (
+            f"{self.tokens} tokens in {len(self.windows)} layers: {format_bytes(self.held_bytes)} of keys and values on the device, in "
+            f"memory of at most {format_bytes(self.device_bytes)} while it grows; nothing on the host"
+        )
+
+    def _room(self, window: int | None) -> int:
+        if window is not None and window <= self.tokens:
+            return window + max(window // 2, _LEAST)
+        grown = 2 * self.tokens if self.tokens < _DOUBLES_UNTIL else self.tokens + self.tokens // 4
+        return max(grown, self.tokens + _LEAST)
 
 
 def _is_small_part(tensor: Tensor) -> bool:

@@ -110,6 +110,10 @@ class AttentionRoute:
         """Why it cannot be undone now, or None."""
         return None
 
+    def plan(self, tokens: int, batch: int) -> Any:
+        """What caches of so many tokens and rows will take; None for models without a growing cache."""
+        return None
+
     def restore(self) -> None:
         """Undo `set`, where nobody has changed it since. Not called while it is busy."""
 

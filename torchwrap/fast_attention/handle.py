@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from torchwrap.attention.cache import ArenaPlan
+from torchwrap.attention.cooperative.planner import Plan
 from torchwrap.attention.service import Service
 from torchwrap.attention.settings import settings_of
-from torchwrap.core.errors import ConfigError, ConflictError
+from torchwrap.core.errors import ConfigError, ConflictError, UnsupportedModelError
 from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.technique import Handle
 
@@ -30,6 +32,28 @@ class FastAttentionHandle(Handle):
     def explain(self) -> str:
         """A line per back end and kind of call, with why it was chosen; then what went to the model's own attention, and why."""
         return self.service.explain() or "No call yet."
+
+    def plan(self, *, tokens: int, batch: int = 1) -> Plan | ArenaPlan:
+        """What the model's cache takes for such a sequence: bytes on device and host, and with a cooperative cache where they lie.
+
+        Args:
+            tokens: of a sequence, prompt and answer together.
+            batch: sequences at a time; beams count.
+
+        Raises:
+            ConfigError: fewer than one of either.
+            PlanError: a cooperative cache fits nowhere; the message has the numbers.
+            UnsupportedModelError: the model has no growing cache.
+        """
+        if tokens < 1 or batch < 1:
+            raise ConfigError(f"a cache of {batch} sequences of {tokens} tokens", where="plan", fix="Give at least 1 of each.")
+        for route in self._routes:
+            found: Plan | ArenaPlan | None = route.plan(tokens, batch)
+            if found is not None:
+                return found
+        raise UnsupportedModelError(
+            "no part of this model generates with a growing cache", where="plan", fix="Only language models have one to plan."
+        )
 
     @contextmanager
     def tuning(self) -> Iterator[None]:

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, TypeVar, cast, overload
 
 from torch import nn
 
+from torchwrap.attention.cache import ArenaPlan
+from torchwrap.attention.cooperative.planner import Plan
 from torchwrap.attention.distributed.sequence import DividedSequence, Way
 from torchwrap.attention.distributed.works import group_size
 from torchwrap.attention.divert import Diverted
@@ -149,6 +151,11 @@ class FastAttentionTechnique(Technique[FastAttention]):
         """The handle's `explain()`: which back end computed which calls of a wrapped model, and why."""
         handle: FastAttentionHandle = handle_of(model, self.name)
         return handle.explain()
+
+    def plan(self, model: nn.Module, *, tokens: int, batch: int = 1) -> Plan | ArenaPlan:
+        """The handle's `plan()`: what a wrapped model's cache takes for such a sequence."""
+        handle: FastAttentionHandle = handle_of(model, self.name)
+        return handle.plan(tokens=tokens, batch=batch)
 
     def tune(self, model: nn.Module, /, *args: Any, **kwargs: Any) -> str:
         """Call a wrapped model once, measure what was never measured on this machine, and say what computes its calls now.

@@ -73,7 +73,8 @@ class TieredCache:
         # One thread for each worker: what the kernel starts on top would be in the way of the others.
         self._partial_host = partial or (_attend if workers == 1 else functools.partial(_attend, threads=1))
         self._fresh: tuple[int, int, Tensor, Tensor] | None = None  # layer, its version, keys and values of its last append
-        weakref.finalize(self, self._workers.close)
+        # A cache that nobody released gives page-locked memory back when it goes: the driver would keep the lock on freed memory.
+        weakref.finalize(self, _end, self._workers, self.layers, self._staging, disk)
 
     @classmethod
     def from_plan(
@@ -255,13 +256,8 @@ class TieredCache:
 
     def release(self) -> None:
         """Give all memory back, end the threads and remove what is on the disk; without a disk, the next append begins anew."""
-        self._workers.close()
         self._fresh = None
-        for layer in self.layers:
-            layer.release()
-        self._staging.release()
-        if self.disk is not None:
-            self.disk.close()
+        _end(self._workers, self.layers, self._staging, self.disk)
 
     def __getstate__(self) -> None:
         raise TypeError("a cache on two sides has threads and page-locked memory and belongs to one process; begin the sequence anew")
@@ -276,6 +272,15 @@ class TieredCache:
             if isinstance(error, errors.StorageError):
                 error.add_note(f"layer {layer.index}; the cache holds the {length} tokens before this pass")
             raise
+
+
+def _end(workers: Workers, layers: list[TieredLayer | HeadLayer], staging: Staging, disk: Disk | None) -> None:
+    workers.close()
+    for layer in layers:
+        layer.release()
+    staging.release()
+    if disk is not None:
+        disk.close()
 
 
 def _attend(
