@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,10 +25,12 @@ KERNELS = {"flash": (flash, flash.Flash()), "efficient": (efficient, efficient.E
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Emulated:
     """Kernels on the CPU, where torch's checks permit everything."""
     found = Emulated()
+    cudnn._dimensions.cache_clear()
     monkeypatch.setattr(card, "on_card", lambda call: None)
     for module, _ in KERNELS.values():
         monkeypatch.setattr(module, "_aten", found)
         monkeypatch.setattr(module, "permits", lambda *given: None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91600)
     return found
 
 
@@ -67,7 +70,12 @@ def test_results_and_gradients_are_those_of_the_definition(emulated: Emulated, k
         return
     assert one.refuses(call) is None
     assert_correct(one, call, f"{kernel}, {name}")
-    assert len(emulated.calls) == 2
+    assert len({id(given) for _, given in emulated.calls}) == 2 + (kernel == "cudnn"), "forward, backward, and cuDNN's form is asked once"
+
+
+def test_cudnn_is_given_the_lse_as_its_release_gives_it(emulated: Emulated) -> None:
+    emulated.statistics = 3
+    assert_correct(KERNELS["cudnn"][1], CALLS["causal"](), "three dimensions")
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -87,6 +95,20 @@ def test_keys_are_not_copied_for_the_heads_that_share_them(emulated: Emulated) -
     for call in (of(1, 50, heads=8), of(1, 50, TileMask.causal(2, 1, 50), heads=8), of(12, 12, TileMask.causal(1, 12, 12), heads=8)):
         one.forward(call)
         assert emulated.calls[-1][1]["key"].untyped_storage().data_ptr() == call.k.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_slices_that_begin_anywhere_are_laid_out_anew(emulated: Emulated, kernel: str) -> None:
+    call = of(16, 16, TileMask.causal(1, 16, 16))
+    parts = torch.randn(3, 2, 4, 16, 23)
+    moved = [part[:, :heads, :, 3:19] for part, heads in zip(parts, (4, 2, 2), strict=True)]
+    assert_correct(KERNELS[kernel][1], replace(call, q=moved[0], k=moved[1], v=moved[2]), kernel)
+
+
+def test_an_old_cudnn_is_refused_lengths_that_it_gets_wrong(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    one = KERNELS["cudnn"][1]
+    assert "cuDNN is 91002" in str(one.refuses(of(130, 130))) and one.refuses(of(128, 256)) is None
 
 
 def test_the_memory_of_a_mask_is_known_before(emulated: Emulated) -> None:
@@ -150,7 +172,9 @@ def test_the_first_kernel_that_can_is_that_of_sdpa(emulated: Emulated, monkeypat
 def test_torchs_fake_registrations_take_the_calls(monkeypatch: pytest.MonkeyPatch, kernel: str, name: str) -> None:
     """Of tensors on a card that is not there: torch checks arguments and gives shapes."""
     module, one = KERNELS[kernel]
+    cudnn._dimensions.cache_clear()
     monkeypatch.setattr(module, "permits", lambda *given: None)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91600)
     call = CALLS[name]()
     given = {part: getattr(call, part) for part in ("q", "k", "v", "sinks") if getattr(call, part) is not None}
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -296,7 +296,8 @@ def test_kinds_are_told_apart_by_what_changes_the_order() -> None:
 @pytest.mark.parametrize(
     ("capability", "dense", "masked", "decode"),
     [
-        ((9, 0), "sdpa-cudnn", "triton", "triton"), ((8, 6), "sdpa-flash", "triton", "triton"), ((7, 5), *["sdpa-efficient"] * 3),
+        ((9, 0), "sdpa-cudnn", "triton", "triton"), ((12, 0), "sdpa-flash", "triton", "triton"),
+        ((8, 6), "sdpa-flash", "triton", "triton"), ((7, 5), *["sdpa-efficient"] * 3),
         ((7, 0), *["sdpa-efficient"] * 3), ((6, 1), *["sdpa-efficient"] * 3),
     ],
 )  # fmt: skip

@@ -32,12 +32,16 @@ def bound(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
 class Emulated:
     """In place of `torch.ops.aten`.
 
+    Args:
+        statistics: dimensions of cuDNN's lse, in which releases of torch differ.
+
     Attributes:
         calls: name and arguments of every call.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, statistics: int = 4) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.statistics = statistics
 
     def __getattr__(self, name: str) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -70,6 +74,7 @@ class Emulated:
     def do_efficient_attention_backward(self, given: dict[str, Any]) -> Any:
         q, k, v, out, grad = (given[name].transpose(1, 2) for name in ("query", "key", "value", "out", "grad_out_"))
         lse = given["logsumexp"]
+        assert given["out"].is_contiguous(), "strides of out are not looked at"
         assert lse.shape == (*q.shape[:2], -(-q.shape[2] // 32) * 32) and lse.is_contiguous()
         assert bool((lse[..., q.shape[2] :] == math.inf).all())
         assert (given["max_seqlen_q"], given["max_seqlen_k"]) == (q.shape[2], k.shape[2]) and not given["bias_requires_grad"]
@@ -80,13 +85,15 @@ class Emulated:
         q, k, v = given["query"], given["key"], given["value"]
         assert given["attn_bias"] is None and given["compute_log_sumexp"] and not given["return_debug_mask"]
         out, lse = _forward(_scores(q, k, _first_corner(given["is_causal"], q, k), given["scale"]), v)
-        return out.to(q.dtype), lse[..., None].float(), None, None, q.shape[2], k.shape[2], None, None, None
+        lse = lse.float().view(*lse.shape, *(1,) * (self.statistics - 3))
+        return out.to(q.dtype), lse, None, None, q.shape[2], k.shape[2], None, None, None
 
     def do_scaled_dot_product_cudnn_attention_backward(self, given: dict[str, Any]) -> Any:
         q, k, v = given["query"], given["key"], given["value"]
-        assert given["logsumexp"].shape == (*q.shape[:3], 1) and (given["max_q"], given["max_k"]) == (q.shape[2], k.shape[2])
+        assert given["logsumexp"].dim() == self.statistics and (given["max_q"], given["max_k"]) == (q.shape[2], k.shape[2])
+        lse = given["logsumexp"].reshape(q.shape[:3])
         seen = _first_corner(given["is_causal"], q, k)
-        return _backward(q, k, v, given["out"], given["grad_out"], given["logsumexp"][..., 0], seen, given["scale"])
+        return _backward(q, k, v, given["out"], given["grad_out"], lse, seen, given["scale"])
 
 
 def _last_corner(given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
@@ -119,7 +126,9 @@ def _corner(given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, added: Tensor, scale: float) -> Tensor:
-    assert q.stride(3) == 1 and k.stride(3) == 1
+    for tensor in (q, k):
+        assert tensor.stride(3) == 1 and tensor.storage_offset() * tensor.element_size() % 16 == 0
+        assert all(stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:3])
     return q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) * scale + added
 
 

@@ -14,6 +14,7 @@ import functools
 import math
 import threading
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -25,7 +26,7 @@ from torchwrap.attention.cpu import tiled
 from torchwrap.attention.merge import grad_of_sinks, with_sinks
 from torchwrap.attention.torch_kernels.masks import masked
 
-__all__ = ["CardKernel", "filled", "on_card", "outline", "permits", "unit"]
+__all__ = ["CardKernel", "filled", "on_card", "outline", "permits"]
 
 _lock = threading.Lock()
 
@@ -97,21 +98,25 @@ class CardKernel:
         return dq, dk, dv, None if call.sinks is None or delta is None else grad_of_sinks(call.sinks, lse, delta), None
 
 
-def unit(tensor: Tensor) -> Tensor:
-    """With unit last stride."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def filled(tensor: Tensor, width: int) -> Tensor:
-    """With zeros behind each vector, up to a width, and unit last stride."""
-    return F.pad(tensor, (0, width - tensor.shape[-1])) if tensor.shape[-1] < width else unit(tensor)
+    """With zeros behind each vector, up to a width that is a multiple of 8, and laid out as kernels read: in steps of 16 bytes."""
+    if tensor.shape[-1] < width:
+        return F.pad(tensor, (0, width - tensor.shape[-1]))
+    return tensor if _is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def outline(tensor: Tensor, width: int) -> Tensor:
     """What torch's checks look at: a tensor shaped as `filled` makes it, without the work."""
-    if tensor.shape[-1] == width and tensor.stride(-1) == 1:
+    if tensor.shape[-1] == width and _is_aligned(tensor):
         return tensor
-    return tensor.new_empty(*tensor.shape[:-1], width).requires_grad_(tensor.requires_grad)
+    return tensor.new_empty(width).expand(*tensor.shape[:-1], width).requires_grad_(tensor.requires_grad)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    # Slices of caches and of joined projections may begin anywhere; not every release of torch checks it (sdp_utils.cpp).
+    step = 16 // tensor.element_size()
+    strides = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+    return tensor.stride(-1) == 1 and tensor.storage_offset() % step == 0 and all(s % step == 0 or size == 1 for s, size in strides)
 
 
 def permits(kernel: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> str | None:
@@ -126,10 +131,16 @@ def permits(kernel: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, c
         causal: `is_causal` of torch's function.
     """
     parameters = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, causal, q.shape[1] != k.shape[1])
-    check = getattr(torch.backends.cuda, f"can_use_{kernel}_attention")
-    if check(parameters):
-        return None
+    with _on(q.device):
+        if getattr(torch.backends.cuda, f"can_use_{kernel}_attention")(parameters):
+            return None
     return _reason(kernel, q.device, q.dtype, q.shape, k.shape, v.shape, mask is not None, causal)
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """The checks look at the current card, whatever card the tensors are on."""
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 @functools.lru_cache(maxsize=256)
@@ -141,7 +152,7 @@ def _reason(
     query, key, value = (torch.empty(shape[-1], dtype=dtype, device=device).expand(shape) for shape in (q, k, v))
     added = torch.empty(k[2], dtype=dtype, device=device).expand(q[0], q[1], q[2], k[2]) if mask else None
     parameters = torch.backends.cuda.SDPAParams(query, key, value, added, 0.0, causal, q[1] != k[1])
-    with _lock, warnings.catch_warnings(record=True) as said:
+    with _lock, _on(device), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         getattr(torch.backends.cuda, f"can_use_{kernel}_attention")(parameters, debug=True)
     reasons = [str(one.message).split(" (Triggered internally")[0] for one in said]

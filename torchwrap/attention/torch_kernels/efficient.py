@@ -66,6 +66,8 @@ class Efficient(CardKernel):
         wide = _laid_out(call)
         q, k, v = _folded(call, *wide)
         out, grad_out = (_rows(call, filled(tensor, wide[2].shape[3])).transpose(1, 2) for tensor in (out, grad_out))
+        # Its rows are read as if they were those that the kernel itself wrote, whatever the strides say (kernel_backward.h, o_strideM).
+        out = out.contiguous()
         lse = _rows(call, lse.unsqueeze(-1)).squeeze(-1)
         lse = F.pad(lse, (0, -lse.shape[2] % _LSE_ROWS), value=math.inf).contiguous()
         none = torch.empty((), dtype=torch.int64, device=q.device)  # state of dropout, of which there is none

@@ -33,19 +33,17 @@ MASK_BYTES = 256 << 20
 _CPU = ("cpu", "sdpa", "eager")
 _OTHER = ("sdpa", "eager")
 _OLD = ("sdpa-efficient", "cuda_mma", "triton", "eager")
+_AMPERE: dict[Work, tuple[str, ...]] = {
+    "dense": ("sdpa-flash", "triton", "sdpa-efficient", "sdpa-cudnn", "cuda_mma", "eager"),
+    "decode": ("triton", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "cuda_mma", "eager"),
+    "masked": ("triton", "sdpa-flash", "sdpa-efficient", "cuda_mma", "eager"),
+}
 _CUDA: tuple[tuple[tuple[int, int], dict[Work, tuple[str, ...]]], ...] = (
-    ((9, 0), {
-        "dense": ("sdpa-cudnn", "sdpa-flash", "triton", "sdpa-efficient", "cuda_mma", "eager"),
-        "decode": ("triton", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "cuda_mma", "eager"),
-        "masked": ("triton", "sdpa-flash", "sdpa-efficient", "cuda_mma", "eager"),
-    }),
-    ((8, 0), {
-        "dense": ("sdpa-flash", "triton", "sdpa-efficient", "sdpa-cudnn", "cuda_mma", "eager"),
-        "decode": ("triton", "sdpa-flash", "sdpa-efficient", "cuda_mma", "eager"),
-        "masked": ("triton", "sdpa-flash", "sdpa-efficient", "cuda_mma", "eager"),
-    }),
+    ((11, 0), _AMPERE),  # 12.0 is a card for games, where torch does not prefer cuDNN either
+    ((9, 0), {**_AMPERE, "dense": ("sdpa-cudnn", "sdpa-flash", "triton", "sdpa-efficient", "cuda_mma", "eager")}),
+    ((8, 0), _AMPERE),
     ((0, 0), {"dense": _OLD, "decode": _OLD, "masked": _OLD}),
-)  # fmt: skip
+)
 
 
 def first_choices(call: Call, doing: Doing) -> tuple[str, ...]:
