@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from torchwrap.attention.distributed.works import Group
+from torchwrap.attention.distributed.works import Group, StartSum, start_sum
 from torchwrap.attention.masks.mask import TileMask
 
 __all__ = ["Link", "best_count", "equal_work", "measure_link", "pipeline_seconds"]
@@ -64,26 +64,47 @@ def equal_work(rows: int, keys: int, count: int, *, mask: TileMask | None = None
     return list(pairwise(edges))
 
 
-def pipeline_seconds(count: int, compute_s: float, nbytes: int, link: Link) -> float:
-    """Seconds until the last of `count` equal blocks is reduced."""
-    each, reduce = compute_s / count, link.seconds(nbytes / count)
-    # The slower of the two is busy all the time; of the other only one block sticks out.
-    return max(compute_s + reduce, each + count * reduce)
-
-
-def best_count(compute_s: float, nbytes: int, link: Link) -> int:
-    """The number of blocks with the least predicted time.
+def pipeline_seconds(count: int, compute_s: float, nbytes: int, link: Link, block_s: float = 0.0) -> float:
+    """Seconds until the last of `count` equal blocks is reduced.
 
     Args:
-        compute_s: seconds of the whole attention and projection.
+        count: of blocks.
+        compute_s: seconds of the whole attention and projection in one block.
+        nbytes: of the whole result.
+        link: of the group.
+        block_s: seconds that each further block adds to the computing.
+    """
+    compute = compute_s + (count - 1) * block_s
+    each, reduce = compute / count, link.seconds(nbytes / count)
+    # The slower of the two is busy all the time; of the other only one block sticks out.
+    return max(compute + reduce, each + count * reduce)
+
+
+def best_count(compute_s: float, nbytes: int, link: Link, block_s: float = 0.0) -> int:
+    """The fewest blocks whose predicted time is within a fiftieth of the least: the minimum is flat, and what is not predicted grows.
+
+    Args:
+        compute_s: seconds of the whole attention and projection in one block.
         nbytes: of the whole result.
         link: of the group; equal on all its processes, or they would cut differently.
+        block_s: seconds that each further block adds to the computing, likewise.
     """
-    return min(range(1, MOST_BLOCKS + 1), key=lambda count: pipeline_seconds(count, compute_s, nbytes, link))
+    times = {count: pipeline_seconds(count, compute_s, nbytes, link, block_s) for count in range(1, MOST_BLOCKS + 1)}
+    return min(count for count, seconds in times.items() if seconds <= 1.02 * min(times.values()))
 
 
-def measure_link(group: Group, device: torch.device, *, nbytes: int = 1 << 20, repeats: int = 5) -> Link:
-    """Time an all-reduce of 4 bytes and one of `nbytes`; every process of the group must call it, and all get the same answer."""
+def measure_link(
+    group: Group, device: torch.device, *, nbytes: int = 1 << 20, repeats: int = 5, start: StartSum = start_sum
+) -> Link:  # fmt: skip
+    """Time a sum of 4 bytes and one of `nbytes`; every process of the group must call it, and all get the same answer.
+
+    Args:
+        group: of processes.
+        device: of the tensors.
+        nbytes: of the larger sum.
+        repeats: of each, of which the median counts.
+        start: begins a sum and returns its work.
+    """
 
     def seconds(count: int) -> float:
         tensor = torch.zeros(count, device=device)
@@ -91,7 +112,7 @@ def measure_link(group: Group, device: torch.device, *, nbytes: int = 1 << 20, r
         for _ in range(repeats):
             dist.barrier(group)
             begin = time.perf_counter()
-            dist.all_reduce(tensor, group=group)
+            start(tensor, group).wait()
             float(tensor[0])  # waits for a device
             times.append(time.perf_counter() - begin)
         return sorted(times)[repeats // 2]

@@ -27,13 +27,14 @@ from torch.nn.functional import linear
 
 from torchwrap.attention.attend import attend
 from torchwrap.attention.distributed.blocks import Link, best_count, equal_work, measure_link
-from torchwrap.attention.distributed.works import Group, Outstanding, Work, resolved, start_sum
+from torchwrap.attention.distributed.works import Group, Outstanding, StartSum, resolved, start_sum
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core import errors
 
 __all__ = ["Rows", "TiledColumnParallel", "TiledRowParallel", "Tiling"]
 
-StartSum = Callable[[Tensor, Group], Work]
+
+_TRIED = 8  # blocks, to see what one more costs
 
 
 class Tiling:
@@ -76,23 +77,19 @@ class Tiling:
         return min(self.chosen[key], queries)
 
     def _measured(self, rows: Rows, weight: Tensor) -> int:
-        group = resolved(self.group)
-        times = []
+        group, rows = resolved(self.group), rows.without_dropout()
         with torch.no_grad():
-            for _ in range(2):  # the first may load or tune something
-                begin = time.perf_counter()
-                part = rows.without_dropout().part(0, rows.q.shape[2], weight)
-                float(part.flatten()[:1].sum())  # waits for a device
-                times.append(time.perf_counter() - begin)
-        taken = torch.tensor(min(times), dtype=torch.float64, device=part.device)
+            whole, cut = (min(_seconds(rows, count, weight) for _ in range(3)) for count in (1, _TRIED))
+        taken = torch.tensor([whole, max(cut - whole, 0.0) / (_TRIED - 1)], dtype=torch.float64, device=rows.q.device)
         with Outstanding("measuring the all-reduce", group=group, timeout_s=self.timeout_s) as works:
             works.start(0, lambda: dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=group, async_op=True))
             works.wait()
             try:
-                self._link = self._link or measure_link(group, part.device)
+                self._link = self._link or measure_link(group, taken.device, start=self.start)
             except RuntimeError as error:
                 raise errors.WorkError(f"measuring the all-reduce failed: {error}", where="measure_link") from error
-        return best_count(float(taken), part.nbytes, self._link)
+        nbytes = rows.q.shape[0] * rows.q.shape[2] * weight.shape[0] * rows.q.element_size()
+        return best_count(float(taken[0]), nbytes, self._link, float(taken[1]))
 
     def summed(self, rows: Rows, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
         """Attention, projection and sum: `[B, S, E]`, complete on every process.
@@ -151,6 +148,15 @@ class Rows:
     def without_dropout(self) -> Rows:
         """The same call for measuring, which must not draw random numbers."""
         return replace(self, options=self.options | {"dropout": 0.0}) if self.options.get("dropout") else self
+
+
+def _seconds(rows: Rows, count: int, weight: Tensor) -> float:
+    """To compute everything in so many blocks, without sums. The first call may load or tune something."""
+    begin = time.perf_counter()
+    for first, end in rows.cut(count, weight.shape[0]):
+        part = rows.part(first, end, weight)
+    float(part.flatten()[:1].sum())  # waits for a device
+    return time.perf_counter() - begin
 
 
 def _cut(x: TileMask | Tensor | None, first: int, end: int) -> TileMask | Tensor | None:

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 
 from torchwrap.core import errors
 
-__all__ = ["Group", "Outstanding", "Work", "exchange", "group_name", "group_size", "resolved", "start_sum"]
+__all__ = ["Group", "Outstanding", "StartSum", "Work", "exchange", "group_name", "group_size", "resolved", "start_sum"]
 
 Group = Any  # torch.distributed.ProcessGroup, its name, or None for the default one
 
@@ -34,6 +34,10 @@ class Work(Protocol):
     def wait(self, timeout: timedelta = ...) -> Any:
         """Block until it is done; raises if it failed."""
         ...
+
+
+StartSum = Callable[[Tensor, Group], Work]
+"""Begins to add up a tensor over a group, in place."""
 
 
 class Outstanding:
