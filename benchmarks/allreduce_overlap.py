@@ -187,8 +187,8 @@ def draw(row: dict[str, Any], ms_per_mib: float, rounds: int, path: Path) -> Non
     plots[-1].set_xlabel("milliseconds, process 0 of 2")
     title = "Attention and output projection over two processes, all-reduced in blocks of equal work"
     said = (
-        f"{row['batch']} x {row['tokens']} tokens, {row['said']}: gloo on one machine, injected link delay of {ms_per_mib:g} ms per MiB; numbers are blocks "
-        f"of rows; fastest of {rounds} runs"
+        f"{row['batch']} x {row['tokens']} tokens, {row['said']}: gloo on one machine, injected link delay of {ms_per_mib:g} ms per MiB; "
+        f"fastest of {rounds} runs"
     )
     figure.text(0.09, 0.93, title, fontsize=13, fontweight="bold")
     figure.text(0.09, 0.875, said, fontsize=10, color="#6b7280")
@@ -207,9 +207,8 @@ def main() -> None:
         mp.spawn(run, (folder, asked.ms_per_mib, asked.rounds), nprocs=SIZE)
         found = torch.load(Path(folder) / "found.pt", weights_only=False)
     for row in found:
-        print(
-            f"{row['batch']} x {row['tokens']} tokens, {row['said']}: the sum is {row['sum_share']:.0%} of {row['ms']['whole']:.1f} ms where it comes last"
-        )
+        shape, last = f"{row['batch']} x {row['tokens']} tokens, {row['said']}", f"{row['sum_share']:.0%} of {row['ms']['whole']:.1f} ms"
+        print(f"{shape}: the sum is {last} where it comes last")
         for name, ratio in row["ratio"].items():
             print(f"    {row['blocks'][name]} blocks ({name}): {row['ms'][name]:.1f} ms, {ratio:.2f} x")
     if asked.json:

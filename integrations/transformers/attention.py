@@ -196,6 +196,7 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
     if service.sequence is not None:
         refuse_to_divide(model, sites)
         found.divides = True
+        found.notes.append(f"sequences divided over {service.sequence.size} processes ({service.sequence.way})")
         found.places += [(fqn, module, SequenceLayer(fqn, service.sequence)) for fqn, module in models]
     names = sorted({str(name) for _, name in found.originals})
     if divided:

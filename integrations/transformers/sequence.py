@@ -186,6 +186,8 @@ class SequenceLayer(Layer):
             )
         elif kwargs.get("output_attentions"):
             reason = "the weights of attention (output_attentions=True) are not computed"
+        elif mask is not None and not isinstance(mask, Tensor):
+            reason, fix = f"attention_mask is a {type(mask).__name__}", "Give this process' part of a mask of two dimensions."
         elif mask is not None and tuple(mask.shape) != (batch, tokens):
             reason, fix = (
                 f"attention_mask is {list(mask.shape)}, not [{batch}, {tokens}]",

