@@ -149,3 +149,18 @@ def test_another_dtype_or_batch_gets_memory_of_its_own() -> None:
     assert keys.dtype == torch.float64 and keys.shape[2] == 4
     arena.clear()
     assert arena.length == 0 and arena.nbytes == 0
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_device_without_memory_for_growth_is_an_error_that_costs_nothing(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena(window)
+    first, second = (torch.randn(1, 2, 5, 4) for _ in range(2))
+    arena.append(first, first)
+    room = Arena._room
+    monkeypatch.setattr(Arena, "_room", lambda self, length, needed: 1 << 50)
+    with pytest.raises(RuntimeError, match="memory"):
+        arena.append(second, second)
+    assert torch.equal(arena.keys, first) and torch.equal(arena.values, first) and arena.growths == 0
+    monkeypatch.setattr(Arena, "_room", room)
+    keys, values = arena.append(second, second)
+    assert torch.equal(keys, torch.cat([first, second], 2)) and torch.equal(values, keys)

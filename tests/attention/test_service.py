@@ -102,3 +102,14 @@ def test_counts_of_many_threads_add_up_and_copies_count_by_themselves() -> None:
         other.attend("a", q, k, v)
         assert sum(other.stats()["served"].values()) == 201
     assert sum(service.stats()["served"].values()) == 200
+
+
+def test_the_memory_of_masks_without_a_rule_is_in_the_record() -> None:
+    service, q = Service(), torch.randn(1, 2, 64, 8)
+    service.attend("rule", q, q, q, mask=TileMask.causal(1, 64, 64))
+    assert "mask" not in service.reasons[next(key for key in service.reasons)]
+    service.attend("table", q, q, q, mask=torch.rand(1, 1, 64, 64) < 0.5)
+    service.attend("tiles", q, q, q, mask=TileMask.from_dense(torch.rand(1, 1, 64, 64) < 0.5))
+    service.attend("added", q, q, q, mask=torch.zeros(64, 64))
+    said = service.explain()
+    assert said.count("a mask without a rule, kept as 3 tiles in ") == 2 and "a mask of floats, 16.00 KiB as it was given" in said

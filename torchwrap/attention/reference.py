@@ -24,8 +24,7 @@ def visible(call: Call) -> Tensor | None:
     """What each query sees, as bool `[B | 1, Hq | 1, Sq, Sk]`; None: everything."""
     if call.mask is None:
         return None
-    whole = (0, call.q_length), (0, call.kv_length)
-    return torch.stack([call.mask.rectangle(row, *whole) for row in range(call.mask.shape[0])])
+    return call.mask.rectangles((0, call.q_length), (0, call.kv_length))
 
 
 def attention(call: Call, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -82,7 +81,8 @@ class Eager:
         leaves = {name: getattr(call, name).detach().requires_grad_() for name in names}
         with torch.enable_grad():
             again = attention(replace(call, **leaves))
-        # autograd takes None for the gradient of a scalar only
-        outputs, given = (again, (grad_out, grad_lse)) if grad_lse is not None else (again[:1], (grad_out,))
+        # autograd takes None for the gradient of a scalar only, and lse over no key at all depends on nothing
+        with_lse = grad_lse is not None and again[1].requires_grad
+        outputs, given = (again, (grad_out, grad_lse)) if with_lse else (again[:1], (grad_out,))
         grads = dict(zip(names, torch.autograd.grad(outputs, list(leaves.values()), given), strict=True))
         return grads["q"], grads["k"], grads["v"], grads.get("sinks"), grads.get("bias")

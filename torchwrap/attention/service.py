@@ -21,7 +21,7 @@ from torch import Tensor
 from torchwrap.attention import pages
 from torchwrap.attention.attend import attend
 from torchwrap.attention.autocast import autocast
-from torchwrap.attention.contract import checked
+from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cooperative.settings import CacheSettings
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import choose, revision
@@ -30,6 +30,7 @@ from torchwrap.attention.distributed.sequence import DividedSequence
 from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.settings import Settings, settings_of
+from torchwrap.core.config import format_bytes
 from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class Service:
                 else:
                     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
                     choice = choose(replace(call, dropout=dropout), self.backend)
-                    name, reason = choice.backend.name, choice.reason
+                    name, reason = choice.backend.name, choice.reason + _mask_memory(call, mask)
                 self.reasons[name, kind] = reason
                 self._chosen[size] = name
             with _lock:
@@ -252,6 +253,16 @@ class Service:
         return "\n".join([*lines, *(f"keys and values on the host are {loss.explain()}" for loss in self._losses())])
 
 
+def _mask_memory(call: Call, given: TileMask | Tensor | None) -> str:
+    """What a mask takes that is no rule but a table, for people; empty for rules."""
+    if call.mask is not None and call.mask.dictionary is not None:
+        tiles = call.mask.dictionary
+        return f"; a mask without a rule, kept as {len(tiles.tiles)} tiles in {format_bytes(tiles.codes.nbytes + tiles.tiles.nbytes)}"
+    if given is not None and call.mask is None:
+        return f"; a mask of floats, {format_bytes(given.nbytes)} as it was given"
+    return ""
+
+
 def _kind(
     q: Tensor, k: Tensor, mask: TileMask | Tensor | None, softcap: float | None, sinks: Tensor | None, bias: Tensor | None, dropout: float
 ) -> str:
@@ -262,7 +273,7 @@ def _kind(
     elif isinstance(mask, TileMask):
         seen = mask.plain or "composed mask"
     else:
-        seen = "dense mask"
+        seen = "dense mask" if mask.dtype == torch.bool else "added mask"
     given = {"softcap": softcap is not None, "sinks": sinks is not None, "bias": bias is not None, "dropout": dropout > 0}
     given["keys on two sides"] = isinstance(k, TieredTensor)
     return ", ".join([mode, seen, *(name for name, there in given.items() if there), _name(q.dtype)])

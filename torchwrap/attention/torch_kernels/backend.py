@@ -82,10 +82,10 @@ class TorchSdpa:
         return with_sinks(out, lse, call.sinks)
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        """Gradients from one call of a kernel's backward; by tiles of our own if lse has a gradient, which kernels do not know."""
+        """Gradients from one call of a kernel's backward; by tiles of our own if lse has a gradient, or nothing is there."""
         if call.q.device.type == "cuda" and not call.is_empty:
             return self._chosen(call).backward(call, out, lse, grad_out, grad_lse)
-        if grad_lse is not None and bool(grad_lse.any()):
+        if call.is_empty or (grad_lse is not None and bool(grad_lse.any())):
             return tiled.backward(call, out, lse, grad_out, grad_lse)
         numbers, _ = _added(call)
         finite = torch.where(lse == -math.inf, 0.0, lse)
