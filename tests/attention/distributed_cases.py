@@ -152,11 +152,35 @@ def leaving(rank: int, size: int) -> dict[str, Any]:
         row = TiledRowParallel(weight, group=group, blocks=4, timeout_s=1.0, start=start)
     else:
         row = TiledRowParallel(weight, group=group, blocks=4, timeout_s=1.0)
-    try:
-        row(q, k, v, mask=MASKS["causal"]())
-    except Exception as error:
-        return {"error": error}
-    return {}
+    said: dict[str, Any] = {}
+    for when in ("error", "later"):
+        try:
+            row(q, k, v, mask=MASKS["causal"]())
+        except Exception as error:
+            said[when] = error
+    return said
+
+
+def refused(rank: int, size: int) -> dict[str, Any]:
+    """A call that cannot be computed in any process, and the next one over the same group."""
+    group = dist.new_group(list(range(size)))
+    inputs = Inputs.make()
+    q, k, v = (shard(one, 2, rank, size) for one in (inputs.q, inputs.k, inputs.v))
+    layer = Layer.make()
+    row = TiledRowParallel(layer.out.chunk(size, 1)[rank], group=group, blocks=3)
+    heads = split_heads(layer.x @ layer.qkv[own_rows(rank, size)].t(), size)
+    said: dict[str, Any] = {}
+    for case, call in {
+        "rows": lambda: row(*heads, softcap=-1.0), "ring": lambda: ring_attend(q, k, v, softcap=-1.0, group=group),
+        "dtype": lambda: ring_attend(*(one.to(torch.float8_e4m3fn) for one in (q, k, v)), group=group),
+    }.items():  # fmt: skip
+        try:
+            call()
+        except Exception as error:
+            said[case] = error
+    said["y"] = row(*heads)
+    said["out"] = ring_attend(q, k, v, group=group)[0]
+    return said
 
 
 RINGS = {
@@ -173,6 +197,7 @@ CASES: dict[str, Case] = {
        [("full", 1), ("causal", 1), ("causal", 5), ("window", 3), ("padded", 100), ("causal", "auto")]},
     **{f"ulysses {mask}": partial(ulysses, mask=mask) for mask in MASKS},
     "leaving": leaving,
+    "refused": refused,
 }  # fmt: skip
 
 

@@ -116,6 +116,16 @@ def test_a_process_that_leaves_is_an_error_that_names_the_block(results: Results
     assert isinstance(left["error"], errors.WorkError) and isinstance(left["error"], RuntimeError)
     assert "block 2" in str(left["error"])
     assert isinstance(leaver["error"], errors.WorkError) and "block 2 failed: this process leaves" in str(leaver["error"])
+    for process in (left, leaver):
+        assert isinstance(process["later"], errors.WorkError) and "out of step" in str(process["later"])
+
+
+def test_what_is_refused_before_anything_is_sent_leaves_the_group_in_step(results: Results) -> None:
+    found = of(results, 2, "refused")
+    for process in found:
+        assert all(isinstance(process[case], errors.ConfigError | errors.UnsupportedModelError) for case in ("rows", "ring", "dtype"))
+    close(unshard([one["out"] for one in found], 2, "zigzag"), whole(Inputs.make(), "full")["out"])
+    assert torch.equal(found[0]["y"], found[1]["y"])
 
 
 class Fake:

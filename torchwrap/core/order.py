@@ -173,8 +173,8 @@ FOREIGN = (
     Foreign(
         "FSDP2 parameters (DTensor)", None, lambda p: _comes_from(p, "torch.distributed.tensor", "torch.distributed._tensor"),
         "refused", "allowed",
-        "each process holds a shard that FSDP gathers and frees itself",
-        "build the model without torch.distributed.fsdp.fully_shard(model)",
+        "each process holds a shard, which FSDP gathers and frees itself and tensor-parallel layers compute with",
+        "build the model without torch.distributed.fsdp.fully_shard(model), or without a tp_plan",
     ),
     Foreign(
         "FSDP1", _is_fully_sharded, None, "refused", "allowed",
