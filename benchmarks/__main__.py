@@ -11,6 +11,7 @@ python -m benchmarks superpipeline            peak, time and transfers over (k, 
 python -m benchmarks superpipeline-prefill    a prompt through 0.4 n of the blocks, in real time
 python -m benchmarks attention                attention on the CPU: every shape against torch and transformers
 python -m benchmarks attention-model          tokens per second and memory of SmolLM2: eager, sdpa, ours
+python -m benchmarks attention-batching       tokens per second of SmolLM2 under transformers' continuous batching
 python -m benchmarks --check                  exit status 1 when a bar of targets.toml is missed
 """
 
@@ -35,6 +36,7 @@ _WHAT = (
     "all", "offload-limit", "offload-fits", "training", "training-faults", "forward-many", "superpipeline", "superpipeline-prefill",
     "attention",
     "attention-model",
+    "attention-batching",
 )  # fmt: skip
 _SHOWN = (
     "equal_tokens",
@@ -126,6 +128,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs[model_attention.TITLE] = model_attention.measure_model(rounds=max(given.rounds, 5))
         for key in ("tokens_per_s", "decode_ratio", "prefill_ratio", "equal_tokens", "memory"):
             print(f"{model_attention.TITLE} {key}: {_rounded(runs[model_attention.TITLE].get(key))}")
+    if given.what == "attention-batching":
+        from benchmarks import continuous_batching
+
+        runs[continuous_batching.TITLE] = continuous_batching.measure_batching(rounds=given.rounds)
+        for key in ("tokens_per_s", "ratio", "first_s", "first_ratio", "equal_tokens"):
+            print(f"{continuous_batching.TITLE} {key}: {_rounded(runs[continuous_batching.TITLE].get(key))}")
     verdicts = [verdict for title, summary in runs.items() for verdict in judge(title, summary)]
     print(*verdict_lines(verdicts), sep="\n")
     if runs and not given.no_write:
