@@ -127,9 +127,11 @@ class CacheMaker:
     def _made(self, tokens: int, batch: int, given: dict[str, Any]) -> CooperativeCache:
         model: Any = self.model
         places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-        if len(places) > 1:
+        ranks = getattr(model, "tp_size", None) or 1
+        if len(places) > 1 or ranks > 1:
+            where = f"is divided over {ranks} processes" if ranks > 1 else f"lies on {', '.join(sorted(places))}"
             raise UnsupportedModelError(
-                f"{type(model).__name__} lies on {', '.join(sorted(places))}, and a cooperative cache is for one device and its host",
+                f"{type(model).__name__} {where}, and a cooperative cache is for one device and its host",
                 where="generate",
                 fix='Use cache="arena", or load the model on one device.',
             )

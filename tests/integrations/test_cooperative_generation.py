@@ -196,6 +196,10 @@ def test_a_model_on_several_devices_is_refused() -> None:
     model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1}
     with pytest.raises(tw.UnsupportedModelError, match="lies on 0, 1"):
         model.generate(**prompt(), **OPTIONS)
+    del model.hf_device_map
+    model._tp_size = 2
+    with pytest.raises(tw.UnsupportedModelError, match="divided over 2 processes"):
+        model.generate(**prompt(), **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +210,7 @@ def test_a_model_on_several_devices_is_refused() -> None:
         ({"cache": "cooperative", "kv_host": 1.5}, "kv_host is 1.5"),
         ({"cache": "cooperative", "kv_host": -1}, "-1 is not a size"),
         ({"cache": "cooperative", "kv_host": "much"}, "'much' is not a size"),
+        ({"cache": "cooperative", "sp_group": "some"}, "part of every sequence"),
         ({"cache": "cooperative", "kv_split": "half"}, "'half' is not accepted"),
         ({"cache": "cooperative", "kv_recent": -1}, "out of range"),
         ({"cache": "cooperative", "prefill_chunk": 0}, "out of range"),

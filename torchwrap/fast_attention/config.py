@@ -152,6 +152,11 @@ class FastAttention(Config):
         if self.sp_group is None:
             self._without_effect(("ring",), "it says how sequences are divided over sp_group. Give that, or leave it out.")
         else:
+            if self.cache == "cooperative":
+                raise ConfigError(
+                    'cache="cooperative" and sp_group: nothing is generated from a part of every sequence', where="FastAttention.cache",
+                    fix="Leave one of them out.",
+                )  # fmt: skip
             said = "sums are not tiled where sequences are divided. Leave it out."
             self._without_effect(("tp_group", "allreduce_blocks"), said)
 
