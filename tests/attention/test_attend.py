@@ -264,3 +264,9 @@ def test_the_output_lies_in_memory_as_the_queries_do() -> None:
     for mask in (None, TileMask.causal(1, 64, 64), TileMask.window(1, 64, 64, 9), TileMask.padded([64, 7], 64, 64)):
         out, _ = Composed().forward(checked(q, k, k, mask=mask))
         assert out.transpose(1, 2).is_contiguous()
+
+
+def test_tensors_without_numbers_have_results_without_numbers() -> None:
+    q = torch.empty(2, 4, 6, 8, device="meta")
+    out, lse = attend(q, q[:, :2], q[:, :2], return_lse=True)
+    assert out.device.type == lse.device.type == "meta" and out.shape == q.shape and lse.shape == q.shape[:3]

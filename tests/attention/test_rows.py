@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -93,6 +94,12 @@ def test_rows_that_are_none_are_refused(rows: Any) -> None:
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(errors.ConfigError, match="need_rows"):
         attend(q, q, q, need_rows=rows)
+
+
+@pytest.mark.parametrize("rows", [(0, 2), range(0, 3, 2), np.array([0, 2]), [np.int64(0), 2], torch.tensor([0, -2], dtype=torch.int32)])
+def test_rows_come_in_any_form_of_integers(rows: Any) -> None:
+    q = torch.randn(1, 2, 4, 8)
+    assert torch.equal(attend(q, q, q, need_rows=rows)[1], attend(q, q, q, need_rows=[0, 2])[1])
 
 
 def test_no_rows_are_an_empty_answer() -> None:

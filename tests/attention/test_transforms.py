@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.nn import functional as F
 
@@ -86,6 +87,13 @@ def test_what_does_not_exist_is_refused_by_name(transform: Any) -> None:
     q, k, v = inputs()
     with pytest.raises(errors.UnsupportedModelError, match="derivatives"):
         transform(lambda q: attend(q, k, v).square().sum())(q)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_dual_numbers_are_refused_by_name(trains: bool) -> None:
+    q = inputs()[0].requires_grad_(trains)
+    with forward_ad.dual_level(), pytest.raises(errors.UnsupportedModelError, match="forward-mode"):
+        attend(forward_ad.make_dual(q, q.detach()), q, q)
 
 
 def test_a_wrapped_model_has_gradients_of_samples() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import torchwrap as tw
 
@@ -94,6 +95,15 @@ def test_gradients_flow_through_it() -> None:
         loss = F.scaled_dot_product_attention(q, q, q).square().sum()
     loss.backward()
     torch.testing.assert_close(q.grad, twin.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["backward", "grad"])
+def test_checkpointed_code_is_served_when_it_is_computed_again(how: str) -> None:
+    q = x(B, 4, T, E).requires_grad_()
+    with tw.fast_attention.scope() as handle:
+        loss = checkpoint(lambda q: F.scaled_dot_product_attention(q, q, q).square(), q, use_reentrant=False).sum()
+        loss.backward() if how == "backward" else torch.autograd.grad(loss, q)
+    assert sum(handle.stats()["served"].values()) == 2
 
 
 WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {

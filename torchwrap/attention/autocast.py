@@ -16,7 +16,7 @@ __all__ = ["autocast", "exact_dtypes"]
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v in the dtype of autocast where it is on; float64 stays as it is."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device):
+    if not _is_on(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
 
@@ -29,4 +29,9 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def exact_dtypes(like: Tensor) -> AbstractContextManager[object]:
     """A region in which autocast casts nothing."""
     device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _is_on(device) else nullcontext()
+
+
+def _is_on(device: str) -> bool:
+    # torch 2.13 raises for devices that have no autocast, such as "meta".
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -2,16 +2,18 @@
 
 The function is a builtin that many libraries hold under names of their own, so it is not rebound anywhere: a `TorchFunctionMode` sees the
 calls of the thread that entered it, and nothing remains when the block ends, however it ends. While a mode works it sees nothing itself,
-and torch's `multi_head_attention_forward`, which is Python and calls the function, is such work: its code is run with other names.
+and torch's functions in Python that call it are such work: their code is run with other names.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -52,10 +54,9 @@ class Diverted(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
             return self.attend(*args, **(kwargs or {}))
-        if func is F.multi_head_attention_forward:
-            # Under a mode torch takes this function and no native one in its place, and asks it for the mode once more.
-            names = {**func.__globals__, "has_torch_function": _nothing, "scaled_dot_product_attention": self.attend}
-            func = FunctionType(func.__code__, names, None, func.__defaults__, func.__closure__)
+        if func in _PYTHON:
+            with self:
+                return _not_asking(func)(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -84,7 +85,22 @@ class FunctionLayer(Layer):
 _BROADCAST = "its inputs do not have the shapes and the dtype of one attention, and torch broadcasts them", "Expand them before the call."
 
 
-def _nothing(*_: Any) -> bool:
+# Python functions of torch that ask for a mode themselves: what they call would be work of the mode, and not seen by it. Backward is
+# one, because it computes checkpointed code once more.
+_PYTHON: frozenset[Any] = frozenset({F.multi_head_attention_forward, Tensor.backward, torch.autograd.backward, torch.autograd.grad})
+
+
+@functools.cache
+def _not_asking(function: Any) -> Callable[..., Any]:
+    """The function without its question whether there is a mode."""
+    names = {name: value for name, value in function.__globals__.items() if not name.startswith("has_torch_function")}
+    asking = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    made = FunctionType(function.__code__, {**names, **dict.fromkeys(asking, _no)}, None, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _no(*_: Any) -> bool:
     return False
 
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchwrap.attention.autocast import exact_dtypes
 from torchwrap.attention.contract import Call
@@ -25,8 +26,13 @@ from torchwrap.core.errors import UnsupportedModelError
 
 __all__ = ["added", "apply", "is_mapped", "transformed"]
 
-transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
-"""Whether the code runs under `torch.func`; torch's own `autograd.Function` asks the same."""
+_in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch's own `autograd.Function` asks the same
+
+
+def transformed() -> bool:
+    """Whether the code runs under `torch.func`, or under forward-mode derivatives."""
+    return _in_functorch() or forward_ad._current_level >= 0
+
 
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
 

@@ -6,7 +6,9 @@ after the call at the cost of these rows alone.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -28,12 +30,14 @@ def row_numbers(rows: Sequence[int] | Tensor, length: int) -> list[int]:
     Raises:
         ConfigError: they are no integers, or no such rows.
     """
-    if isinstance(rows, Tensor):
-        whole = rows.dim() == 1 and not (rows.is_floating_point() or rows.is_complex() or rows.dtype == torch.bool)
-        numbers = rows.tolist() if whole else None
-    else:
-        numbers = list(rows) if isinstance(rows, Sequence) and not isinstance(rows, str) else None
-    if numbers is None or not all(isinstance(row, int) and not isinstance(row, bool) for row in numbers):
+    numbers: list[int] | None = None
+    if not isinstance(rows, Tensor):
+        with contextlib.suppress(TypeError):  # not a sequence, or not of integers
+            numbers = [operator.index(row) for row in rows if not isinstance(row, bool)]
+            numbers = numbers if len(numbers) == len(rows) else None
+    elif rows.dim() == 1 and rows.dtype != torch.bool and not (rows.is_floating_point() or rows.is_complex()):
+        numbers = rows.tolist()
+    if numbers is None:
         raise errors.ConfigError(
             f"need_rows is {rows if not isinstance(rows, Tensor) else (list(rows.shape), rows.dtype)}", where="attend",
             fix="Give the numbers of query rows: a list of integers, or an integer tensor of one dimension.",

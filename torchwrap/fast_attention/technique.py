@@ -115,7 +115,8 @@ class FastAttentionTechnique(Technique[FastAttention]):
     ) -> AbstractContextManager[Any]:
         """A block in which attention is computed here, without a model: every call of `F.scaled_dot_product_attention` by this thread.
 
-        Blocks nest, the innermost serves; an error leaves nothing behind; other threads are not touched. With a model it is
+        Blocks nest, the innermost serves; an error leaves nothing behind; other threads are not touched. What is checkpointed in a block
+        is computed again by its backward, which therefore belongs in the block as well. With a model it is
         `torchwrap.applied(model, FastAttention(...))`. Code that torch.compile compiled is compiled once more for the block.
 
         Args:
