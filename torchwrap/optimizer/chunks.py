@@ -48,6 +48,7 @@ class Update:
         scale: factor of a parked gradient (clipping), as a tensor of no dimension.
         settings: of its group, as they were when the step began.
         threads: `torch.get_num_threads()` where an ordinary optimizer would step.
+        beside: a backward runs that may still read the weight in memory: its new values wait in `values` until `land`.
     """
 
     target: Target
@@ -55,6 +56,8 @@ class Update:
     settings: Mapping[str, Any]
     threads: int
     scale: torch.Tensor | None = None
+    beside: bool = False
+    values: torch.Tensor | None = None
     drafts: dict[str, Draft] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     total: int = 0  # sum of a weight read from a file that is not ours
@@ -63,8 +66,17 @@ class Update:
     done: bool = False  # the new values are the present ones
 
     def again(self) -> Update:
-        """The same, to be carried out from its beginning."""
+        """The same, to be carried out from its beginning, when no backward runs."""
         return Update(self.target, self.gradient, self.settings, self.threads, self.scale)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def land(self) -> None:
+        """Put values that waited where they belong; the update is done, and the backward over."""
+        memory = flat_weight(self.target)
+        assert memory is not None and self.values is not None
+        memory.copy_(self.values)
+        self.values = None
 
     @property
     def gradient_nbytes(self) -> int:
@@ -112,7 +124,10 @@ class Chunks:
             )
         records = [self._store.records[target.state_name(key)] for key in target.layout]
         update.begun = bool(target.order)
-        in_store = flat_weight(target) is None
+        memory = flat_weight(target)
+        in_store = memory is None
+        if memory is not None and update.beside:
+            update.values = torch.empty_like(memory)
         geometry = self._store.records[target.weight_name]
         for record in [*records, geometry] if in_store else records:
             update.drafts[record.name] = self._store.draft(record)
@@ -196,7 +211,9 @@ class Chunks:
                 tensor[: last - first].copy_(there[name])
         self.seconds += time.monotonic() - began
         update.numbers = after
-        if memory is not None:
+        if update.values is not None:
+            update.values[first:last].copy_(weight[: last - first])
+        elif memory is not None:
             target.torn = True  # until the last chunk
             memory[first:last].copy_(weight[: last - first])
 

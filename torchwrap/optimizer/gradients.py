@@ -79,6 +79,7 @@ class Gradients:
         self._waiting: dict[int, list[Update]] = {}  # taken, by the unit that is not done yet
         self._units: dict[int, Unit] = {}
         self._parked: dict[Target, Parked] = {}
+        self._beside: list[Update] = []  # of weights in memory, whose new values wait for the end of the backward
         self._used: set[Target] = set()  # taken since the last step
         self._store: SpillStore | None = None
         self._backwards = 0  # since the last step
@@ -135,7 +136,15 @@ class Gradients:
         self._backwards += arrived
         for index in list(self._waiting):
             self._updater.submit(Job(self._units.get(index), self._waiting.pop(index)))
+        self.land()
         self._updater.wait()
+        self.land()
+
+    def land(self) -> None:
+        """Give weights in memory the new values that are ready. No backward runs."""
+        for update in [update for update in self._beside if update.done]:
+            update.land()
+            self._beside.remove(update)
 
     def _before(self, target: Target, gradient: torch.Tensor) -> None:
         """Another gradient is about to be added to a parameter's."""
@@ -229,8 +238,11 @@ class Gradients:
         gradient = target.take_gradient(known, parked=False).detach()
         update = Update(target, gradient, self.settings[target.group], torch.get_num_threads())
         self._taking = True
-        if target.unit is None or not target.away:
-            # Until the end: autograd has compared its version, and may still read it.
+        if not target.away and target.parameter.device.type == "cpu":
+            update.beside = True  # autograd has compared its version, and may still read it
+            self._beside.append(update)
+            self._updater.submit(Job(None, [update]))
+        elif target.unit is None or not target.away:
             self._waiting.setdefault(_IN_MEMORY, []).append(update)
         else:
             self._units[target.unit.index] = target.unit
@@ -347,6 +359,7 @@ class Gradients:
         self._parked.clear()
         self._used.clear()
         self._waiting.clear()
+        self._beside.clear()
         self.norms.clear()
         self.settings = None
         self._backwards = 0

@@ -52,6 +52,7 @@ class Step:
         streamed = [target for target in self._targets if target.streamed]
         self._gradients.check_untouched()
         self._settle()
+        self._gradients.land()
         self._updater.check()
         self._check_settings(groups)
         for target in streamed:
