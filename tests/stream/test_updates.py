@@ -53,8 +53,8 @@ def test_a_view_that_is_still_alive_keeps_its_memory(tmp_path: Path) -> None:
             with using(engine, other):
                 check_bound(stored, other)
             engine_state(engine)
-        for piece, view in zip(unit.pieces, views, strict=True):
-            assert view is not None and torch.equal(view, stored.values[piece.index])
+        for piece, held in zip(unit.pieces, views, strict=True):
+            assert held is not None and torch.equal(held[0], stored.values[piece.index])
         assert all(engine.held_view(piece) is None for piece in unit.pieces)
 
 
@@ -84,7 +84,7 @@ def test_an_update_keeps_readers_out_until_it_ends(tmp_path: Path, how: str) -> 
                 engine.read(unit.pieces[0])
                 seen.append("read")
 
-        engine.begin_update(unit)
+        engine.begin_update(unit.pieces)
         with using(engine, stored.units[3]):  # others are not kept out
             check_bound(stored, stored.units[3])
         thread = threading.Thread(target=reader)
@@ -93,18 +93,18 @@ def test_an_update_keeps_readers_out_until_it_ends(tmp_path: Path, how: str) -> 
         assert thread.is_alive()
         assert unit.index not in engine._fetches
         seen.append("updated")
-        engine.end_update(unit)
+        engine.end_update(unit.pieces)
         thread.join(20)
         assert seen == ["updated", "read"]
         idle(engine, stored)
 
 
-def test_an_update_waits_for_a_use_and_ends_a_hold(tmp_path: Path) -> None:
+def test_an_update_waits_for_a_use(tmp_path: Path) -> None:
     with engine_over(tmp_path, SIZES, 2) as (engine, stored):
         unit, began = stored.units[0], threading.Event()
 
         def update() -> None:
-            engine.begin_update(unit)
+            engine.begin_update(unit.pieces)
             began.set()
 
         with using(engine, unit):
@@ -113,11 +113,56 @@ def test_an_update_waits_for_a_use_and_ends_a_hold(tmp_path: Path) -> None:
             assert not began.wait(0.2)
             check_bound(stored, unit)
         assert began.wait(20)
-        engine.end_update(unit)
+        engine.end_update(unit.pieces)
+        idle(engine, stored)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_hold_outlasts_an_update_with_the_values_it_has(tmp_path: Path, slots: int) -> None:
+    with engine_over(tmp_path, SIZES, slots) as (engine, stored), engine_over(_made(tmp_path / "other"), SIZES, 2) as (_, other):
+        unit, new = stored.units[2], other.units[2]
         engine.hold(unit)
-        engine.begin_update(unit)
-        assert all(is_placeholder(data_of(piece.parameter)) for piece in unit.pieces)
-        engine.end_update(unit)
+        assert engine.outlasts_updates(unit)
+        first, *rest = unit.pieces
+        before = engine.shown_version(first)
+        for piece, replaced in zip(unit.pieces, new.pieces, strict=True):
+            engine.expect_update([piece])
+            engine.begin_update([piece])
+            piece.home, piece.checksum, piece.version = replaced.home, replaced.checksum, piece.version + 1
+            engine.end_update([piece])
+            check_bound(stored, unit)
+        held = engine.held_view(first)
+        assert held is not None and torch.equal(held[0], stored.values[first.index])
+        assert held[1] == before == engine.shown_version(first) != first.version
+        del held
+        engine.unhold(unit)
+        assert not engine.outlasts_updates(unit) and engine.shown_version(first) == first.version
+        stored.values.update({piece.index: other.values[replaced.index] for piece, replaced in zip(unit.pieces, new.pieces, strict=True)})
+        for each in (unit, *stored.units, *reversed(stored.units)):
+            with using(engine, each):
+                check_bound(stored, each)
+        idle(engine, stored)
+
+
+def test_what_will_be_updated_is_not_read_ahead(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        for _ in range(2):
+            for unit in stored.units:
+                with using(engine, unit):
+                    pass
+        first = stored.units[0]
+        for unit in stored.units[:-2]:
+            with using(engine, unit):
+                pass
+        with using(engine, stored.units[-2]):
+            engine.expect_update(first.pieces)
+            engine.begin_update(first.pieces)
+            engine.end_update(first.pieces[1:])
+        with using(engine, stored.units[-1]):
+            pass
+        assert first.index not in engine._fetches
+        engine.end_update(first.pieces)
+        assert first.index in engine._fetches
         idle(engine, stored)
 
 
@@ -128,11 +173,11 @@ def test_values_come_from_the_new_homes_after_an_update(tmp_path: Path) -> None:
             for each in stored.units:
                 with using(engine, each):
                     pass
-        engine.begin_update(unit)
+        engine.begin_update(unit.pieces)
         for piece, new in zip(unit.pieces, other.units[2].pieces, strict=True):
             piece.home, piece.checksum = new.home, new.checksum
             stored.values[piece.index] = other.values[new.index]
-        engine.end_update(unit)
+        engine.end_update(unit.pieces)
         for each in stored.units:
             with using(engine, each):
                 check_bound(stored, each)
@@ -146,7 +191,7 @@ def test_waiting_for_ever_is_an_error(tmp_path: Path, other: str) -> None:
 
         def begin() -> None:
             with suppress(errors.StorageError):
-                engine.begin_update(unit)
+                engine.begin_update(unit.pieces)
                 return
             failed.append(True)
 
@@ -154,7 +199,7 @@ def test_waiting_for_ever_is_an_error(tmp_path: Path, other: str) -> None:
             with using(engine, unit):
                 _in_thread(begin)
         else:
-            engine.begin_update(unit)
+            engine.begin_update(unit.pieces)
             begin()
         assert failed == [True]
 
@@ -180,8 +225,8 @@ def test_updates_beside_uses_and_holds(tmp_path: Path) -> None:
             for unit in reversed(stored.units):
                 if engine.hold(unit):
                     for piece in unit.pieces:
-                        view = engine.held_view(piece)
-                        assert view is None or torch.equal(view, stored.values[piece.index])
+                        held = engine.held_view(piece)
+                        assert held is None or torch.equal(held[0], stored.values[piece.index])
                 engine.unhold(unit)
 
         threads = [threading.Thread(target=guarded, args=(work,)) for work in (update, hold)]
@@ -199,10 +244,10 @@ def test_updates_beside_uses_and_holds(tmp_path: Path) -> None:
 
 
 def _update(engine: Engine, unit: Unit) -> None:
-    engine.begin_update(unit)
+    engine.begin_update(unit.pieces)
     for piece in unit.pieces:
         piece.version += 1
-    engine.end_update(unit)
+    engine.end_update(unit.pieces)
 
 
 def _in_thread(call: object) -> None:

@@ -263,12 +263,12 @@ def test_views_that_outlive_the_unit_are_not_overwritten() -> None:
     kept: list[torch.Tensor] = []
     take = handle.engine.held_view
 
-    def keep(piece: Any) -> torch.Tensor | None:
-        view = take(piece)
-        if view is not None and len(kept) < 3:
-            kept.append(view)
+    def keep(piece: Any) -> tuple[torch.Tensor, int] | None:
+        held = take(piece)
+        if held is not None and len(kept) < 3:
+            kept.append(held[0])
             names.append(piece.name)
-        return view
+        return held
 
     names: list[str] = []
     handle.engine.held_view = keep

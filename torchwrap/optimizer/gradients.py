@@ -22,7 +22,7 @@ from torchwrap.core.tensors import is_placeholder
 from torchwrap.optimizer.chunks import Parked, Update
 from torchwrap.optimizer.elementwise import settings_of
 from torchwrap.optimizer.targets import Target
-from torchwrap.optimizer.updates import Job, Updater
+from torchwrap.optimizer.updates import Job, Updater, streamed_of
 from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.backward import Run, is_nested
 from torchwrap.stream.units import Unit
@@ -120,8 +120,8 @@ class Gradients:
         """Hand over what was taken of this unit; wait if too much waits already."""
         updates = self._waiting.pop(unit.index, None)
         if updates:
-            self._updater.submit(Job(unit, updates))
-            self._updater.wait_for_room(self.timing.room)
+            self._updater.submit(Job(streamed_of(unit), updates))
+        self._updater.wait_for_room(self.timing.room)
 
     def backward_done(self, error: BaseException | None) -> None:
         """Hand over the rest, and wait. Until the step is over, some weights are those of before and some those of after."""
@@ -135,7 +135,7 @@ class Gradients:
             return  # what was taken waits for step() or rollback()
         self._backwards += arrived
         for index in list(self._waiting):
-            self._updater.submit(Job(self._units.get(index), self._waiting.pop(index)))
+            self._updater.submit(Job(streamed_of(self._units.get(index)), self._waiting.pop(index)))
         self.land()
         self._updater.wait()
         self.land()
@@ -241,12 +241,22 @@ class Gradients:
         if not target.away and target.parameter.device.type == "cpu":
             update.beside = True  # autograd has compared its version, and may still read it
             self._beside.append(update)
-            self._updater.submit(Job(None, [update]))
+            self._updater.submit(Job((), [update]))
         elif target.unit is None or not target.away:
             self._waiting.setdefault(_IN_MEMORY, []).append(update)
+        elif self._outlasts(target.unit):
+            assert target.piece is not None
+            self._updater.submit(Job((target.piece,), [update]))
         else:
             self._units[target.unit.index] = target.unit
             self._waiting.setdefault(target.unit.index, []).append(update)
+        del gradient, update  # who waits for room must not keep them
+        self._updater.wait_for_room(self.timing.room)
+
+    def _outlasts(self, unit: Unit) -> bool:
+        """Whether the rest of the unit's backward needs nothing of what an update changes."""
+        engine = self._handle.engine if self._handle is not None else None
+        return engine is not None and engine.outlasts_updates(unit)
 
     @torch.no_grad()
     def _park(self, target: Target) -> None:

@@ -315,6 +315,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             StorageError: nothing was committed, or a parameter was not trained then and is now.
         """
         self._check_usable()
+        if self._handle is not None:
+            self._handle.backward.settle()
         self._works.updater.wait()
         self._works.updater.take_unfinished()
         with nullcontext() if self._handle is None else self._handle.lock:

@@ -16,7 +16,7 @@ from torchwrap.optimizer.chunks import Update
 from torchwrap.optimizer.elementwise import settings_of
 from torchwrap.optimizer.gradients import Gradients
 from torchwrap.optimizer.targets import Target
-from torchwrap.optimizer.updates import Job, Updater
+from torchwrap.optimizer.updates import Job, Updater, streamed_of
 
 __all__ = ["Step"]
 
@@ -76,7 +76,8 @@ class Step:
         jobs: dict[int | None, Job] = {}
         for update in updates:
             unit = update.target.unit if update.target.away else None
-            jobs.setdefault(None if unit is None else unit.index, Job(unit, [])).updates.append(update)
+            job = jobs.setdefault(None if unit is None else unit.index, Job(streamed_of(unit), []))
+            job.updates.append(update)
         if updates:
             self._gradients.refuse_calls()
         self._handed += updates

@@ -2,7 +2,7 @@
 
 For each chunk three things happen, and three chunks are under way at once: the next is read, one is updated, the one before is written. The
 reads are a `Reader`'s, the writes have a thread of their own, the update is the optimizer class of the user (see chunks.py). So memory is
-three chunks of every stream, whatever the size of the model. A unit is withheld from forward and backward from its first chunk to its last.
+three chunks of every stream, whatever the size of the model. A weight is withheld from who would read it from its first chunk to its last.
 
 Sources: Liao et al., "Adding NVMe SSDs to Enable and Accelerate 100B Model Fine-tuning on a Single GPU", 2024, section 4 (a synchronous
 optimizer on the disk, overlapped with backward, reading, updating and writing at the same time). Where we differ: chunks instead of
@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -23,19 +23,18 @@ from torchwrap.core import errors
 from torchwrap.optimizer.chunks import Chunk, Chunks, Update
 from torchwrap.storage.pool import Buffer
 from torchwrap.stream.engine import Engine
-from torchwrap.stream.units import Unit
+from torchwrap.stream.units import Piece, Unit
 from torchwrap.weights.training import IN_FLIGHT
 
-__all__ = ["Job", "Updater"]
+__all__ = ["Job", "Updater", "streamed_of"]
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """Updates that withhold one unit; `unit` is `None` if none of them is streamed."""
+    """Updates that withhold `pieces`; those are none if the weights are in memory."""
 
-    unit: Unit | None
+    pieces: Sequence[Piece]
     updates: list[Update]
-    withheld: bool = False
     failed: bool = False
 
 
@@ -88,6 +87,8 @@ class Updater:
                 return
             self._pending += len(job.updates)
             self._bytes += sum(update.gradient_nbytes for update in job.updates)
+            if self._engine is not None:
+                self._engine.expect_update(job.pieces)
             self._jobs.append(job)
             if not self._threads:
                 for work, name in ((self._work, "torchwrap-update"), (self._write_all, "torchwrap-write")):
@@ -183,16 +184,13 @@ class Updater:
             self._update(ahead.popleft())
 
     def _withhold(self, job: Job, ahead: deque[_Step]) -> None:
-        if self._engine is None or job.unit is None:
+        if self._engine is None or not job.pieces:
             return
-        mine = {piece.index for piece in job.unit.pieces}
-        others = [step.job.unit for step in ahead if step.job.unit is not None]
-        if any(piece.index in mine for unit in others for piece in unit.pieces):
+        mine = {piece.index for piece in job.pieces}
+        if any(piece.index in mine for step in ahead for piece in step.job.pieces):
             while ahead:  # a tied weight is still withheld by the job before, which waits for us
                 self._update(ahead.popleft())
-        self._engine.begin_update(job.unit)
-        with self._changed:
-            job.withheld = True
+        self._engine.begin_update(job.pieces)
 
     def _read(self, job: Job, update: Update, index: int) -> _Step:
         step = _Step(job, Chunk(update, index, self._take_buffers()))
@@ -264,9 +262,9 @@ class Updater:
 
     def _let_go(self, job: Job) -> None:
         with self._changed:
-            withheld, job.withheld = job.withheld, False
-        if withheld and self._engine is not None and job.unit is not None:
-            self._engine.end_update(job.unit)
+            pieces, job.pieces = job.pieces, ()
+        if pieces and self._engine is not None:
+            self._engine.end_update(pieces)
 
     def _fail(self, job: Job, error: BaseException, update: Update | None) -> None:
         """Keep the error for the trainer; nothing that was queued is begun any more."""
@@ -278,8 +276,9 @@ class Updater:
             for each in failed:
                 each.failed = True
                 self.unfinished += each.updates
-        with suppress(errors.TorchwrapError):
-            self._let_go(job)
+        for each in (job, *failed):
+            with suppress(errors.TorchwrapError):
+                self._let_go(each)
         with self._changed:
             self._pending -= sum(len(each.updates) for each in failed)
             self._bytes -= sum(left.gradient_nbytes for each in failed for left in each.updates)
@@ -301,6 +300,11 @@ class Updater:
             self._alive -= 1
             self._free.append(chunk.buffers)
             self._changed.notify_all()
+
+
+def streamed_of(unit: Unit | None) -> list[Piece]:
+    """What an update of the unit withholds."""
+    return [] if unit is None else [piece for piece in unit.pieces if not piece.resident]
 
 
 def _typed(error: BaseException, update: Update | None) -> errors.TorchwrapError:

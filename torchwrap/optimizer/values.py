@@ -100,8 +100,9 @@ class Values:
         record = self._store.records[target.weight_name]
         memory = flat_weight(target)
         engine = self._handle.engine if self._handle is not None else None
-        if engine is not None and target.unit is not None and target.away:
-            engine.begin_update(target.unit)
+        withheld = (target.piece,) if engine is not None and target.piece is not None and target.away else ()
+        if engine is not None and withheld:
+            engine.begin_update(withheld)
         try:
             if memory is not None:
                 memory.copy_(self._store.get(record.name).view(-1))
@@ -109,8 +110,8 @@ class Values:
                 version = record.whole()
                 self.landed(target, Home(self._store.file, record.name, record.offset(version.half), record.nbytes))
         finally:
-            if engine is not None and target.unit is not None and target.away:
-                engine.end_update(target.unit)
+            if engine is not None and withheld:
+                engine.end_update(withheld)
         target.changed = True
         self._saved[record.name] = self._version(target)
 

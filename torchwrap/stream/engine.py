@@ -221,35 +221,52 @@ class Engine(Window):
 
     # -- updates -------------------------------------------------------------------------------------------------------------------
 
-    def begin_update(self, unit: Unit) -> None:
-        """From now on nothing reads the unit's streamed pieces, so that their stored values may be replaced; any thread may call it.
+    def expect_update(self, pieces: Sequence[Piece]) -> None:
+        """Updates of these pieces will begin soon: until they have ended, nothing is read ahead that would have to be given up then."""
+        with self.state:
+            self._due |= {piece.index for piece in pieces}
 
-        Waits until no forward uses them; what was read ahead is given up. `end_update` must follow.
+    def begin_update(self, pieces: Sequence[Piece]) -> None:
+        """From now on nothing reads these pieces, so that their stored values may be replaced; any thread may call it.
+
+        Waits until no forward uses them; what was read ahead is given up. A backward that holds them goes on with the values it has, and
+        its slot is free afterwards. `end_update` must follow.
 
         Raises:
             StorageError: a use did not end in time.
         """
-        mine = {piece.index for piece in unit.pieces if not piece.resident}
+        mine = {piece.index for piece in pieces}
+        name = pieces[0].name
         with self.state:
             self._await(
-                lambda: not mine & self._updating and not any(fetch.users for fetch in self._over(mine)), f"a use of {unit.name}", unit.name
+                lambda: not mine & self._updating and not any(fetch.users for fetch in self._over(mine)), f"a use of {name}", name
             )
-            over = self._over(mine)
-            self._end_holds(over)
-            for fetch in over:
-                self._discard(fetch)
+            for fetch in self._over(mine):
+                if fetch.held:
+                    fetch.outdated = True
+                else:
+                    self._discard(fetch)
             self._updating |= mine
 
-    def end_update(self, unit: Unit) -> None:
-        """The unit's pieces may be read again, from the homes they have now; any thread may call it."""
-        mine = {piece.index for piece in unit.pieces if not piece.resident}
+    def end_update(self, pieces: Sequence[Piece]) -> None:
+        """The pieces may be read again, from the homes they have now; any thread may call it, also for an update that did not begin."""
+        mine = {piece.index for piece in pieces}
         with self.state:
             self._updating -= mine
+            self._due -= mine
             for other in self.units:
-                if any(piece.index in mine for piece in other.pieces):
-                    self._layouts.pop(other.index, None)
+                fetch = self._fetches.get(other.index)
+                if any(piece.index in mine for piece in other.pieces) and not (fetch is not None and fetch.outdated):
+                    self._layouts.pop(other.index, None)  # that of a slot in use goes with it
             self._guess()
             self.state.notify_all()
+
+    def outlasts_updates(self, unit: Unit) -> bool:
+        """Whether a backward holds the unit, with nothing inside it that could want the slot: it can do without the stored values then."""
+        with self.state:
+            fetch = self._fetches.get(unit.index)
+            whole = fetch is not None and fetch.held and fetch.rows is None
+            return whole and unit.kind == "block" and unit.index not in self._parents
 
     @contextmanager
     def unchanging(self, piece: Piece) -> Iterator[None]:
@@ -342,6 +359,7 @@ class Engine(Window):
         self._lock, self.turns = threading.RLock(), None
         self.state = threading.Condition(threading.RLock())
         self._updating.clear()
+        self._due.clear()
         for fetch in self._fetches.values():
             if fetch.bound:  # by a thread of the parent
                 self._hide(fetch.unit)

@@ -38,8 +38,10 @@ class Fetch:
         references: tensors over the slot's memory when the parameters had just been shown.
         rows: experts present, by group; None: all of the unit's bytes are (see routed.py).
         marked: experts that are not present begin with NaN.
+        outdated: stored values of some of its pieces were replaced while it was held; the backward goes on with those it has.
         spoiled: the slot must not be used again as it is: a read into it while the unit was in use did not end well, or its module wrote.
         versions: of the parameters when they had just been shown, in the order of the layout's places.
+        stored: versions of the pieces when they had just been shown, by index.
     """
 
     __slots__ = (
@@ -47,10 +49,12 @@ class Fetch:
         "held",
         "lent",
         "marked",
+        "outdated",
         "references",
         "rows",
         "slot",
         "spoiled",
+        "stored",
         "ticket",
         "unit",
         "uploaded",
@@ -67,9 +71,11 @@ class Fetch:
         self.lent: bool = False
         self.rows: dict[int, set[int]] | None = None
         self.marked: bool = False
+        self.outdated: bool = False
         self.spoiled: bool = False
         self.references: int = 0
         self.versions: list[int] = []
+        self.stored: dict[int, int] = {}
         self.uploaded: threading.Event | None = None
         self.error: BaseException | None = None
 
@@ -246,6 +252,8 @@ class Slots:
         self._free.append(fetch.slot)
         if self.timeline is not None:
             self.timeline.present(-sum(piece.nbytes for piece, _ in self.layout(fetch.unit).places))
+        if fetch.outdated:
+            self._layouts.pop(fetch.unit.index, None)
 
     def _discard(self, fetch: Fetch) -> None:
         """Give up a fetch that may still be running: its slot is free only when nothing writes into it any more."""
@@ -272,8 +280,8 @@ class Slots:
 
     # -- looking in ----------------------------------------------------------------------------------------------------------------
 
-    def held_view(self, piece: Piece) -> torch.Tensor | None:
-        """The piece in the slot of a unit that a backward holds, or None. Whoever keeps it keeps the slot's memory."""
+    def held_view(self, piece: Piece) -> tuple[torch.Tensor, int] | None:
+        """The piece in the slot of a unit that a backward holds, and its version there, or None. Whoever keeps it keeps the slot's memory."""
         with self.state:
             for fetch in self._fetches.values():
                 if fetch.held:
@@ -281,8 +289,14 @@ class Slots:
                         if present is piece:
                             fetch.lent = True
                             self.arena.before_compute(fetch.slot)  # whatever stream the caller computes on
-                            return view.detach()
+                            return view.detach(), fetch.stored[piece.index]
         return None
+
+    def shown_version(self, piece: Piece) -> int:
+        """Version of the values that the piece's parameter shows, or will show when it is present."""
+        with self.state:
+            outdated = [fetch.stored[piece.index] for fetch in self._fetches.values() if fetch.outdated and piece.index in fetch.stored]
+            return outdated[0] if outdated else piece.version
 
     def piece_at(self, tensor: torch.Tensor) -> tuple[Piece, int] | None:
         """(piece, bytes into it) if the tensor lies in a slot that holds a unit in use, or in a piece that came to stay; else None."""

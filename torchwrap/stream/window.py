@@ -56,6 +56,7 @@ class Window(RoutedSlots):
         self._parents = {unit.parent for unit in self.units if unit.parent is not None}
         self._making_room = False
         self._updating: set[int] = set()  # indices of pieces whose stored values are being replaced
+        self._due: set[int] = set()  # of those that will be, soon
 
     # -- one use -------------------------------------------------------------------------------------------------------------------
 
@@ -88,6 +89,7 @@ class Window(RoutedSlots):
             raise
         fetch.users = 1
         fetch.versions = [version_of(piece.parameter) for piece, _ in self.layout(unit).places]
+        fetch.stored = {piece.index: piece.version for piece, _ in self.layout(unit).places}
         fetch.references = references(fetch.slot.device)
 
     def _hide(self, unit: Unit) -> None:
@@ -114,6 +116,8 @@ class Window(RoutedSlots):
             self._discard(fetch)
         elif alive:
             self._give_away(fetch)
+        elif fetch.outdated:
+            self._drop(fetch)
         self._finished.append(fetch)
         if not self.batches.ended():
             return False
@@ -161,7 +165,7 @@ class Window(RoutedSlots):
         kept = int(any(fetch.unit.index in self._parents for fetch in in_use) and len(in_use) == 1)
         for index in wanted:
             unit = self.units[index]
-            if index in self._fetches or self._updated_now(unit.pieces) or not self.layout(unit).places:
+            if index in self._fetches or self._updated_soon(unit.pieces) or not self.layout(unit).places:
                 continue
             held = sum(1 for fetch in self._fetches.values() if fetch.bound or fetch.unit.index in wanted)
             slot = self._free_slot(spare=set(wanted)) if self.plan.slots - held > kept else None
@@ -192,3 +196,6 @@ class Window(RoutedSlots):
 
     def _updated_now(self, pieces: Iterable[Piece]) -> bool:
         return bool(self._updating) and any(piece.index in self._updating for piece in pieces)
+
+    def _updated_soon(self, pieces: Iterable[Piece]) -> bool:
+        return any(piece.index in self._updating or piece.index in self._due for piece in pieces)

@@ -50,22 +50,27 @@ class _Weight:
         self.handle, self.piece, self.dtype, self.cast = handle, piece, tensor.dtype, cast
         self.offset, self.size, self.stride = offset // tensor.element_size(), tensor.size(), tensor.stride()
         self.conjugate, self.negative = tensor.is_conj(), tensor.is_neg()
-        self.versions = _versions(piece)
+        version = piece.version if handle.engine is None else handle.engine.shown_version(piece)
+        self.versions = (version, piece.parameter._version)  # raised by stored and by ordinary writes
 
     def restore(self) -> torch.Tensor:
-        whole = self._whole().reshape(-1)
-        if _versions(self.piece) != self.versions:  # looked at after reading: an update under way was waited for
+        whole, version = self._whole()
+        whole = whole.reshape(-1)
+        if (version, self.piece.parameter._version) != self.versions:
             raise modified(f"{self.piece.name}, a weight of type {self.piece.dtype} and shape {list(self.piece.shape)},")
         whole = whole.to(self.dtype) if self.cast else whole.view(self.dtype)
         tensor = whole.as_strided(self.size, self.stride, whole.storage_offset() + self.offset)
         tensor = torch._conj(tensor) if self.conjugate else tensor
         return torch._neg_view(tensor) if self.negative else tensor
 
-    def _whole(self) -> torch.Tensor:
+    def _whole(self) -> tuple[torch.Tensor, int]:
         engine = self.handle.engine
         # In grad mode (create_graph) what is returned may live as long as the new graph.
-        view = engine.held_view(self.piece) if engine is not None and not torch.is_grad_enabled() else None
-        return self.handle.value(self.piece) if view is None else view
+        held = engine.held_view(self.piece) if engine is not None and not torch.is_grad_enabled() else None
+        if held is not None:
+            return held
+        value = self.handle.value(self.piece)
+        return value, self.piece.version  # looked at after reading: an update under way was waited for
 
 
 class _Passed:
@@ -118,11 +123,6 @@ class _Pack:
 
 def _same_bits(cast: torch.Tensor, weight: torch.Tensor) -> bool:
     return torch.equal(cast.view(torch.uint8), weight.to(cast.dtype).view(torch.uint8))
-
-
-def _versions(piece: Piece) -> tuple[int, int]:
-    """Raised by stored and by ordinary writes."""
-    return piece.version, piece.parameter._version
 
 
 def _unpack(packed: _Weight | Kept | _Passed) -> torch.Tensor:

@@ -116,8 +116,8 @@ class TiledLayer(WeightsLayer):
     def _tile(self, engine: Engine, tile: Piece) -> torch.Tensor:
         if tile.resident:
             return data_of(tile.parameter)
-        view = engine.held_view(tile)
-        return engine.read(tile).to(self.handle.device) if view is None else view
+        held = engine.held_view(tile)
+        return engine.read(tile).to(self.handle.device) if held is None else held[0]
 
 
 class _Product(torch.autograd.Function):

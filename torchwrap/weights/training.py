@@ -148,13 +148,18 @@ def head_bytes(units: Iterable[Unit], pieces: Iterable[Piece]) -> int:
 
 
 def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int, resident: Collection[int]) -> int:
-    """Gradients present at once while updates run during backward: `room` that may wait, a unit's, and those of weights that stay.
+    """Gradients present at once while updates run during backward: `room` that may wait, the next ones, and one for each weight that stays.
 
-    A weight in memory is updated in place, so its gradient waits for the end of the backward, which may still read it.
+    The next is that of one weight of a block; those of a unit with others inside are handed over together. The backward may still read a
+    weight in memory, so its new values, which take the place of the gradient, wait for the end.
     """
     units = list(units)
+    around = {unit.parent for unit in units}
+    singly = [unit for unit in units if unit.kind == "block" and unit.index not in around]
+    together = [unit for unit in units if unit.kind != "block" or unit.index in around]
+    following = max(_largest(together), max((p.nbytes for unit in singly for p in unit.pieces if p.parameter.requires_grad), default=0))
     streamed = {piece.index for unit in units for piece in unit.pieces} - set(resident)
-    return room + _largest(units) + sum(piece.nbytes for piece in pieces if piece.index not in streamed and piece.parameter.requires_grad)
+    return room + following + sum(piece.nbytes for piece in pieces if piece.index not in streamed and piece.parameter.requires_grad)
 
 
 def room_for(units: Iterable[Unit], chunk: int) -> int:
