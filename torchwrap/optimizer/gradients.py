@@ -1,9 +1,9 @@
 """Watching gradients become complete, and taking them out of the way.
 
-A gradient is complete when autograd has accumulated it, and may be used once nothing of this backward needs the old weight any more: when
-its unit is done. It is then handed to the worker at once (*taken*), or put on the disk until the step (*parked*: clipping and several
-backwards per step need all of them first), or left where it is. What is taken or parked leaves a stand-in behind (see standin.py), so that
-code which expects gradients to wait for `step()` fails loudly; clipping by total norm works on what is parked.
+A gradient is complete when autograd has accumulated it. It is then handed to the worker (*taken*; handover.py says when the update may
+begin), or put on the disk until the step (*parked*: clipping and several backwards per step need all of them first), or left where it is.
+What is taken or parked leaves a stand-in behind (see standin.py), so that code which expects gradients to wait for `step()` fails loudly;
+clipping by total norm works on what is parked.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from torchwrap.core import errors
 from torchwrap.core.tensors import is_placeholder
 from torchwrap.optimizer.chunks import Parked, Update
 from torchwrap.optimizer.elementwise import settings_of
+from torchwrap.optimizer.handover import Handover
 from torchwrap.optimizer.targets import Target
-from torchwrap.optimizer.updates import Job, Updater, streamed_of
+from torchwrap.optimizer.updates import Updater
 from torchwrap.storage.spill import SpillStore
 from torchwrap.stream.backward import Run, is_nested
 from torchwrap.stream.units import Unit
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
 
 __all__ = ["Gradients", "Timing"]
-
-_IN_MEMORY = -1  # in place of a unit's index
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +66,7 @@ class Gradients:
     Attributes:
         timing: may be replaced between two steps.
         norms: of parked gradients.
+        handover: of what is taken.
         settings: of all groups when the first gradient was taken, `None` before.
     """
 
@@ -75,11 +75,9 @@ class Gradients:
     ) -> None:
         self._groups, self._handle, self._updater = groups, handle, updater
         self.timing: Timing = timing
+        self.handover: Handover = Handover(updater, handle.engine if handle is not None else None)
         self._hooks: dict[Target, list[Any]] = {}
-        self._waiting: dict[int, list[Update]] = {}  # taken, by the unit that is not done yet
-        self._units: dict[int, Unit] = {}
         self._parked: dict[Target, Parked] = {}
-        self._beside: list[Update] = []  # of weights in memory, whose new values wait for the end of the backward
         self._used: set[Target] = set()  # taken since the last step
         self._store: SpillStore | None = None
         self._backwards = 0  # since the last step
@@ -118,9 +116,7 @@ class Gradients:
 
     def unit_done(self, unit: Unit) -> None:
         """Hand over what was taken of this unit; wait if too much waits already."""
-        updates = self._waiting.pop(unit.index, None)
-        if updates:
-            self._updater.submit(Job(streamed_of(unit), updates))
+        self.handover.unit_done(unit.index)
         self._updater.wait_for_room(self.timing.room)
 
     def backward_done(self, error: BaseException | None) -> None:
@@ -134,17 +130,7 @@ class Gradients:
         if error is not None:
             return  # what was taken waits for step() or rollback()
         self._backwards += arrived
-        for index in list(self._waiting):
-            self._updater.submit(Job(streamed_of(self._units.get(index)), self._waiting.pop(index)))
-        self.land()
-        self._updater.wait()
-        self.land()
-
-    def land(self) -> None:
-        """Give weights in memory the new values that are ready. No backward runs."""
-        for update in [update for update in self._beside if update.done]:
-            update.land()
-            self._beside.remove(update)
+        self.handover.backward_over()
 
     def _before(self, target: Target, gradient: torch.Tensor) -> None:
         """Another gradient is about to be added to a parameter's."""
@@ -236,27 +222,10 @@ class Gradients:
         self._used.add(target)
         known = target.gradient_norm() if self.timing.norms else None
         gradient = target.take_gradient(known, parked=False).detach()
-        update = Update(target, gradient, self.settings[target.group], torch.get_num_threads())
         self._taking = True
-        if not target.away and target.parameter.device.type == "cpu":
-            update.beside = True  # autograd has compared its version, and may still read it
-            self._beside.append(update)
-            self._updater.submit(Job((), [update]))
-        elif target.unit is None or not target.away:
-            self._waiting.setdefault(_IN_MEMORY, []).append(update)
-        elif self._outlasts(target.unit):
-            assert target.piece is not None
-            self._updater.submit(Job((target.piece,), [update]))
-        else:
-            self._units[target.unit.index] = target.unit
-            self._waiting.setdefault(target.unit.index, []).append(update)
-        del gradient, update  # who waits for room must not keep them
+        self.handover.give(Update(target, gradient, self.settings[target.group], torch.get_num_threads()))
+        del gradient  # it is not kept while others wait for room
         self._updater.wait_for_room(self.timing.room)
-
-    def _outlasts(self, unit: Unit) -> bool:
-        """Whether the rest of the unit's backward needs nothing of what an update changes."""
-        engine = self._handle.engine if self._handle is not None else None
-        return engine is not None and engine.outlasts_updates(unit)
 
     @torch.no_grad()
     def _park(self, target: Target) -> None:
@@ -349,8 +318,7 @@ class Gradients:
 
     def collect(self, targets: Sequence[Target], scale: torch.Tensor | None) -> list[Update]:
         """What is left to do of a step: taken and not handed over, parked, and everything still in `param.grad`."""
-        found = [update for updates in self._waiting.values() for update in updates]
-        self._waiting.clear()
+        found = self.handover.take_back()
         settings, threads = [settings_of(group) for group in self._groups()], torch.get_num_threads()
         for target in targets:
             parked = self._parked.get(target)
@@ -368,8 +336,7 @@ class Gradients:
                 self._store.remove(target.name)
         self._parked.clear()
         self._used.clear()
-        self._waiting.clear()
-        self._beside.clear()
+        self.handover.clear()
         self.norms.clear()
         self.settings = None
         self._backwards = 0

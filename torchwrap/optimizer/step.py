@@ -15,8 +15,9 @@ from torchwrap.core import errors
 from torchwrap.optimizer.chunks import Update
 from torchwrap.optimizer.elementwise import settings_of
 from torchwrap.optimizer.gradients import Gradients
+from torchwrap.optimizer.handover import streamed_of
 from torchwrap.optimizer.targets import Target
-from torchwrap.optimizer.updates import Job, Updater, streamed_of
+from torchwrap.optimizer.updates import Job, Updater
 
 __all__ = ["Step"]
 
@@ -52,7 +53,7 @@ class Step:
         streamed = [target for target in self._targets if target.streamed]
         self._gradients.check_untouched()
         self._settle()
-        self._gradients.land()
+        self._gradients.handover.land()
         self._updater.check()
         self._check_settings(groups)
         for target in streamed:

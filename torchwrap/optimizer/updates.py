@@ -23,10 +23,10 @@ from torchwrap.core import errors
 from torchwrap.optimizer.chunks import Chunk, Chunks, Update
 from torchwrap.storage.pool import Buffer
 from torchwrap.stream.engine import Engine
-from torchwrap.stream.units import Piece, Unit
+from torchwrap.stream.units import Piece
 from torchwrap.weights.training import IN_FLIGHT
 
-__all__ = ["Job", "Updater", "streamed_of"]
+__all__ = ["Job", "Updater"]
 
 
 @dataclass(eq=False, slots=True)
@@ -300,11 +300,6 @@ class Updater:
             self._alive -= 1
             self._free.append(chunk.buffers)
             self._changed.notify_all()
-
-
-def streamed_of(unit: Unit | None) -> list[Piece]:
-    """What an update of the unit withholds."""
-    return [] if unit is None else [piece for piece in unit.pieces if not piece.resident]
 
 
 def _typed(error: BaseException, update: Update | None) -> errors.TorchwrapError:

@@ -238,9 +238,7 @@ class Engine(Window):
         mine = {piece.index for piece in pieces}
         name = pieces[0].name
         with self.state:
-            self._await(
-                lambda: not mine & self._updating and not any(fetch.users for fetch in self._over(mine)), f"a use of {name}", name
-            )
+            self._await(lambda: not mine & self._updating and not any(fetch.users for fetch in self._over(mine)), f"a use of {name}", name)
             for fetch in self._over(mine):
                 if fetch.held:
                     fetch.outdated = True

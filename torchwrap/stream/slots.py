@@ -223,11 +223,12 @@ class Slots:
         """
         unit = fetch.unit
         shown = list(zip((piece for piece, _ in self.layout(unit).places), self._views(unit, fetch.slot), fetch.versions, strict=True))
-        if (found := next(written(shown), None)) is None and training is not None and (unit.index, training) not in self._compared:
+        untried = training is not None and (unit.index, training) not in self._compared and not fetch.outdated
+        if (found := next(written(shown), None)) is None and untried:
             if self._verify and not self.arena.separate:
                 late = self._late(fetch)
                 found = next(changed_bytes(each for each in shown if each[0].index not in late), None)
-            if found is None:
+            if found is None and training is not None:
                 self._compared.add((unit.index, training))
         fetch.spoiled = fetch.spoiled or found is not None
         return found
@@ -281,7 +282,10 @@ class Slots:
     # -- looking in ----------------------------------------------------------------------------------------------------------------
 
     def held_view(self, piece: Piece) -> tuple[torch.Tensor, int] | None:
-        """The piece in the slot of a unit that a backward holds, and its version there, or None. Whoever keeps it keeps the slot's memory."""
+        """The piece in the slot of a unit that a backward holds, and its version there, or None.
+
+        Whoever keeps it keeps the slot's memory.
+        """
         with self.state:
             for fetch in self._fetches.values():
                 if fetch.held:

@@ -1,0 +1,198 @@
+"""Updates that run while backward still needs the old weights: what backward reads is old, what comes out is as in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import torchwrap as tw
+from tests.optimizer.optimizing import differences, loss_of, pair, trained
+from tests.optimizer.test_rules import Broken
+from torchwrap import OffloadedOptimizer
+from torchwrap.storage.backend import Backend
+
+ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": 65536}
+
+
+class _Here(torch.autograd.Function):
+    """Nothing, but for a call when backward comes by."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, call: Callable[[], object]) -> torch.Tensor:
+        ctx.call = call
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.call()
+        return gradients[0], None
+
+
+class _Twice(nn.Module):
+    """Its backward reads the weight, as a constant, when the weight's gradient is complete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(96, 96), nn.Linear(96, 96, bias=False)
+        self.passing: Callable[[], object] = int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.linear(self.first(x), self.weight.weight.detach()).tanh()
+        return x + self.weight(_Here.apply(y, lambda: self.passing()))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Stack(nn.Module):
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.blocks, self.recompute = nn.ModuleList(_Twice() for _ in range(3)), recompute
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+        return x
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_block_goes_on_with_a_weight_that_was_updated_meanwhile(recompute: bool, k: int) -> None:
+    torch.manual_seed(0)
+    plain, model = _Stack(recompute).train(), _Stack(recompute).train()
+    model.load_state_dict(plain.state_dict())
+    tw.offload(model, params="disk", units=("blocks.0", "blocks.1", "blocks.2"), k=k)
+    handle = tw.handle_of(model, "offload")
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, chunk=4096)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    updated: list[int] = []
+
+    def waiting(block: Any) -> Callable[[], None]:
+        piece = handle.piece_of(block.weight.weight)
+        assert piece is not None
+
+        def wait() -> None:
+            before = handle.engine.shown_version(piece)
+            optimizer._works.updater.wait()
+            updated.append(piece.version - before)
+
+        return wait
+
+    for block in model.blocks:
+        block.passing = waiting(block)  # type: ignore[assignment]
+    for step in range(3):
+        for net, opt in ((model, optimizer), (plain, reference)):
+            opt.zero_grad()
+            net(torch.randn(8, 96, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            opt.step()
+    assert updated == [1] * 9
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_the_state_of_a_model_in_memory_is_updated_beside_its_backward() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 512), nn.Linear(512, 64))
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, chunk=65536)
+    old, seen = model[1].weight.detach().clone(), []
+
+    def look(_: torch.Tensor) -> None:
+        optimizer._works.updater.wait()
+        seen.append(("1.weight:state:momentum_buffer" in optimizer._works.store.file.segments, torch.equal(model[1].weight, old)))
+
+    model[0].weight.register_post_accumulate_grad_hook(look)
+    model(torch.randn(32, 64)).square().mean().backward()
+    assert seen == [(True, True)]
+    assert not torch.equal(model[1].weight, old)  # the backward is over
+    optimizer.step()
+
+
+@pytest.mark.parametrize("offload", [{"params": "disk"}, {"device_memory": 2_000_000}, None], ids=["disk", "half", "in-memory"])
+@pytest.mark.parametrize("writes", [1, 12, 40])
+def test_an_update_that_fails_beside_backward_is_finished_by_the_step(tmp_path: Path, offload: dict[str, Any] | None, writes: int) -> None:
+    plain, model = pair(offload=offload) if offload is not None else (pair()[0], pair()[0])
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    assert trained(model, optimizer, range(1)) == trained(plain, reference, range(1))
+    optimizer.commit()
+    disk = optimizer._works.store._disk.backend = Broken()
+    disk.left = writes
+    for net, opt in ((plain, reference), (model, optimizer)):
+        opt.zero_grad()
+        loss_of(net, 100).backward()
+    with pytest.raises(tw.StorageError):
+        optimizer.step()
+    with pytest.raises(tw.ConflictError):
+        optimizer.zero_grad()
+    disk.left = None
+    optimizer.step()
+    reference.step()
+    assert differences(plain, reference, model, optimizer) == []
+    assert trained(model, optimizer, range(2, 4)) == trained(plain, reference, range(2, 4))
+
+
+@pytest.mark.parametrize("way_out", ["step", "rollback"])
+@pytest.mark.parametrize("offload", [{"params": "disk"}, {"device_memory": 2_000_000}, None], ids=["disk", "half", "in-memory"])
+def test_after_a_backward_that_raised_the_step_has_what_it_brought(tmp_path: Path, offload: dict[str, Any] | None, way_out: str) -> None:
+    plain, model = pair(offload=offload) if offload is not None else (pair()[0], pair()[0])
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    trained(model, optimizer, range(1))
+    trained(plain, reference, range(1))
+    optimizer.commit()
+
+    def refuse(_: torch.Tensor) -> None:
+        raise KeyError("no further")
+
+    for net, opt in ((plain, reference), (model, optimizer)):
+        opt.zero_grad()
+        hook = net.get_parameter("blocks.1.up.weight").register_post_accumulate_grad_hook(refuse)
+        with pytest.raises(KeyError, match="no further"):
+            loss_of(net, 100).backward()
+        hook.remove()
+    if way_out == "step":
+        optimizer.step()
+        reference.step()
+    else:
+        optimizer.rollback()
+        reference.zero_grad()
+    assert differences(plain, reference, model, optimizer) == []
+    assert trained(model, optimizer, range(2, 4)) == trained(plain, reference, range(2, 4))
+    assert differences(plain, reference, model, optimizer) == []
+
+
+class _Slow(Backend):
+    """Lets no write through until it is told to."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def pwrite(self, fd: int, source: memoryview, offset: int) -> int:
+        self.go.wait(20)
+        return super().pwrite(fd, source, offset)
+
+
+@pytest.mark.parametrize("offload", [{"params": "disk"}, None], ids=["disk", "in-memory"])
+def test_backward_waits_for_a_slow_disk_before_more_gradients_wait_than_there_is_room_for(offload: dict[str, Any] | None) -> None:
+    _, model = pair(offload=offload, width=257) if offload is not None else (None, pair(width=257)[0])
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, chunk=65536)
+    disk = optimizer._works.store._disk.backend = _Slow()
+    updater, room, most = optimizer._works.updater, optimizer._works.gradients.timing.room, 0
+    wait = updater.wait_for_room
+
+    def watched(nbytes: int) -> None:
+        nonlocal most
+        most = max(most, updater._bytes)
+        if updater._bytes > nbytes:
+            disk.go.set()
+        wait(nbytes)
+
+    updater.wait_for_room = watched  # type: ignore[method-assign]
+    loss_of(model, 0).backward()
+    disk.go.set()
+    optimizer.step()
+    largest = max(parameter.numel() * 4 for parameter in model.parameters())
+    assert room < most <= room + largest
