@@ -1,14 +1,18 @@
-"""Several processes on this machine that do one thing together, each saving what it got: `python tests/attention/processes.py` in each.
+"""Several processes on this machine that do one thing together, each saving what it got: `python tests/attention/processes.py` makes them.
 
-One start of Python for each process serves all cases of a file, because starting costs more than everything the cases compute.
+One start of Python serves all processes of a file, which are forks of it, and all its cases: importing costs more than everything that
+the cases compute.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,44 +20,62 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def together(size: int, cases: str, folder: Path, *, timeout_s: float = 120.0) -> list[dict[str, Any]]:
+def together(sizes: Sequence[int], cases: str, folder: Path, *, timeout_s: float = 180.0) -> dict[int, list[dict[str, Any]]]:
     """What the functions return that `cases_of(size)` of the module `cases` names, each called with (rank, size) in each process.
 
     A case that raises returns its exception.
+
+    Returns:
+        by number of processes: a dictionary for each process.
     """
     import torch
 
     environment = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    running = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(size), cases, str(folder)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(size)
-    ]
+    command = [sys.executable, __file__, cases, str(folder), *map(str, sizes)]
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        for process in running:
-            _, said = process.communicate(timeout=timeout_s)
-            assert process.returncode == 0, said[-4000:]
+        _, said = running.communicate(timeout=timeout_s)
+        assert running.returncode == 0, said[-4000:]
     finally:
-        for process in running:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+    return {size: [torch.load(folder / f"{size}_{rank}.pt", weights_only=False) for rank in range(size)] for size in sizes}
 
 
 def main() -> None:
-    """One of the processes."""
-    rank, size, cases, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    """Import once, then fork the processes of each size."""
+    cases, folder = importlib.import_module(sys.argv[1]), Path(sys.argv[2])
+    if hasattr(cases, "prepare"):  # imports what is imported late
+        cases.prepare()
+    for size in map(int, sys.argv[3:]):
+        made = []
+        for rank in range(size):
+            child = os.fork()
+            if not child:
+                one(cases, folder, rank, size)
+            made.append(child)
+        if any([os.waitpid(child, 0)[1] for child in made]):
+            sys.exit(1)
+
+
+def one(cases: Any, folder: Path, rank: int, size: int) -> None:
+    """One of the processes; does not return."""
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=60))
-    results: dict[str, Any] = {}
-    for name, case in importlib.import_module(cases).cases_of(size).items():
-        try:
-            results[name] = case(rank, size)
-        except Exception as error:
-            results[name] = error
-    torch.save(results, folder / f"{rank}.pt")
+    try:
+        meeting = f"file://{folder}/meeting_of_{size}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        results: dict[str, Any] = {}
+        for name, case in cases.cases_of(size).items():
+            try:
+                results[name] = case(rank, size)
+            except Exception as error:
+                results[name] = error
+        torch.save(results, folder / f"{size}_{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
     # The last case may have broken the group on purpose, and taking it down would wait for the others.
     os._exit(0)
 

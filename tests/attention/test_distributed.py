@@ -26,7 +26,7 @@ Results = dict[int, list[dict[str, Any]]]
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return {size: together(size, "tests.attention.distributed_cases", tmp_path_factory.mktemp(f"of{size}")) for size in (2, 4)}
+    return together((2, 4), "tests.attention.distributed_cases", tmp_path_factory.mktemp("processes"))
 
 
 def of(results: Results, size: int, case: str) -> list[dict[str, Any]]:

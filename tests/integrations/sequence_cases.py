@@ -194,6 +194,12 @@ STEPS: dict[str, Case] = {
 FOUR = {"llama zigzag": STEPS["llama zigzag"], "mistral zigzag": STEPS["mistral zigzag"], "too few heads": too_few_heads}
 
 
+def prepare() -> None:
+    """Have every module imported that the cases need, once for all processes."""
+    for case in MODELS.values():
+        case.build()
+
+
 def cases_of(size: int) -> dict[str, Case]:
     """All cases for two processes; for four, those in which it makes a difference."""
     return FOUR if size == 4 else {**STEPS, "refused": refused, "unwrappable": unwrappable, "broken": broken}

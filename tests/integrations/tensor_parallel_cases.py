@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -166,6 +167,14 @@ CASES: dict[str, Case] = {
     "refused": refused,
     "broken": broken,
 }
+
+
+def prepare() -> None:
+    """Have every module imported that the cases need, once for all processes."""
+    importlib.import_module("torch.distributed.tensor")
+    importlib.import_module("transformers.distributed")
+    for case in MODELS.values():
+        case.build()
 
 
 def cases_of(size: int) -> dict[str, Case]:

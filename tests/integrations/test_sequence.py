@@ -20,7 +20,7 @@ EVERY = [(2, case) for case in STEPS] + [(4, case) for case in FOUR if case in S
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return {size: together(size, "tests.integrations.sequence_cases", tmp_path_factory.mktemp(f"of{size}")) for size in (2, 4)}
+    return together((2, 4), "tests.integrations.sequence_cases", tmp_path_factory.mktemp("processes"))
 
 
 def of(results: Results, size: int, case: str) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from torchwrap.core import errors
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    processes = together(2, "tests.integrations.tensor_parallel_cases", tmp_path_factory.mktemp("tp"))
+    processes = together((2,), "tests.integrations.tensor_parallel_cases", tmp_path_factory.mktemp("processes"))[2]
     return {case: [one[case] for one in processes] for case in processes[0]}
 
 
