@@ -106,9 +106,15 @@ def test_nothing_to_attend_to(shape: tuple[int, int, int, int], options: dict[st
 
 @pytest.mark.parametrize("mask", ["none", "causal", "window 7", "padded left", "dense"])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_no_number_reaches_the_result_where_it_is_seen(mask: str, where: str, value: float) -> None:
-    call, _ = make(7, mask=mask, extra="plain", q_length=64, past=0, batch=3)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("by", ["float32", "native", "composed"])
+def test_what_is_no_number_reaches_the_result_where_it_is_seen(
+    mask: str, where: str, value: float, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by == "composed":
+        monkeypatch.setattr(prefill, "refuses", lambda call: "the compositions are under test")
+    dtype = torch.float32 if by == "float32" else torch.bfloat16
+    call, _ = make(7, mask=mask, extra="plain", q_length=64, past=0, batch=3, dtype=dtype)
     getattr(call, where)[0, 0, 40, 3] = value
     expected, _ = attention(call)
     out, _ = CPU.forward(call)

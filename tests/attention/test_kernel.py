@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchwrap.attention.contract import Call
 from torchwrap.attention.cpu import kernel
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 
 raw = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -61,6 +62,21 @@ def test_torch_loses_a_nan_among_few_keys(keys: int, causal: bool) -> None:
     out, lse = kernel.forward(q, k, v, 0.3, causal=causal)
     assert bool(out[0, 1, 2].isnan().all()) and bool(lse[0, 1, 2].isnan())
     torch.testing.assert_close(out[:, 2:], whole[0][:, 2:])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [7, 24, 300])
+def test_torch_loses_an_infinite_score_in_bfloat16(keys: int, causal: bool) -> None:
+    q, k, v = (tensor.bfloat16() for tensor in inputs(sq=keys, sk=keys))
+    whole, _ = kernel.forward(q, k, v, 0.3, causal=causal)
+    q[0, 1, 3], k[0, 0, 2] = 1.0, 1.0
+    k[0, 0, 2, 0] = math.inf
+    assert not raw(q, k, v, 0.0, causal, scale=0.3)[0][0, 1, 3].any() or keys < 16
+    out, lse = kernel.forward(q, k, v, 0.3, causal=causal)
+    expected, _ = attention(Call(q=q, k=k, v=v, scale=0.3, mask=TileMask.causal(1, keys, keys) if causal else None))
+    # Rows before see the key hidden by a mask that is added: an infinite score and -inf make NaN.
+    assert torch.equal(out[:, :, 2:].isnan(), expected[:, :, 2:].isnan()) and bool(out[0, 1, 3].isnan().all()) and not bool(lse[0, 1, 3] < math.inf)
+    assert torch.equal(out[:, 2:], whole[:, 2:])
 
 
 def test_torch_ends_the_process_where_there_is_no_key() -> None:

@@ -9,6 +9,7 @@ to its caller, each with a test that fails when it changes (tests/attention/test
 * a last stride other than 1 is ignored, and the result is wrong;
 * keys and values must have one width; zeros in the missing columns change nothing;
 * with fewer than 16 keys, a NaN among the scores gives zeros: keys that nobody sees make up the number;
+* in bfloat16, with 16 keys or more, a row with an infinite score gets zeros, where the definition has NaN: its lse is infinite;
 * scores, and with them sums of many terms, are in float32 for bfloat16 and float16.
 """
 
@@ -52,6 +53,8 @@ def forward(
         k, v, added = _made_up(q, k, v, causal, added)
         causal = False
     out, lse = _forward(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+    if out.dtype == torch.bfloat16 and not bool((lse < math.inf).all()):
+        out = out.masked_fill(~(lse < math.inf)[..., None], math.nan)
     if live is not None:
         lse = lse.masked_fill(~live, -math.inf)
     return out[..., :width], lse
