@@ -123,14 +123,13 @@ def plan_of_cache(
     shape = shape_of_cache(model, divided, batch, dtype, storage)
     machine = machine_for(torch.device(device or model.device))
     chunk_bytes, workers = _chunk_bytes(stream_chunk_mib), _threads(host_threads)
-    whole = shape.layers * tokens * shape.token_bytes
     host = parse_size(host_memory, field="host_memory") if host_memory is not None else memory_available() or 0
     near = parse_size(device_memory, field="device_memory") if device_memory is not None else free_on(machine.device)
     if rates is None:
         rates = measure_rates(machine, shape, dtype, chunk_bytes=chunk_bytes, workers=workers, storage=storage)
         rates = rates if kv_disk is None else replace(rates, disk=_disk_rate(kv_disk_path))
     return plan_cache(
-        shape, tokens, rates=rates, device_bytes=_left_to_device(kv_host, whole, near, 2 * chunk_bytes),
+        shape, tokens, rates=rates, device_bytes=_left_to_device(kv_host, shape, tokens, near, 2 * chunk_bytes),
         host_bytes=0 if kv_host is None else host, disk_bytes=0 if kv_disk is None else parse_size(kv_disk, field="kv_disk"),
         split=kv_split, recent=kv_recent, chunk_bytes=chunk_bytes, prefill_tokens=prefill_chunk,
         prefill_bytes=_for_prompts(model, machine.device, near if device_memory is not None else 0, shape),
@@ -258,13 +257,15 @@ def _threads(count: int | None) -> int:
     return count or max(1, cores() - 1)
 
 
-def _left_to_device(kv_host: float | str | None, whole: int, near: int, staging: int) -> int:
-    """Bytes of the device that a plan may use when so much of `whole` bytes is to lie on the host."""
+def _left_to_device(kv_host: float | str | None, shape: CacheShape, tokens: int, near: int, staging: int) -> int:
+    """Bytes of the device that a plan may use when so much of all is to lie on the host."""
+    whole = shape.layers * tokens * shape.token_bytes
     if kv_host is None or kv_host == "auto":
         return near
     if isinstance(kv_host, float):
         if not 0 <= kv_host <= 1:
             raise ConfigError(f"kv_host is {kv_host}", where="kv_host", fix="Give a share in [0.0, 1.0], bytes as an int, or a size.")
-        kv_host = round(kv_host * whole)
-    there = parse_size(kv_host, field="kv_host")
+        there = round(kv_host * whole)
+    else:
+        there = parse_size(kv_host, field="kv_host") * shape.token_bytes // shape.host_token_bytes
     return min(near, max(0, whole - there) + staging) if there else near

@@ -68,6 +68,20 @@ def test_numbers_beyond_the_storage_become_its_largest_and_are_counted() -> None
     assert loss is not None and loss.value_error == pytest.approx(1e6 - 65504) and bool(out.isfinite().all())
 
 
+@pytest.mark.parametrize("storage", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_rows_are_exchanged_and_tokens_forgotten_in_any_dtype(storage: torch.dtype) -> None:
+    keys, values = (one.to(storage).float() for one in tokens(60))
+    cache = make(Room(8, 4), OneMemory(), storage=storage)
+    cache.append(0, keys, values)
+    rows = torch.tensor([1, 1, 0])
+    for chosen in (torch.tensor([1, 0]), rows):
+        cache.select(chosen)
+        keys, values = keys[chosen], values[chosen]
+    cache.crop(33)
+    q = queries(1, 3).to(storage).float()
+    assert error(cache.attend(0, q), whole(q, keys[:, :, :33], values[:, :, :33])) < 1e-6
+
+
 def test_half_compute_with_the_same_half_on_the_host_loses_nothing() -> None:
     cache = make(Room(4, 2), OneMemory())
     cache.append(0, *(one.bfloat16() for one in tokens(40)))

@@ -33,8 +33,8 @@ def tiny(**changed: Any) -> Any:
     torch.manual_seed(0)
     kind = changed.pop("kind", "Llama")
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, **changed,
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=changed.pop("heads", 2), max_position_embeddings=512, **changed,
     )  # fmt: skip
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
@@ -160,6 +160,36 @@ def test_a_proposed_continuation_that_is_wrong_is_taken_back(model: Any, served:
     expected = model.generate(**prompt, **options)
     found = served.generate(**prompt, **options, past_key_values=cache_for(served, 64, 0.3, 1, kv_split=split))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("split", ["token", "layer", "head"])
+def test_tokens_beyond_the_plan_find_memory(model: Any, served: Any, prompt: Any, split: Any) -> None:
+    """As proposed tokens of assisted decoding may be, or the next question to the same cache."""
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cache = cache_for(served, 50, 0.4, 2, kv_split=split)
+    assert torch.equal(served.generate(**prompt, **options, past_key_values=cache), model.generate(**prompt, **options))
+    assert cache.get_seq_length() == 63
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.5])
+def test_any_number_of_heads_can_be_divided(heads: int, share: float, prompt: Any) -> None:
+    model = tiny(heads=heads)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**prompt, **options)
+    wrapped = tw.fast_attention(model)
+    cache = cache_for(wrapped, 64, share, 2, kv_split="head")
+    assert torch.equal(wrapped.generate(**prompt, **options, past_key_values=cache), expected)
+    assert bool(cache.store.host_bytes) == (share < 1)
+
+
+def test_prompt_chunks_leave_memory_for_what_else_they_need(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    for free in (1 << 40, 4 << 20, 1 << 20):
+        monkeypatch.setattr(cooperative, "free_on", lambda device, free=free: free)
+        chosen.append(cache_for(served, 64, 0.4, 2).plan.prefill_tokens)
+    assert chosen[0] == 2048 and chosen[0] > chosen[1] > chosen[2] > 0
+    assert cache_for(served, 64, 0.4, 2, prefill_chunk=99).plan.prefill_tokens == 99
 
 
 def test_a_cache_is_used_again_after_reset(served: Any, prompt: Any) -> None:

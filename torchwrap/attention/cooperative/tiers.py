@@ -35,7 +35,7 @@ class Room:
     """How much of a layer goes where, in tokens.
 
     Attributes:
-        device: most tokens on the device.
+        device: most tokens on the device; where nothing may go to the host, tokens to reserve there.
         recent: how many of those are for the most recent tokens; 0: new tokens go to the host once the first ones fill the device.
         spill: tokens that move to the host at a time, at least 1.
         host: tokens on the host to reserve; None: memory is added as it is needed.
@@ -84,8 +84,7 @@ class TieredLayer:
         self.spilled: Mark = None
         self.near: Arena | None = None
         self.far: list[Arena] = []
-        self._limit = room.device
-        self._first_limit = max(0, room.device - room.recent)
+        self._unbounded()
 
     @property
     def length(self) -> int:
@@ -144,7 +143,7 @@ class TieredLayer:
             MemoryError: the host has no memory for it.
             torch.OutOfMemoryError: the device has none.
         """
-        begin = self._limit if whole else min(self._limit, 64)
+        begin = self.room.device if whole else min(self.room.device, 64)
         shape = batch, kv_heads, width, value_width
         near = make_arena(self.machine, "device", shape, begin, dtype)
         if self.room.host:
@@ -292,8 +291,13 @@ class TieredLayer:
             self.shelf.clear()
         self.first = self.recent = self.previous = 0
         self.spilled, self.near, self.far = None, None, []
-        self._limit, self._first_limit = self.room.device, max(0, self.room.device - self.room.recent)
+        self._unbounded()
         self.version += 1
+
+    def _unbounded(self) -> None:
+        """The device may hold what its room says; where nothing may go to the host, any number: some tokens beyond a plan find memory."""
+        self._limit = self.room.device if self.room.host_allowed else 1 << 40
+        self._first_limit = max(0, self._limit - self.room.recent)
 
     def _grown(self, needed: int) -> Arena:
         """The device's arena with room for `needed` tokens, or as it is where the device has no memory and the host may help."""
@@ -326,8 +330,6 @@ class TieredLayer:
             self._first_limit = self.first
 
     def _need_host_room(self, tokens: int) -> None:
-        if tokens and not self.room.host_allowed:
-            raise torch.OutOfMemoryError(f"layer {self.index} may hold {self._limit} tokens on the device and none on the host")
         near, free = self.near, sum(arena.capacity - arena.count for arena in self.far)
         if tokens > free and near is not None and self.shelf is None:
             size = max(tokens - free, FIRST_ARENA, sum(arena.capacity for arena in self.far) // 2)
