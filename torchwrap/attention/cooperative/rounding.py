@@ -1,13 +1,17 @@
 """What is lost when keys and values are stored in a narrower dtype than they are computed in, measured while they are stored.
 
 With keys that are off by at most dk, a query off by dq and values off by dv (lengths of vectors for keys and queries, numbers for values),
-no score is off by more than e = scale * (|q| dk + dq (|k| + dk)), so no weight by more than the factor exp(2 e), and no number of the
-result by more than
+no score is off by more than e = scale * (|q| dk + dq (|k| + dk)). Weights of a softmax whose scores move by at most e move, taken together,
+by at most tanh(e / 2) each way (the worst case are two groups of keys, one e up and the other e down), so no number of the result moves by
+more than
 
-    bound = (exp(2 e) - 1) * max |v| + dv
+    bound = 2 tanh(e / 2) max |v| + dv
 
-All of these are maxima over what was really stored and asked; a soft cap only makes scores differ less. It is a bound for one layer's
-attention, not for what later layers make of it.
+All of these are maxima over what was really stored and asked, for each key head; a soft cap only makes scores differ less. It is what
+cannot be exceeded, not what is likely (errors of a key rarely point along the query), and it is for one layer's attention, not for what
+later layers make of it.
+
+Letters: B sequences, Hq and Hkv query and key heads, Sq queries, n tokens, D and Dv widths.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that attention
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """What a storage dtype has cost one layer so far; everything is measured.
+    """What a storage dtype has cost one layer so far; everything is measured, in the key head whose bound is largest.
 
     Attributes:
         dtype: of the storage.
@@ -51,7 +55,7 @@ class Loss:
     def bound(self) -> float:
         """No number of an attention result differs by more from that of exact storage (beyond the rounding of sums)."""
         scores = self.scale * (self.query_size * self.key_error + self.query_error * (self.key_size + self.key_error))
-        return math.expm1(2 * scores) * self.value_size + self.value_error if scores < 300 else math.inf
+        return 2 * math.tanh(scores / 2) * self.value_size + self.value_error
 
     def explain(self) -> str:
         """The record for people."""
@@ -76,39 +80,64 @@ class Rounding:
         self._most: dict[str, Tensor] = {}
 
     def seen(self, values: Tensor) -> None:
-        """Values that are stored anywhere: their size counts."""
-        if values.numel():
-            self._raise("value_size", values.abs().amax())
+        """Values that are stored anywhere, `[B, Hkv, n, Dv]`: their size counts."""
+        self._raise("value_size", values.abs())
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The same in the dtype of the storage; what is beyond its largest number becomes that."""
+        """The same in the dtype of the storage; what is beyond its largest number becomes that.
+
+        Args:
+            keys: `[B, Hkv, n, D]`.
+            values: `[B, Hkv, n, Dv]`.
+        """
         narrow = _narrowed(keys, self.dtype), _narrowed(values, self.dtype)
-        if keys.numel() and values.numel():
-            self._raise("key_size", keys.float().norm(dim=-1).amax())
-            self._raise("key_error", (keys.float() - narrow[0].float()).norm(dim=-1).amax())
-            self._raise("value_error", (values.float() - narrow[1].float()).abs().amax())
+        self._raise("key_size", _lengths(keys))
+        self._raise("key_error", _lengths(keys.float() - narrow[0].float()))
+        self._raise("value_error", (values.float() - narrow[1].float()).abs())
         return narrow
 
-    def query(self, q: Tensor, scale: float) -> Tensor:
-        """The query as it attends on the host: in the storage's dtype where the host's kernel reads that."""
+    def query(self, q: Tensor, scale: float, kv_heads: int) -> Tensor:
+        """The query as it attends on the host: in the storage's dtype where the host's kernel reads that.
+
+        Args:
+            q: `[B, Hq, Sq, D]`.
+            scale: factor of the scores.
+            kv_heads: Hkv.
+        """
         self.scale = max(self.scale, abs(scale))
-        self._raise("query_size", q.float().norm(dim=-1).amax())
+        groups = (kv_heads, -1)  # query heads that read one key head
+        self._raise("query_size", _lengths(q).unflatten(1, groups).flatten(2))
         if self.dtype not in KERNEL_DTYPES:
             return q
         narrow = _narrowed(q, self.dtype)
-        self._raise("query_error", (q.float() - narrow.float()).norm(dim=-1).amax())
+        self._raise("query_error", _lengths(q.float() - narrow.float()).unflatten(1, groups).flatten(2))
         return narrow
 
     def loss(self) -> Loss:
         """The record so far; waits for the device."""
-        found = {name: float(most) for name, most in self._most.items()}
+        found = {name: most.tolist() for name, most in self._most.items()}
         names = ("key_error", "key_size", "value_error", "value_size", "query_error", "query_size")
-        return Loss(dtype=self.dtype, scale=self.scale, **{name: found.get(name, 0.0) for name in names})
+        heads = max((len(most) for most in found.values()), default=1)
+        return max(
+            (
+                Loss(dtype=self.dtype, scale=self.scale, **{name: found[name][head] if name in found else 0.0 for name in names})
+                for head in range(heads)
+            ),
+            key=lambda loss: loss.bound,
+        )
 
-    def _raise(self, name: str, value: Tensor) -> None:
+    def _raise(self, name: str, numbers: Tensor) -> None:
+        """Keep the largest of each head, which is dimension 1."""
+        if not numbers.numel():
+            return
+        most = numbers.detach().float().transpose(0, 1).flatten(1).amax(1)
         before = self._most.get(name)
-        value = value.detach().float()
-        self._most[name] = value if before is None else torch.maximum(before, value)
+        self._most[name] = most if before is None else torch.maximum(before, most)
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    found: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+    return found
 
 
 def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:

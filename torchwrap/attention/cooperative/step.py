@@ -127,7 +127,7 @@ class _Share:
         if not self.there and not self.shelved:
             return []
         query, rounding = self.query, self.layer.rounding
-        q = query.q if rounding is None else rounding.query(query.q, query.scale)
+        q = query.q if rounding is None else rounding.query(query.q, query.scale, self.layer.shape[1])
         there = staging.query(place, q)
         after = (self.machine.download(q, there), self.layer.spilled)
         futures, left, rest = [], sum(piece.end - piece.first for piece in self.there), self.there
