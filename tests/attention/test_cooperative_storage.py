@@ -68,6 +68,8 @@ def test_the_hosts_part_is_what_its_dtype_makes_of_it_and_nothing_else_is_lost()
     cache = make(Room(20, 10, 4), OneMemory(), storage=torch.bfloat16, streamed=0.3)
     cache.append(0, keys, values)
     assert error(cache.attend(0, q), whole(q, keys, values)) < 1e-6
+    mask = TileMask.from_dense(torch.rand(2, 1, 1, 120) > 0.5)  # which the native kernel does not take
+    assert error(cache.attend(0, q, mask=mask), whole(q, keys, values, mask=mask)) < 1e-6
     loss = cache.losses[0]
     assert loss is not None and (loss.key_error, loss.value_error, loss.query_error, loss.bound) == (0.0, 0.0, 0.0, 0.0)
     assert loss.value_size in values.abs().amax((0, 2, 3)).tolist()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torchwrap.attention.cpu import decode
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.merge import merge
 from torchwrap.core import errors
@@ -63,13 +64,14 @@ class Query:
         return self._over(self.attend, q, keys, values, first)
 
     def on_host(self, q: Tensor, keys: Tensor, values: Tensor, first: int) -> Partial:
-        """The same on the host; keys and values of another dtype than q are widened piece by piece."""
-        if keys.dtype == q.dtype:
+        """The same on the host; what no kernel there reads as it is stored is widened piece by piece, and results are never narrowed."""
+        if keys.dtype == q.dtype and (q.dtype == self.q.dtype or self._is_native(keys, values)):
             return self._over(self.attend_host, q, keys, values, first)
+        wide = torch.promote_types(q.dtype, torch.float32) if keys.dtype == q.dtype else q.dtype
         found: Partial | None = None
         for at in range(0, keys.shape[2], PIECE):
-            k, v = (memory[:, :, at : at + PIECE].to(q.dtype) for memory in (keys, values))
-            one = self._over(self.attend_host, q, k, v, first + at)
+            k, v = (memory[:, :, at : at + PIECE].to(wide) for memory in (keys, values))
+            one = self._over(self.attend_host, q.to(wide), k, v, first + at)
             found = one if found is None else merge(*found, *one)
         assert found is not None
         return found
@@ -80,6 +82,11 @@ class Query:
         with torch.no_grad():  # grad mode belongs to a thread, and a new thread begins with gradients on
             out, lse = attend(q, keys, values, mask, self.scale, self.softcap)  # type: ignore[arg-type]  # Tensor.to: a mask stays one
         return out.to(lse.dtype), lse
+
+    def _is_native(self, keys: Tensor, values: Tensor) -> bool:
+        """The native kernel takes it, whose results are float32; any other of a half dtype rounds them to that."""
+        ranges = self.mask is None or decode.is_ranges(self.mask)
+        return ranges and decode.native_library() is None and max(keys.shape[3], values.shape[3]) <= decode.MOST_WIDTH
 
     def sees_all(self, length: int) -> bool:
         """Every query sees every one of `length` keys, by a rule that needs no look at the batch."""
