@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.torch_kernels import backend, card, cudnn, efficient, flash
 from torchwrap.attention.torch_kernels.card import CardKernel
 from torchwrap.attention.torch_kernels.masks import corner
+from torchwrap.core import errors
 
 KERNELS = {"flash": (flash, flash.Flash()), "efficient": (efficient, efficient.Efficient()), "cudnn": (cudnn, cudnn.Cudnn())}
 
@@ -48,6 +50,8 @@ CALLS = {
     "causal, first corner": lambda: of(9, 30, TileMask.causal(2, 9, 30, q_offset=0)),
     "window": lambda: of(20, 33, TileMask.window(2, 20, 33, 5)),
     "both ways": lambda: of(20, 20, TileMask(1, 20, 20, left=3, right=2)),
+    "far right": lambda: of(9, 30, TileMask(1, 9, 30, right=30)),
+    "far right of the first key": lambda: of(30, 9, TileMask(1, 30, 9, right=10)),
     "left only": lambda: of(20, 20, TileMask(1, 20, 20, left=3)),
     "sinks": lambda: of(19, 19, TileMask.causal(1, 19, 19), sinks=torch.randn(4)),
     "odd widths": lambda: of(19, 19, TileMask.causal(1, 19, 19), width=12, value_width=20, scale=0.3),
@@ -55,7 +59,7 @@ CALLS = {
     "one key head": lambda: of(19, 23, TileMask.causal(1, 19, 23), heads=6, kv_heads=1),
 }
 TAKEN = {
-    "flash": set(CALLS) - {"causal, first corner"},
+    "flash": set(CALLS) - {"causal, first corner", "far right of the first key"},
     "efficient": set(CALLS),
     "cudnn": {"everything", "decode", "causal", "sinks", "odd widths", "one head each"},
 }
@@ -120,6 +124,28 @@ def test_the_memory_of_a_mask_is_known_before(emulated: Emulated) -> None:
 
 def test_a_gradient_of_lse_is_computed_by_tiles(emulated: Emulated) -> None:
     assert_correct(KERNELS["flash"][1], of(19, 19, TileMask.causal(1, 19, 19)), "lse", with_lse=True)
+
+
+@pytest.mark.parametrize(
+    ("raised", "arrives"),
+    [
+        (RuntimeError("This flash attention build does not support local attention."), errors.KernelError),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+    ],
+    ids=["a refusal", "a broken card", "no memory"],
+)
+def test_only_a_refusal_is_gone_on_from(monkeypatch: pytest.MonkeyPatch, emulated: Emulated, raised: Exception, arrives: type) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise raised
+
+    call, one = of(9, 9, TileMask.window(1, 9, 9, 4)), KERNELS["flash"][1]
+    out, lse = one.forward(call)
+    monkeypatch.setattr(flash, "_aten", SimpleNamespace(_flash_attention_forward=refuse, _flash_attention_backward=refuse))
+    for work in (lambda: one.forward(call), lambda: one.backward(call, out, lse, out, None)):
+        with pytest.raises(arrives) as caught:
+            work()
+        assert type(caught.value) is arrives
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

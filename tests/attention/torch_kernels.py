@@ -100,6 +100,7 @@ def _last_corner(given: dict[str, Any], q: Tensor, k: Tensor) -> Tensor:
     """What FlashAttention hides, as what is added to scores: bands at the last query and the last key."""
     left = -1 if given["window_size_left"] is None else given["window_size_left"]
     right = 0 if given["is_causal"] else -1 if given["window_size_right"] is None else given["window_size_right"]
+    left, right = (-1 if reach >= k.shape[2] else reach for reach in (left, right))
     rows, columns = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2], torch.arange(k.shape[2])
     seen = ((left < 0) | (columns >= rows - left)) & ((right < 0) | (columns <= rows + right))
     return torch.where(seen, 0.0, -math.inf).double()

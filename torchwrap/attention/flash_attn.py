@@ -18,8 +18,7 @@ from torch import Tensor
 
 from torchwrap.attention.contract import Call
 from torchwrap.attention.torch_kernels.card import CardKernel, filled, on_card
-from torchwrap.attention.torch_kernels.flash import band, laid_out
-from torchwrap.attention.torch_kernels.masks import corner, is_full
+from torchwrap.attention.torch_kernels.flash import band, laid_out, no_band
 
 __all__ = ["FlashAttn"]
 
@@ -55,9 +54,7 @@ class FlashAttn(CardKernel):
             return f"dropout={call.dropout}: flash-attn would draw other weights than the contract's"
         if call.bias is not None:
             return "a bias, which flash-attn does not have"
-        if not is_full(call) and (call.mask is None or call.mask.plain is None or corner(call) not in ("last", "both")):
-            return "a mask that is not a band from the last query at the last key, the only ones that flash-attn has"
-        return None
+        return no_band(call)
 
     def run(self, call: Call) -> tuple[Tensor, Tensor]:
         """One call of the package."""

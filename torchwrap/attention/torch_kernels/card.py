@@ -14,7 +14,8 @@ import functools
 import math
 import threading
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from torchwrap.attention.contract import Call, Gradients
 from torchwrap.attention.cpu import tiled
 from torchwrap.attention.merge import grad_of_sinks, with_sinks
 from torchwrap.attention.torch_kernels.masks import masked
+from torchwrap.core import errors
 
 __all__ = ["CardKernel", "filled", "on_card", "outline", "permits"]
 
@@ -80,22 +82,45 @@ class CardKernel:
         raise NotImplementedError
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        """Out and lse, as in `contract`."""
+        """Out and lse, as in `contract`.
+
+        Raises:
+            KernelError: the kernel refused what the checks had let through.
+        """
         if call.is_empty:
             return call.empty_result()
-        out, lse = self.run(call)
+        with self._refusals(call):
+            out, lse = self.run(call)
         dead = masked(call)
         if dead is not None:
             out, lse = out.masked_fill(dead[:, None, :, None], 0.0), lse.masked_fill(dead[:, None], -math.inf)
         return with_sinks(out, lse, call.sinks)
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        """Gradients; by tiles of our own if lse has a gradient, which torch's kernels do not take."""
+        """Gradients; by tiles of our own if lse has a gradient, which torch's kernels do not take.
+
+        Raises:
+            KernelError: as in `forward`.
+        """
         if call.is_empty or grad_lse is not None:
             return tiled.backward(call, out, lse, grad_out, grad_lse)
-        dq, dk, dv = self.run_backward(call, out, torch.where(lse == -math.inf, math.inf, lse), grad_out)
+        with self._refusals(call):
+            dq, dk, dv = self.run_backward(call, out, torch.where(lse == -math.inf, math.inf, lse), grad_out)
         delta = (grad_out.to(lse.dtype) * out).sum(-1) if call.sinks is not None else None
         return dq, dk, dv, None if call.sinks is None or delta is None else grad_of_sinks(call.sinks, lse, delta), None
+
+    @contextmanager
+    def _refusals(self, call: Call) -> Iterator[None]:
+        """Turns a refusal (a build without windows, no plan of cuDNN's) into what the dispatcher goes on from; nothing else."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if "CUDA error" in str(error):  # the card itself: nothing runs on it any more
+                raise
+            first = str(error).strip().splitlines() or [type(error).__name__]
+            raise errors.KernelError(f"{self.name} refused the call: {first[0]}", where=str(call.q.device)) from error
 
 
 def filled(tensor: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from torchwrap.attention.contract import Call
 from torchwrap.attention.torch_kernels.card import CardKernel, filled, outline, permits
 from torchwrap.attention.torch_kernels.masks import corner, is_full
 
-__all__ = ["Flash", "band", "laid_out"]
+__all__ = ["Flash", "band", "laid_out", "no_band"]
 
 _aten = torch.ops.aten
 
@@ -33,8 +33,8 @@ class Flash(CardKernel):
         """Masks other than bands at the last corner, a bias, and what torch refuses."""
         if call.bias is not None:
             return "a bias, which torch's flash kernel does not have"
-        if not is_full(call) and (call.mask is None or call.mask.plain is None or corner(call) not in ("last", "both")):
-            return "a mask that is not a band from the last query at the last key, the only ones that torch's flash kernel has"
+        if (other := no_band(call)) is not None:
+            return other
         width = _width(call)
         return permits("flash", outline(call.q, width), outline(call.k, width), outline(call.v, width), None, False)
 
@@ -57,6 +57,19 @@ class Flash(CardKernel):
         )
         dq, dk, dv = (grad.transpose(1, 2) for grad in (dq, dk, dv))
         return dq.narrow(-1, 0, call.width), dk.narrow(-1, 0, call.width), dv.narrow(-1, 0, call.value_width)
+
+
+def no_band(call: Call) -> str | None:
+    """Why FlashAttention has no word for the mask, or None."""
+    if is_full(call):
+        return None
+    if call.mask is None or call.mask.plain is None or corner(call) not in ("last", "both"):
+        return "a mask that is not a band from the last query at the last key, the only ones that FlashAttention has"
+    reach = call.mask.right
+    if reach is not None and reach >= call.kv_length < call.q_length:
+        # flash_api.cpp takes such a reach for an endless one, and queries before the first key may not see the last
+        return f"a mask that reaches {reach} keys to the right of queries that begin before the first of {call.kv_length} keys"
+    return None
 
 
 def _width(call: Call) -> int:
