@@ -22,7 +22,7 @@ from torchwrap.attention.merge import merge, merge_stack, with_sinks
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
-__all__ = ["MOST_WIDTH", "PIECE", "Form", "form", "forward", "is_ranges", "native_library", "native_refuses", "partial"]
+__all__ = ["MOST_WIDTH", "PIECE", "Form", "form", "forward", "is_ranges", "native_library", "native_refuses", "partial", "without_memory"]
 
 PIECE = 2048
 """Keys of one piece: chosen; half as many or twice as many take as long."""
@@ -54,7 +54,7 @@ def _is_one_tile(call: Call) -> bool:
 
 def native_refuses(call: Call) -> str | None:
     """Why the native kernel cannot compute a call whose mask is a range of keys for each row, or None."""
-    missing = native_library()
+    missing = native_library() or without_memory(call)
     if missing is not None:
         return missing
     if call.group * call.q_length > MOST_ROWS:
@@ -68,6 +68,14 @@ def native_library() -> str | None:
     """Why there is no native kernel at all, or None."""
     native = _native()
     return native if isinstance(native, str) else None
+
+
+def without_memory(call: Call) -> str | None:
+    """Why native code may not be given the addresses of the tensors, or None: those of torch's fake tensors are 0."""
+    if type(call.q) is type(call.k) is type(call.v) is Tensor:
+        return None
+    kinds = {type(tensor) for tensor in (call.q, call.k, call.v)} - {Tensor, torch.nn.Parameter}
+    return f"{kinds.pop().__name__} has operators, and perhaps no memory, of its own" if kinds else None
 
 
 def is_ranges(mask: TileMask) -> bool:

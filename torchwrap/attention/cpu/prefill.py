@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.contract import Call, Gradients
-from torchwrap.attention.cpu.decode import MOST_WIDTH, is_ranges, native_library
+from torchwrap.attention.cpu.decode import MOST_WIDTH, is_ranges, native_library, without_memory
 from torchwrap.attention.merge import grad_of_sinks
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def refuses(call: Call) -> str | None:
         return "queries do not see intervals of keys"
     if max(call.width, call.value_width) > MOST_WIDTH:
         return f"widths {call.width} and {call.value_width} are beyond {MOST_WIDTH}"
-    return _library()
+    return _library() or without_memory(call)
 
 
 @functools.cache
