@@ -52,7 +52,7 @@ def milliseconds(runs: dict[str, functools.partial[object]]) -> dict[str, float]
 
 
 torch.manual_seed(0)
-folder = tempfile.mkdtemp()
+folder = tempfile.TemporaryDirectory()
 results, equal = [], True
 for dtype, (case, shape) in itertools.product((torch.float16, torch.bfloat16, torch.float32), CASES.items()):
     batch, heads, kv_heads, queries, keys, width, window = shape
@@ -76,7 +76,7 @@ for dtype, (case, shape) in itertools.product((torch.float16, torch.bfloat16, to
     runs |= {f"{name}, forward": functools.partial(backend(name).forward, call) for name in shares}
     ours = {name: share for name, share in shares.items() if name in ("cpu", "triton", "cuda_mma", "eager")}
     equal &= all(share <= 1 for share in ours.values())  # the rounding of others' kernels is shown, not judged
-    tuned = [str(one) for one in tune([call], train=True, tune_dir=folder)] if device == "cuda" else []
+    tuned = [str(one) for one in tune([call], train=True, tune_dir=folder.name)] if device == "cuda" else []
     results.append({"case": [case, *shape, str(dtype)], "share of the law": shares, "refused": refused, "ms": milliseconds(runs)})
     results[-1] |= {"by the table": choose(call, Settings(tune="off")).backend.name, "measured": tuned}
     print(case, dtype, {name: round(share, 2) for name, share in shares.items()}, results[-1]["ms"])

@@ -9,6 +9,7 @@ that cannot run a case are recorded with their reason. Masks of rivals are built
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ from torchwrap.attention.settings import Settings
 __all__ = ["CASES", "Case", "measure"]
 
 Contender = Callable[[], Any]
-SETTINGS = {"auto": Settings(tune="off"), "tuned": Settings(tune="measure", tune_dir=tempfile.mkdtemp())}
+FIGURES = f"{tempfile.gettempdir()}/torchwrap-figures-{os.getpid()}"
+SETTINGS = {"auto": Settings(tune="off"), "tuned": Settings(tune="measure", tune_dir=FIGURES)}
 OWN = ("auto", "tuned", "triton")
 BY_NAME = ("sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flash_attn", "flex")
 

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchwrap.attention import dispatch, tune
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
+from torchwrap.attention.cpu import prefill
+from torchwrap.attention.cpu.decode import without_memory
 from torchwrap.attention.dispatch import backend, choose, order
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import Eager
@@ -159,7 +161,7 @@ def test_real_figures_are_taken_and_results_stay_the_same(measure: Settings) -> 
     assert torch.equal(before, torch.get_rng_state())
     torch.testing.assert_close(found, attend(one.q, one.k, one.v))
     seconds = store.measurements(one.q.device, measure.tune_dir).seconds()[kind_of(one, "forward")]
-    assert seconds.keys() == {"cpu", "sdpa"} and all(0 < value < 1 for value in seconds.values())
+    assert seconds.keys() == {"cpu", "sdpa"} and min(seconds.values()) > 0
 
 
 def test_who_fails_has_no_figure_and_who_is_slow_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +196,11 @@ def test_compiled_graphs_and_records_go_by_the_figures(measure: Settings, clocks
 def test_tensors_without_numbers_are_not_timed(measure: Settings, clocks: Any) -> None:
     asked = clocks({"cpu": 2e-3, "sdpa": 1e-3})
     with FakeTensorMode():
-        for dtype in (torch.float32, torch.bfloat16):  # native code must not be given their addresses either
-            x = torch.empty(1, 2, 8, 8, dtype=dtype)
-            assert attend(x, x, x, backend=measure).shape == x.shape
-            assert attend(x[:, :, :1], x, x).shape == (1, 2, 1, 8)
+        x, half = (torch.empty(1, 2, 8, 8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+        assert attend(x, x, x, backend=measure).shape == attend(x[:, :, :1], x, x).shape[:2] + x.shape[2:]
+        # Native code must not be given their addresses, which are 0.
+        assert "FakeTensor" in str(without_memory(checked(x, x, x)))
+        assert prefill.refuses(checked(half, half, half)) is not None
     assert not asked
 
 
