@@ -13,6 +13,7 @@ from torchwrap.attention import pages
 from torchwrap.attention.attend import attend
 from torchwrap.attention.pages import Pages, attend_pages, refuses
 from torchwrap.attention.service import Service
+from torchwrap.core.errors import KernelError, TorchwrapWarning
 
 needs_native = pytest.mark.skipif(not native.available(), reason=native.reason())
 MEMORY = 400
@@ -72,6 +73,26 @@ def test_attention_is_that_over_gathered_keys(dtype: torch.dtype, options: dict[
     assert torch.equal(service.attend_pages("layer", q, k, v, Pages.of(rows, first, end), **options), out)
     assert [key for key in service.stats()["served"] if key.startswith("layer cpu decode, pages")]
     assert "where they lie" in service.explain()
+
+
+@needs_native
+def test_keys_are_gathered_once_a_kernel_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, first, end = tables(16, [33, 1, 130, 17])
+    q, k, v = torch.randn(4, 4, 1, 8), torch.randn(MEMORY, 2, 8), torch.randn(MEMORY, 2, 6)
+    held = Pages.of(rows, first, end)
+    expected = attend_pages(q, k, v, held)
+
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
+        raise KernelError("no such card")
+
+    monkeypatch.setattr(pages, "attend_pages", fail)
+    service = Service()
+    assert service.reads_pages(q, k, v)
+    with pytest.warns(TorchwrapWarning, match="no such card"):
+        torch.testing.assert_close(service.attend_pages("layer", q, k, v, held), expected, rtol=1e-5, atol=1e-6)
+    assert not service.reads_pages(q, k, v) and Service().reads_pages(q, k, v)
+    with pytest.raises(KernelError):
+        Service("cpu").attend_pages("layer", q, k, v, held)
 
 
 @needs_native

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,19 @@ def test_masks_that_bring_their_tiles_compile(mask: str, tmp_path: Path) -> None
     }
     given = call(F16, 64, mask=masks[mask]())
     assert_sound(every_launch(given, 80)["forward_kernel"], given, 80, tmp_path)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(75, F16), (90, BF16)])
+def test_keys_in_pages(capability: int, dtype: torch.dtype) -> None:
+    """Single queries of eight sequences over one memory: the same kernel with a table, and the merge of its parts."""
+    given, ends = call(dtype, 64, rows=1, columns=4096), torch.arange(1, 9, dtype=torch.int32) * 500
+    mask = TileMask(8, 1, 4000, kv_start=ends - 500, kv_end=ends)
+    given = replace(given, q=given.q.expand(8, -1, -1, -1), k=given.k.expand(8, -1, -1, -1), v=given.v.expand(8, -1, -1, -1), mask=mask)
+    table = torch.zeros(4000, dtype=torch.int32)
+    steps, out, _ = launches.forward(given, card(capability), table=table, longest=500)
+    assert out.shape == (8, 4, 1, 64) and steps[0].arguments["kv_length"] == 4000
+    for step in steps:
+        result = compiled(step, capability)
+        assert result.shared_bytes <= card(capability).shared_bytes
+    plain = next(iter(launches.forward(replace(given, mask=TileMask(8, 1, 4096)), card(capability))[0]))
+    assert compiled(steps[0], capability).shared_bytes <= compiled(plain, capability).shared_bytes

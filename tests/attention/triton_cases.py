@@ -207,6 +207,33 @@ class TestFewQueries:
         check(given, gradients=False)
 
 
+    @pytest.mark.parametrize("parts", [1, 3])
+    @pytest.mark.parametrize("options", [{}, {"sinks": True}, {"softcap": 2.0}], ids=str)
+    def test_keys_in_pages_are_read_where_they_lie(self, parts: int, options: dict[str, Any]) -> None:
+        """Three sequences in pages of 8 rows, in any order, the first page shared; between them rows that nobody may read."""
+        memory, lengths = 200, [70, 5, 33]
+        source = torch.Generator().manual_seed(3)
+        order = torch.randperm(memory // 8, generator=source).tolist()
+        shared, rows = order.pop(), []
+        for length in lengths:
+            pages = [shared, *(order.pop() for _ in range((length - 1) // 8))]
+            rows.append(torch.tensor([page * 8 + row for page in pages for row in range(8)])[:length])
+        given = call(batch=3, rows=1, columns=memory, heads=6, kv_heads=2, value_width=8, **options)
+        k, v = given.k[:1].clone(), given.v[:1].clone()
+        for tensor in (k, v):
+            tensor[:, :, [row for row in range(memory) if row not in torch.cat(rows)]] = math.nan
+        ends = torch.tensor(lengths).cumsum(0)
+        mask = TileMask(3, 1, sum(lengths), kv_start=(ends - torch.tensor(lengths)).int(), kv_end=ends.int())
+        paged = replace(given, k=k.expand(3, -1, -1, -1), v=v.expand(3, -1, -1, -1), mask=mask)
+        steps, out, lse = launches.forward(paged, INTERPRETER, parts=parts, table=torch.cat(rows).int(), longest=70)
+        for step in steps:
+            step.run()
+        for index, held in enumerate(rows):
+            one = replace(given, q=given.q[index : index + 1].double(), k=k[:, :, held].double(), v=v[:, :, held].double())
+            exact, exact_lse = attention(one, torch.float64)
+            assert (out[index] - exact[0]).abs().max() < 1e-6 and (lse[index] - exact_lse[0]).abs().max() < 1e-6
+
+
 class TestAttend:
     def test_gradients_flow_through_the_public_function(self) -> None:
         made = call(mask=TileMask.causal(1, 40, 56), sinks=True, bias=(1, 2, 40, 56))

@@ -31,7 +31,7 @@ from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.settings import Settings, settings_of
 from torchwrap.core.config import format_bytes
-from torchwrap.core.errors import TorchwrapWarning, UnsupportedModelError
+from torchwrap.core.errors import KernelError, TorchwrapWarning, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torchwrap.attention.cooperative.cache import TieredCache
@@ -75,6 +75,7 @@ class Service:
         self.reasons: dict[tuple[str, str], str] = {}
         self._chosen: dict[tuple[str, int, int, int], str] = {}
         self.left: Counter[tuple[str, str]] = Counter()
+        self._gathers: bool = False  # a kernel that reads pages has failed
         self._lossy: weakref.WeakSet[TieredCache] = weakref.WeakSet()  # caches that store less than they are given
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,7 +159,7 @@ class Service:
             k: `[S, Hkv, D]`.
             v: `[S, Hkv, Dv]`.
         """
-        return settings_of(self.backend).backend in ("auto", "cpu") and pages.refuses(q, k, v) is None
+        return not self._gathers and settings_of(self.backend).backend in ("auto", pages.reader(q)) and pages.refuses(q, k, v) is None
 
     def attend_pages(
         self, where: str, q: Tensor, k: Tensor, v: Tensor, held: pages.Pages, *, scale: float | None = None, softcap: float | None = None,
@@ -178,12 +179,24 @@ class Service:
 
         Returns:
             `[N, Hq, 1, Dv]`.
+
+        Raises:
+            KernelError: the back end that was asked for cannot run.
         """
-        out = pages.attend_pages(q, k, v, held, scale=scale, softcap=softcap, sinks=sinks)
+        try:
+            out = pages.attend_pages(q, k, v, held, scale=scale, softcap=softcap, sinks=sinks)
+        except KernelError as error:
+            if settings_of(self.backend).backend != "auto":
+                raise
+            self._gathers = True
+            warnings.warn(f"attention: keys in pages are gathered from now on: {error}", TorchwrapWarning, stacklevel=2)
+            keys, values = (memory[held.rows.long()].transpose(0, 1).expand(len(q), -1, -1, -1) for memory in (k, v))
+            return self.attend(where, q, keys, values, mask=held.mask, scale=scale, softcap=softcap, sinks=sinks)
         kind = ", ".join(["decode, pages", *["softcap"] * (softcap is not None), *["sinks"] * (sinks is not None), _name(q.dtype)])
         with _lock:
-            self.reasons["cpu", kind] = "keys and values are read where they lie, by the native kernel"
-            self.served[where, "cpu", kind] += 1
+            name = pages.reader(q)
+            self.reasons[name, kind] = "keys and values are read where they lie"
+            self.served[where, name, kind] += 1
         return out
 
     def defer(self, where: str, q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = None, **options: Any) -> Deferred:

@@ -24,13 +24,13 @@ __all__ = ["combine_kernel", "forward_kernel"]
 def _attend(
     accumulated, top, total, query, k, v, stride_k, stride_v, j0, i, b, h, pair, d, dv, scale, softcap, bias, bias_strides, conditions,
     dropout, keep, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, MASKED: tl.constexpr, table,
 ):  # fmt: skip
     """One tile of keys from column j0: the online softmax."""
     first, end = conditions[0], conditions[1]
     q_length, kv_length = conditions[8], conditions[9]
     columns = j0 + tl.arange(0, BLOCK_N)
-    key = rows(k, stride_k, columns[None, :], d[:, None], first, end, D, BLOCK_D, MASKED)
+    key = rows(k, stride_k, columns[None, :], d[:, None], first, end, D, BLOCK_D, MASKED, table)
     raw = product(query, key, PRECISION, WIDEN)
     scores, _ = finish(raw, i[:, None], columns[None, :], b, h[:, None], scale, softcap, bias, bias_strides, q_length, kv_length)
     if MASKED:
@@ -43,7 +43,7 @@ def _attend(
     total = total * fade + tl.sum(weights, 1)
     if keep is not None:
         weights = tl.where(kept(i[:, None], columns[None, :], pair[:, None], dropout), weights * keep, 0.0)
-    value = rows(v, stride_v, columns[:, None], dv[None, :], first, end, DV, BLOCK_DV, MASKED)
+    value = rows(v, stride_v, columns[:, None], dv[None, :], first, end, DV, BLOCK_DV, MASKED, table)
     accumulated = accumulated * fade[:, None]
     if not WIDEN:
         weights = weights.to(value.dtype)
@@ -54,7 +54,7 @@ def _attend(
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q, k, v, out, lse, sinks, bias,
-    q_offset_tensor, kv_start, kv_end, shifts, key_mask, q_segments, k_segments, tile_bounds, cells, patterns,
+    q_offset_tensor, kv_start, kv_end, shifts, key_mask, q_segments, k_segments, tile_bounds, cells, patterns, table,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kj, stride_vb, stride_vh, stride_vj,
     stride_os, stride_ob, stride_oh, stride_oi, stride_ls, bias_b, bias_h, bias_i, bias_j, start_b, end_b, shift_b, mask_b,
     q_segments_b, k_segments_b, cells_b, cells_h, cells_i, start_i, start_j, bounds_b, scale, softcap, keep, seed_low, seed_high, threshold,
@@ -64,6 +64,8 @@ def forward_kernel(
     PARTIAL: tl.constexpr, ALL_EDGES: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of rows * B * Hq / PACK, parts). With PARTIAL, `out` and `lse` are float32 partials and sinks wait for the merge.
+
+    With a `table`, key j is in row `table[j]` of the memory that k and v point to: keys in pages are read where they lie.
 
     The number of parts is no constant: it grows with the cache, and a compilation at every step of it would stall a generation.
     """
@@ -122,14 +124,14 @@ def forward_kernel(
     for whole in tl.range(full_lo, full_hi):
         accumulated, top, total = _attend(
             accumulated, top, total, query, k, v, stride_kj, stride_vj, whole * BLOCK_N, i, b, h, b * HEADS + h, d, dv, scale, softcap,
-            bias, bias_strides, conditions, dropout, keep, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, WIDEN, False,
+            bias, bias_strides, conditions, dropout, keep, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, WIDEN, False, table,
         )  # fmt: skip
     before = full_lo - lo
     for edge in tl.range(0, before + hi - full_hi):
         j0 = tl.where(edge < before, lo + edge, full_hi + edge - before) * BLOCK_N
         accumulated, top, total = _attend(
             accumulated, top, total, query, k, v, stride_kj, stride_vj, j0, i, b, h, b * HEADS + h, d, dv, scale, softcap,
-            bias, bias_strides, conditions, dropout, keep, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, WIDEN, True,
+            bias, bias_strides, conditions, dropout, keep, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, WIDEN, True, table,
         )  # fmt: skip
     if not PARTIAL and sinks is not None:
         # A sink is a key without a value (merge of a partial with out = 0, lse = sink).

@@ -195,9 +195,15 @@ def kept(i, j, pair, dropout):
 
 
 @triton.jit
-def rows(pointer, stride, index, d, first, end, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):
-    """A tile of vectors. `index` and `d` come shaped for the wanted orientation; what lies outside [first, end) is not touched and is 0."""
-    at = pointer + index.to(tl.int64) * stride + d
+def rows(pointer, stride, index, d, first, end, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr, table=None):
+    """A tile of vectors. `index` and `d` come shaped for the wanted orientation; what lies outside [first, end) is not touched and is 0.
+
+    With a table, vector `index` is in row `table[index]` of the memory.
+    """
+    place = index
+    if table is not None:
+        place = tl.load(table + index, mask=(index >= first) & (index < end), other=0)
+    at = pointer + place.to(tl.int64) * stride + d
     if CHECKED:
         inside = (index >= first) & (index < end)
         tile = tl.load(at, mask=inside, other=0.0) if WIDTH == BLOCK_D else tl.load(at, mask=inside & (d < WIDTH), other=0.0)

@@ -17,7 +17,7 @@ from torchwrap.attention.triton import launches
 from torchwrap.attention.triton.blocks import PASSES, Blocks, Fixed, card_of, choose, excess, interpreted
 from torchwrap.core import errors
 
-__all__ = ["Triton"]
+__all__ = ["Triton", "forward_pages"]
 
 OLDEST = (3, 4)
 """Version of triton from which tuples in a kernel may hold None."""
@@ -111,6 +111,23 @@ class Triton:
             grad_bias = grad_bias.sum(-1, keepdim=True) if call.bias.shape[3] == 1 else grad_bias
             grad_bias = grad_bias.to(call.bias.dtype)
         return grad_q, grad_k, grad_v, grad_sinks, grad_bias
+
+
+def forward_pages(call: Call, rows: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The forward over keys that lie in pages.
+
+    Args:
+        call: its k and v are the memory, `[B, Hkv, S, D]` expanded, and its mask is of the keys in `rows`; `refuses` has said None of it.
+        rows: int32 [keys], rows of the memory.
+        longest: keys that a query sees at most.
+
+    Returns:
+        out `[B, Hq, Sq, Dv]` and lse `[B, Hq, Sq]` float32.
+    """
+    call = _prepared(call)
+    steps, out, lse = launches.forward(call, card_of(call.q.device), table=rows, longest=longest)
+    _run(steps, call.q.device)
+    return out, lse
 
 
 @functools.lru_cache

@@ -49,9 +49,9 @@ def packed_heads(call: Call) -> int:
     return call.group if call.q_length < 64 else 1
 
 
-def splits(call: Call, card: Card, programs: int) -> int:
-    """Parts that keys are cut into: two programs for each multiprocessor, but no part below 256 keys."""
-    reach = call.kv_length
+def splits(call: Call, card: Card, programs: int, longest: int | None = None) -> int:
+    """Parts that keys are cut into: two programs for each multiprocessor, but no part below 256 keys, of the `longest` row if known."""
+    reach = call.kv_length if longest is None else longest
     if call.mask is not None and call.mask.left is not None and call.mask.right is not None:
         reach = min(reach, call.mask.left + call.mask.right + call.q_length)
     if programs >= card.processors:
@@ -59,7 +59,10 @@ def splits(call: Call, card: Card, programs: int) -> int:
     return max(1, min(math.ceil(2 * card.processors / programs), math.ceil(reach / 256), 128))
 
 
-def forward(call: Call, card: Card, wanted: Blocks | Fixed | None = None, parts: int | None = None) -> tuple[list[Launch], Tensor, Tensor]:
+def forward(
+    call: Call, card: Card, wanted: Blocks | Fixed | None = None, parts: int | None = None, table: Tensor | None = None,
+    longest: int | None = None,
+) -> tuple[list[Launch], Tensor, Tensor]:  # fmt: skip
     """The launches of a forward, and where they write.
 
     Args:
@@ -67,6 +70,8 @@ def forward(call: Call, card: Card, wanted: Blocks | Fixed | None = None, parts:
         card: where it runs.
         wanted: tiles to start from, or what of them is fixed.
         parts: parts that keys are cut into; None: by `splits`.
+        table: int32 [keys], rows of k and v in which the keys lie that the mask speaks of; None: they are k and v.
+        longest: keys that a query sees at most, if known.
 
     Returns:
         the launches in order, out `[B, Hq, Sq, Dv]` (in memory `[B, Sq, Hq, Dv]`, as models want it next) and lse `[B, Hq, Sq]`.
@@ -79,7 +84,7 @@ def forward(call: Call, card: Card, wanted: Blocks | Fixed | None = None, parts:
     out = call.q.new_empty(call.batch, call.q_length, call.heads, call.value_width).transpose(1, 2)
     lse = call.q.new_empty(call.batch, call.heads, call.q_length, dtype=torch.float32)
     programs = math.ceil(rows / blocks.queries) * call.batch * (call.heads // pack)
-    count = splits(call, card, programs) if parts is None else parts
+    count = splits(call, card, programs, longest) if parts is None else parts
     partial, partial_lse = out, lse
     if count > 1:
         partial = call.q.new_empty(count, call.batch, call.heads, call.q_length, call.value_width, dtype=torch.float32)
@@ -87,10 +92,12 @@ def forward(call: Call, card: Card, wanted: Blocks | Fixed | None = None, parts:
     stride_ob, stride_oh, stride_oi, _ = partial.stride()[-4:]
     arguments = {
         **_common(call, card, blocks), **conditions.arguments(call, blocks.queries, blocks.keys, pack),
-        "out": partial, "lse": partial_lse, "sinks": call.sinks, "stride_os": partial.stride(0) if count > 1 else 0,
+        "table": table, "out": partial, "lse": partial_lse, "sinks": call.sinks, "stride_os": partial.stride(0) if count > 1 else 0,
         "stride_ls": lse.numel(), "stride_ob": stride_ob, "stride_oh": stride_oh, "stride_oi": stride_oi,
         "PACK": pack, "PARTIAL": count > 1,
     }  # fmt: skip
+    if table is not None:
+        arguments["kv_length"] = table.shape[0]
     launches = [Launch(kernel=forward_kernel, grid=(programs, count), arguments=arguments, warps=blocks.warps, stages=blocks.stages)]
     if count > 1:
         merge = {
