@@ -141,6 +141,13 @@ def test_what_torch_alone_takes_is_its_own_and_recorded(args: Any, options: Any)
     assert sum(handle.stats()["left"].values()) == 1 and not handle.stats()["served"]
 
 
+def test_the_functional_form_is_at_hand() -> None:
+    q = x(B, 4, T, E)
+    out, lse = tw.fast_attention.attend(q, q, q, return_lse=True)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, q, q))
+    assert lse.shape == (B, 4, T)
+
+
 def test_with_a_model_it_is_applied() -> None:
     model = nn.MultiheadAttention(16, 2, batch_first=True)
     with tw.fast_attention.scope(model, fallback="silent") as found:

@@ -10,6 +10,8 @@ from torch import nn
 from typing_extensions import assert_type
 
 import torchwrap as tw
+from torchwrap.attention.attend import attend
+from torchwrap.fast_attention.handle import FastAttentionHandle
 
 
 class Net(nn.Module):
@@ -84,3 +86,19 @@ def errors(error: tw.BudgetError) -> None:
     memory: MemoryError = error
     base: tw.TorchwrapError = error
     del memory, base
+
+
+def attention_says_what_it_returns(q: torch.Tensor, wanted: bool) -> None:
+    assert_type(attend(q, q, q), torch.Tensor)
+    assert_type(attend(q, q, q, return_lse=True), tuple[torch.Tensor, torch.Tensor])
+    assert_type(attend(q, q, q, return_lse=wanted), torch.Tensor | tuple[torch.Tensor, torch.Tensor])
+    assert_type(attend(q, q, q, need_rows=[0]), tuple[torch.Tensor, torch.Tensor])
+    assert_type(attend(q, q, q, need_rows=q, return_lse=True), tuple[torch.Tensor, torch.Tensor, torch.Tensor])
+
+
+def scope_gives_a_handle_or_the_model(net: Net) -> None:
+    assert_type(tw.fast_attention(net, backend="cpu"), Net)
+    assert_type(tw.fast_attention.scope(), AbstractContextManager[FastAttentionHandle])
+    assert_type(tw.fast_attention.scope(None, backend="cpu"), AbstractContextManager[FastAttentionHandle])
+    assert_type(tw.fast_attention.scope(net, backend="cpu"), AbstractContextManager[Net])
+    assert_type(tw.fast_attention.explain(net), str)

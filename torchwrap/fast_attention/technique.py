@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, cast, overload
 
 from torch import nn
 
+from torchwrap.attention.attend import attend
 from torchwrap.attention.cache import ArenaPlan
 from torchwrap.attention.cooperative.planner import Plan
 from torchwrap.attention.distributed.sequence import DividedSequence, Way
@@ -65,6 +66,7 @@ class FastAttentionTechnique(Technique[FastAttention]):
     phase: ClassVar[int] = PHASES["fast_attention"]
     config_class = FastAttention
     exactness = "allclose: float32 outputs within 1e-4 of the model's own attention"
+    attend = staticmethod(attend)  # the functional form, `torchwrap.fast_attention.attend(q, k, v)`
 
     def prepare(self, model: nn.Module, config: FastAttention, integration: Integration) -> Prepared[FastAttention]:
         """Find every attention module and how it is reached; touches nothing."""
