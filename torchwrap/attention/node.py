@@ -42,7 +42,8 @@ def apply(call: Call, backend: str | Settings) -> tuple[Tensor, Tensor]:
     tensors = (call.q, call.k, call.v, call.sinks, call.bias, call.seed)
     # A level of transforms hides what those around it want.
     wants_bias = call.bias is not None and (call.bias.requires_grad or transformed())
-    found: tuple[Tensor, Tensor] = _Attend.apply(_without(call), backend, wants_bias, *tensors)  # type: ignore[no-untyped-call]
+    node = _Transformed if transformed() else _Attend
+    found: tuple[Tensor, Tensor] = node.apply(_without(call), backend, wants_bias, *tensors)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -67,20 +68,26 @@ def _with(rest: Call, tensors: tuple[Tensor | None, ...]) -> Call:
     return replace(rest, q=q, k=k, v=v, sinks=sinks, bias=bias, seed=seed)
 
 
+def _forward(rest: Call, backend: str | Settings, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    call = _with(rest, tensors)
+    with exact_dtypes(call.q):
+        return attempt(call, backend, lambda found: found.forward(call))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.rest = inputs[:3]
+    ctx.save_for_backward(*inputs[3:], *output)
+    ctx.set_materialize_grads(False)
+
+
 class _Attend(torch.autograd.Function):
     """The forward: (rest of the call, back end, is the bias's gradient wanted, q, k, v, sinks, bias, seed) -> (out, lse)."""
 
     @staticmethod
-    def forward(rest: Call, backend: str | Settings, wants_bias: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        call = _with(rest, tensors)
-        with exact_dtypes(call.q):
-            return attempt(call, backend, lambda found: found.forward(call))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.rest = inputs[:3]
-        ctx.save_for_backward(*inputs[3:], *output)
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(inputs[0], inputs[1], inputs[3:])
+        _keep(ctx, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
@@ -88,12 +95,24 @@ class _Attend(torch.autograd.Function):
         if grad_out is None and grad_lse is None:
             return (None,) * 9
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = _Gradients.apply(*ctx.rest, out, lse, grad_out, grad_lse, *tensors)  # type: ignore[no-untyped-call]
-        return None, None, None, *grads, None
+        # A node of its own only where somebody may ask for its gradient: then it says that there is none.
+        gradients = _Gradients.apply if torch.is_grad_enabled() or transformed() else _Gradients.forward
+        return None, None, None, *gradients(*ctx.rest, out, lse, grad_out, grad_lse, *tensors), None
+
+
+class _Transformed(torch.autograd.Function):
+    """As `_Attend`, in the form that `torch.func` wants; not for all, because torch then reads the signature in every call."""
+
+    @staticmethod
+    def forward(rest: Call, backend: str | Settings, wants_bias: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _forward(rest, backend, tensors)
+
+    setup_context = staticmethod(_keep)
+    backward = staticmethod(_Attend.backward)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-        return _one_by_one(_Attend, info.batch_size, in_dims, inputs)
+        return _one_by_one(_Transformed, info.batch_size, in_dims, inputs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
