@@ -173,6 +173,7 @@ def test_time_is_that_of_the_link_where_it_is_the_slowest() -> None:
         ({"k": torch.zeros(B, HKV, SK, D, dtype=torch.int64)}, "k is torch.int64"),
         ({"v": torch.zeros(B, HKV, SK, DV, dtype=torch.float64)}, "k is torch.float32 and v torch.float64"),
         ({"v": torch.zeros(B, HKV, SK, DV, device="meta")}, "on meta"),
+        ({"v": [1.0]}, "v is a list"),
         ({"chunk_bytes": 0}, "chunk_bytes is 0"),
         ({"grads": (torch.zeros(1), torch.zeros(1))}, "gradients are to be added"),
         ({"sinks": torch.zeros(3)}, "q has 4 heads"),

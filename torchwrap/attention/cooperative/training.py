@@ -107,6 +107,8 @@ class _Job:
         if mask is not None and not isinstance(mask, TileMask):
             raise refused(f"the mask is a {type(mask).__name__}", "Give a TileMask, such as TileMask.from_dense(mask).")
         for name, memory in (("k", k), ("v", v)):
+            if not isinstance(memory, Tensor):
+                raise refused(f"{name} is a {type(memory).__name__}", "Give tensors (torch.tensor, torch.from_numpy).")
             if memory.device.type != "cpu" or not memory.is_floating_point():
                 raise refused(f"{name} is {memory.dtype} on {memory.device}", "Give floating numbers on the CPU, or use attend.")
         if k.dtype != v.dtype:
