@@ -228,9 +228,11 @@ def test_planned_bytes_are_allocated_bytes_at_any_length(tokens: int) -> None:
             return torch.empty(shape, dtype=dtype, device="meta")
 
     machine = Untouched(V100)
-    TieredCache.from_plan(found, machine, torch.bfloat16)
+    cache = TieredCache.from_plan(found, machine, torch.bfloat16)  # which gives its memory back when nobody holds it any more
     assert machine.allocated["device"] == pytest.approx(found.device_bytes, rel=0.03)
     assert machine.allocated["host"] == pytest.approx(found.host_bytes, rel=0.03)
+    del cache
+    assert machine.allocated["host"] == 0
 
 
 class Counted(OneMemory):
