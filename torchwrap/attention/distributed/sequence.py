@@ -8,9 +8,9 @@ Letters: B batch, H heads, T processes, S tokens of the whole sequence, D and Dv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,22 @@ from torchwrap.core.errors import ConfigError, UnsupportedModelError
 __all__ = ["DividedSequence", "Way"]
 
 Way = Literal["zigzag", "contiguous", "ulysses"]
+
+
+# What a process waits for in here it waits for in Python: a graph would have to be broken anyway. Made on first use, and Dynamo is at work
+# then: importing it costs seconds that an eager program must not pay.
+_hidden: Callable[..., Any] | None = None
+
+
+def _untraced() -> Callable[..., Any]:
+    global _hidden
+    if _hidden is None:
+        _hidden = torch.compiler.disable(_call)
+    return _hidden
+
+
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -126,8 +142,6 @@ class DividedSequence:
             works.start(0, lambda: dist.all_gather(into, part, group=group, async_op=True))
         return into
 
-    # What a process waits for in here it waits for in Python: a graph would have to be broken anyway.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
         self, where: str, q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | Tensor | None = None, scale: float | None = None,
         softcap: float | None = None, sinks: Tensor | None = None, bias: Tensor | None = None, dropout: float = 0.0,
@@ -156,6 +170,10 @@ class DividedSequence:
             ConfigError: the heads cannot be divided among the processes.
             WorkError: an exchange failed or did not end in time; the message names its step.
         """
+        if torch.compiler.is_compiling():
+            options = {"mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks, "bias": bias, "dropout": dropout}
+            out: Tensor = _untraced()(self.attend, where, q, k, v, backend=backend, **options)
+            return out
         self._check(where, q, k, mask, bias, dropout)
         assert mask is None or isinstance(mask, TileMask)
         q, k, v = autocast(q, k, v)
