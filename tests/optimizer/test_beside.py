@@ -18,7 +18,14 @@ from tests.optimizer.test_rules import Broken
 from torchwrap import OffloadedOptimizer
 from torchwrap.storage.backend import Backend
 
-ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": 65536}
+ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": "512KiB"}
+
+
+def _pair(offload: dict[str, Any] | None) -> tuple[nn.Module, nn.Module]:
+    """Twice the same, the second one offloaded or as it is; there is room for each gradient and new values beside it."""
+    if offload is None:
+        return pair(width=129, wide=False)[0], pair(width=129, wide=False)[0]
+    return pair(offload=offload, width=129)
 
 
 class _Here(torch.autograd.Function):
@@ -93,10 +100,11 @@ def test_a_block_goes_on_with_a_weight_that_was_updated_meanwhile(recompute: boo
     assert differences(plain, reference, model, optimizer) == []
 
 
-def test_the_state_of_a_model_in_memory_is_updated_beside_its_backward() -> None:
+@pytest.mark.parametrize("chunk", ["1MiB", "64KiB"], ids=["room", "too large"])
+def test_the_state_of_a_weight_in_memory_is_updated_beside_backward_if_there_is_room_for_values_too(chunk: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 512), nn.Linear(512, 64))
-    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, chunk=65536)
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, chunk=chunk)
     old, seen = model[1].weight.detach().clone(), []
 
     def look(_: torch.Tensor) -> None:
@@ -105,15 +113,15 @@ def test_the_state_of_a_model_in_memory_is_updated_beside_its_backward() -> None
 
     model[0].weight.register_post_accumulate_grad_hook(look)
     model(torch.randn(32, 64)).square().mean().backward()
-    assert seen == [(True, True)]
+    assert seen == [(chunk == "1MiB", True)]
     assert not torch.equal(model[1].weight, old)  # the backward is over
     optimizer.step()
 
 
-@pytest.mark.parametrize("offload", [{"params": "disk"}, {"device_memory": 2_000_000}, None], ids=["disk", "half", "in-memory"])
-@pytest.mark.parametrize("writes", [1, 12, 40])
+@pytest.mark.parametrize("offload", [{"params": "disk"}, {"device_memory": 12_000_000}, None], ids=["disk", "half", "in-memory"])
+@pytest.mark.parametrize("writes", [1, 7, 11])
 def test_an_update_that_fails_beside_backward_is_finished_by_the_step(tmp_path: Path, offload: dict[str, Any] | None, writes: int) -> None:
-    plain, model = pair(offload=offload) if offload is not None else (pair()[0], pair()[0])
+    plain, model = _pair(offload)
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
     assert trained(model, optimizer, range(1)) == trained(plain, reference, range(1))
@@ -135,9 +143,9 @@ def test_an_update_that_fails_beside_backward_is_finished_by_the_step(tmp_path: 
 
 
 @pytest.mark.parametrize("way_out", ["step", "rollback"])
-@pytest.mark.parametrize("offload", [{"params": "disk"}, {"device_memory": 2_000_000}, None], ids=["disk", "half", "in-memory"])
+@pytest.mark.parametrize("offload", [{"params": "disk"}, {"device_memory": 12_000_000}, None], ids=["disk", "half", "in-memory"])
 def test_after_a_backward_that_raised_the_step_has_what_it_brought(tmp_path: Path, offload: dict[str, Any] | None, way_out: str) -> None:
-    plain, model = pair(offload=offload) if offload is not None else (pair()[0], pair()[0])
+    plain, model = _pair(offload)
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
     trained(model, optimizer, range(1))
@@ -178,7 +186,7 @@ class _Slow(Backend):
 @pytest.mark.parametrize("offload", [{"params": "disk"}, None], ids=["disk", "in-memory"])
 def test_backward_waits_for_a_slow_disk_before_more_gradients_wait_than_there_is_room_for(offload: dict[str, Any] | None) -> None:
     _, model = pair(offload=offload, width=257) if offload is not None else (None, pair(width=257)[0])
-    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, chunk=65536)
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, chunk="2MiB")
     disk = optimizer._works.store._disk.backend = _Slow()
     updater, room, most = optimizer._works.updater, optimizer._works.gradients.timing.room, 0
     wait = updater.wait_for_room

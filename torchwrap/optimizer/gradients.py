@@ -223,7 +223,7 @@ class Gradients:
         known = target.gradient_norm() if self.timing.norms else None
         gradient = target.take_gradient(known, parked=False).detach()
         self._taking = True
-        self.handover.give(Update(target, gradient, self.settings[target.group], torch.get_num_threads()))
+        self.handover.give(Update(target, gradient, self.settings[target.group], torch.get_num_threads()), self.timing.room)
         del gradient  # it is not kept while others wait for room
         self._updater.wait_for_room(self.timing.room)
 

@@ -1,7 +1,8 @@
 """When an update may begin: as soon as nothing of the running backward can miss what it changes.
 
 - A weight in memory stays as it is until the backward is over, because autograd compares its version and may still read it. Its state is
-  updated at once, and its new values wait beside it; they take the place of the gradient, which is free then.
+  updated at once, and its new values wait beside it; they take the place of the gradient, which is free then. For a moment there are both:
+  a weight for which that would be more than gradients have room waits as a whole.
 - A weight of a block that the backward holds in a slot is updated at once as well: the block goes on with the slot and its old values.
 - Any other streamed weight waits until its unit is done: a private copy of it may be read before that.
 
@@ -35,10 +36,10 @@ class Handover:
         self._units: dict[int, Unit] = {}
         self._beside: list[Update] = []  # of weights in memory, whose new values wait for the end of the backward
 
-    def give(self, update: Update) -> None:
-        """An update whose gradient is complete."""
+    def give(self, update: Update, room: int) -> None:
+        """An update whose gradient is complete; `room` is how many bytes of gradients may wait for the worker."""
         target = update.target
-        if not target.away and target.parameter.device.type == "cpu":
+        if not target.away and target.parameter.device.type == "cpu" and update.gradient_nbytes <= room:
             update.beside = True
             self._beside.append(update)
             self._updater.submit(Job((), [update]))
