@@ -50,7 +50,7 @@ class BuildKernels(build_ext):
                 known.append((f"WITH_{name.upper()}", None))
             except CompileError:
                 self.warn(f"torchwrap: this compiler does not know {name}; its kernels are left out")
-        objects += self.compiled(["choices.cpp", "decode.cpp", "parallel.cpp", "prefill.cpp"], "rest", known, [])
+        objects += self.compiled(["blocks.cpp", "choices.cpp", "decode.cpp", "parallel.cpp", "prefill.cpp"], "rest", known, [])
         target = self.get_ext_fullpath(ext.name)
         libraries = ["dl", "pthread"]
         self.compiler.link_shared_object(objects, target, libraries=libraries, target_lang="c++", build_temp=self.build_temp)

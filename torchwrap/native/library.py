@@ -37,6 +37,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         function.argtypes = [ctypes.c_void_p]
     loaded.torchwrap_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     loaded.torchwrap_read.restype = ctypes.c_uint64
+    loaded.torchwrap_blocks_hold.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
+    loaded.torchwrap_blocks_release.argtypes = [ctypes.c_uint64]
+    loaded.torchwrap_blocks_counts.argtypes = [ctypes.POINTER(ctypes.c_uint64)]
     return loaded, ""
 
 
