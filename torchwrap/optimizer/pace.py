@@ -49,8 +49,8 @@ class Pace:
         return time.monotonic(), stalled, self._updater.waited_s, self._chunks.seconds
 
 
-def footprint_of(targets: Sequence[Target], store: GenerationStore, timing: Timing, handle: WeightsHandle) -> Footprint:
-    """What the streamed `targets` of an optimizer add to a step of the model of `handle`."""
+def footprint_of(targets: Sequence[Target], store: GenerationStore, timing: Timing, handle: WeightsHandle, kept: int) -> Footprint:
+    """What the streamed `targets` of an optimizer, and `kept` bytes of freed tensors, add to a step of the model of `handle`."""
     trained = [target for target in targets if target.parameter.requires_grad and target.weight_name in store.records]
     ring = state = away = total = largest = 0
     for target in trained:
@@ -70,6 +70,7 @@ def footprint_of(targets: Sequence[Target], store: GenerationStore, timing: Timi
     return Footprint(
         ring=IN_FLIGHT * ring,
         gradients=gradients,
+        kept=kept,
         read=state + away + parked,
         written=state + away + parked,
         overlaps=timing.take,

@@ -26,10 +26,10 @@ from torchwrap.optimizer.updates import Updater
 from torchwrap.optimizer.values import Values
 from torchwrap.storage import aio
 from torchwrap.storage.generations import GenerationStore
-from torchwrap.storage.heap import keep_heap_small
+from torchwrap.storage.heap import FreedBlocks, keep_heap_small
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.stepping import warn_of_mixture
-from torchwrap.weights.training import Footprint, room_for
+from torchwrap.weights.training import Footprint, kept_bytes, room_for
 
 __all__ = ["Site", "Workshop"]
 
@@ -63,6 +63,7 @@ class Workshop:
 
     Attributes:
         resident, run, chunks, updater, pace, gradients, step: see the header.
+        freed: memory of freed gradients and temporaries, for the next ones.
 
     Raises:
         ConfigError: the folder holds something else.
@@ -95,6 +96,7 @@ class Workshop:
             self.pace: Pace = Pace(handle, self.updater, self.chunks)
             self.gradients: Gradients = Gradients(groups, handle, self.updater, self.timing(asked))
             self.step: Step = Step(targets, self.gradients, self.updater, max_grad_norm)
+            self.freed: FreedBlocks = FreedBlocks(self._kept())
         except BaseException:
             self.store.close()
             raise
@@ -103,6 +105,14 @@ class Workshop:
         """When gradients are used if that is asked for, and where they wait."""
         room = room_for(self._handle.units if self._handle is not None else (), self.site.chunk)
         return timing_of(asked, self._trained_bytes, room, self.site.beside)
+
+    def _kept(self) -> int:
+        """Bytes of freed tensors to keep; on another device than the CPU they come from an allocator that keeps them anyway."""
+        sizes = [t.parameter.numel() * t.parameter.element_size() for t in self.parameters.targets if t.parameter.device.type == "cpu"]
+        on_cpu = self._handle is None or self._handle.device.type == "cpu"
+        return (
+            kept_bytes(self._handle.units if self._handle is not None else (), min(self.site.chunk, max(sizes))) if on_cpu and sizes else 0
+        )
 
     def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Parameters were added, or settings changed: what the class keeps with them, room for it, and hooks.
@@ -124,6 +134,7 @@ class Workshop:
         """End the threads, let the folder and the parameters go."""
         self.gradients.close()
         self.updater.close()
+        self.freed.close()
         self.reader.close()
         self.store.close()
         self.parameters.let_go()
@@ -155,7 +166,7 @@ class Workshop:
     def footprint(self) -> Footprint:
         """What the optimizer adds to a training step in memory and bytes moved."""
         assert self._handle is not None
-        return footprint_of(self.parameters.streamed, self.store, self.gradients.timing, self._handle)
+        return footprint_of(self.parameters.streamed, self.store, self.gradients.timing, self._handle, self.freed.nbytes)
 
     @property
     def write_rate(self) -> float:
