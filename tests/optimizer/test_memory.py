@@ -1,13 +1,19 @@
-"""Peak memory of a training step does not grow with the model: slots, chunks in flight, and gradients that wait."""
+"""Peak memory of a training step does not grow with the model: slots, chunks in flight, waiting gradients, freed tensors that are kept."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+import torchwrap as tw
+from torchwrap.storage.heap import FreedBlocks, refusal
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -72,3 +78,25 @@ def test_three_times_the_model_takes_no_more_memory(options: str) -> None:
     small, large = peak_of(4, options), peak_of(12, options)
     # 8 more blocks are 72 MiB of weights, as much of gradients and twice as much of state.
     assert large - small < 3 * block, f"{small // MIB} MiB with 4 blocks, {large // MIB} MiB with 12"
+
+
+@pytest.mark.skipif(bool(refusal()), reason=refusal())
+def test_memory_of_freed_tensors_is_used_again_until_the_optimizer_is_closed() -> None:
+    block = 4 * (512 * 1024 + 1024 * 512)  # its biases stay in memory
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 1024), nn.Linear(1024, 512)) for _ in range(3)))
+    model = tw.offload(model, params="disk", k=1, units=("0", "1", "2"))
+    handle = tw.handle_of(model, "offload")
+    gc.collect()  # optimizers that other tests left behind
+    others = FreedBlocks.counts()["bytes"]
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.SGD, lr=1e-3)
+    assert not optimizer._works.freed.reason
+    assert handle.predict_training(batch=1, tokens=256).kept_bytes == block // 2
+    for _ in range(2):
+        before = FreedBlocks.counts()["reused"]
+        model(torch.ones(256, 512)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert FreedBlocks.counts()["reused"] > before
+    assert others < FreedBlocks.counts()["bytes"] <= others + block // 2
+    optimizer.close()
+    assert FreedBlocks.counts()["bytes"] <= others

@@ -79,10 +79,11 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _memory() -> dict[str, int | None]:
+def _memory() -> dict[str, int | str | None]:
+    from torchwrap.storage.heap import refusal
     from torchwrap.storage.limits import memory_available, memory_limit, memory_usage
 
-    return {"limit": memory_limit(), "used": memory_usage(), "available": memory_available()}
+    return {"limit": memory_limit(), "used": memory_usage(), "available": memory_available(), "reuse_refused": refusal()}
 
 
 def _disk(folder: Path, nbytes: int, *, measure: bool) -> dict[str, object]:
@@ -213,6 +214,8 @@ def _text(data: dict[str, object], problems: list[str]) -> str:
     ]
     limit = amount(memory["limit"]) if memory["limit"] else "none"
     rows.append(("memory", f"{amount(memory['available'])} available, cgroup limit {limit}"))
+    refused = memory["reuse_refused"]
+    rows.append(("", f"of tensors freed in training: {f'not used again: {refused}' if refused else 'used again'}"))
     rows.append(("disk", f"{disk['path']}: {amount(disk['free'])} free, io_uring {disk['io_uring']}"))
     if "read_bytes_per_s" in disk:
         how = f"{'O_DIRECT' if disk['direct'] else 'buffered'}, {disk['read_threads']} threads of {amount(disk['read_chunk'])}"

@@ -55,9 +55,9 @@ def footprint_of(targets: Sequence[Target], store: GenerationStore, timing: Timi
     ring = state = away = total = largest = 0
     for target in trained:
         size = target.parameter.element_size()
-        kept = sum(dtype.itemsize for dtype in target.layout.values())
-        ring = max(ring, store.records[target.weight_name].chunk * ((2 if timing.park else 1) * size + kept))
-        state += target.numel * kept
+        per_element = sum(dtype.itemsize for dtype in target.layout.values())
+        ring = max(ring, store.records[target.weight_name].chunk * ((2 if timing.park else 1) * size + per_element))
+        state += target.numel * per_element
         away += target.numel * size if target.away and target.piece is not None and target.piece.host is None else 0
         total += target.numel * size
         largest = max(largest, target.numel * size)
