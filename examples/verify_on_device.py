@@ -1,9 +1,7 @@
 """Is attention right on this machine, and how fast? Every back end that runs here against float64, into one JSON file.
 
-For owners of cards that the project has never seen, above all V100 (7.0) and T4 (7.5): `python verify_on_device.py [results.json]`. Results
-and gradients obey the law "at most twice the error of the definition in the same dtype". Times are medians of seven runs, interleaved,
-beside torch's own function; on a CPU none are taken. What the dispatcher measures and would choose is noted as
-well. A hash of the content tells a figure quoted from the file from one that was edited.
+For owners of cards the project has never seen, above all V100 and T4: `python verify_on_device.py [results.json]`. Law: at most twice the
+error of the definition in the same dtype. Times are medians of seven, interleaved, on cards only. The hash tells an edited file.
 """
 
 import functools
@@ -17,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.dispatch import BACKENDS, backend, choose
@@ -42,12 +41,7 @@ def everything(name: str, call: Call, grad: torch.Tensor) -> list[torch.Tensor]:
 def milliseconds(runs: dict[str, functools.partial[object]]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _, (name, run) in itertools.product(range(7 if device == "cuda" else 0), runs.items()):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        began.record()
-        run()
-        ended.record()
-        ended.synchronize()
-        times[name].append(began.elapsed_time(ended))
+        times[name].append(1e3 * Timer("run()", globals={"run": run}).timeit(1).median)
     return {name: statistics.median(taken) for name, taken in times.items() if taken}
 
 
@@ -71,17 +65,19 @@ for dtype, (case, shape) in itertools.product((torch.float16, torch.bfloat16, to
         except (TorchwrapError, RuntimeError) as error:
             refused[name], equal = str(error), False
     runs = {name: functools.partial(everything, name, call, grad) for name in shares}
-    dense = {"attn_mask": mask.rectangles((0, queries), (0, keys)), "enable_gqa": True}
-    runs["torch, forward"] = functools.partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, **dense)
+    dense = functools.partial(torch.nn.functional.scaled_dot_product_attention, enable_gqa=True)
+    runs["torch, forward"] = functools.partial(dense, q, k, v, mask.rectangles((0, queries), (0, keys)))
     runs |= {f"{name}, forward": functools.partial(backend(name).forward, call) for name in shares}
-    ours = {name: share for name, share in shares.items() if name in ("cpu", "triton", "cuda_mma", "eager")}
-    equal &= all(share <= 1 for share in ours.values())  # the rounding of others' kernels is shown, not judged
-    tuned = [str(one) for one in tune([call], train=True, tune_dir=folder.name)] if device == "cuda" else []
+    equal &= all(shares.get(name, 0) <= 1 for name in ("cpu", "triton", "cuda_mma", "eager"))  # others are shown, not judged
     results.append({"case": [case, *shape, str(dtype)], "share of the law": shares, "refused": refused, "ms": milliseconds(runs)})
-    results[-1] |= {"by the table": choose(call, Settings(tune="off")).backend.name, "measured": tuned}
+    tuned = tune([call], train=True, tune_dir=folder.name) if device == "cuda" else []
+    results[-1] |= {"by the table": choose(call, Settings(tune="off")).backend.name, "measured": [*map(str, tuned)]}
     print(case, dtype, {name: round(share, 2) for name, share in shares.items()}, results[-1]["ms"])
-where = [torch.cuda.get_device_name(), torch.cuda.get_device_capability()] if torch.cuda.is_available() else [device]
-content = {"device": [*where, torch.version.cuda], "torch": torch.__version__, "results": results}
+content = {
+    "device": str(torch.cuda.get_device_properties() if device == "cuda" else device),
+    "torch": torch.__version__,
+    "results": results,
+}
 content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 Path(*sys.argv[1:] or ["verify_on_device.json"]).write_text(json.dumps(content, indent=1))
 print(f"outputs equal: {equal}")
