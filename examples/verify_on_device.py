@@ -1,7 +1,8 @@
 """Is attention right on this machine, and how fast? Every back end that runs here against float64, into one JSON file.
 
 For owners of cards the project has never seen, above all V100 and T4: `python verify_on_device.py [results.json]`. Law: at most twice the
-error of the definition in the same dtype. Times are medians of seven, interleaved, on cards only. The hash tells an edited file. Measured choices are kept for this machine.
+error of the definition in the same dtype. Times are medians of seven, interleaved, on cards only. The hash tells an edited file.
+What the dispatcher measures is kept for this machine.
 """
 
 import functools
