@@ -175,11 +175,11 @@ def room_for(units: Iterable[Unit], chunk: int) -> int:
 
 
 def kept_bytes(units: Iterable[Unit], chunk: int) -> int:
-    """Bytes of freed tensors that are kept for the next ones: half of the gradients that may wait; 0 where that cannot be.
+    """Bytes of freed tensors that are kept for the next ones: as many as gradients may wait; 0 where that cannot be.
 
-    Chosen: with half of 64 MiB 2.5 times as many pages are touched anew, with twice as much 0.6 times (measured, docs/figures.md).
+    Chosen: with half of it a step takes 6 % longer, with half more as long (medians of two to four runs, docs/figures.md).
     """
-    return 0 if refusal() else room_for(units, chunk) // 2
+    return 0 if refusal() else room_for(units, chunk)
 
 
 def expected_footprint(units: Sequence[Unit], pieces: Sequence[Piece], resident: frozenset[int] | set[int]) -> Footprint:
