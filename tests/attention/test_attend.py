@@ -270,3 +270,12 @@ def test_tensors_without_numbers_have_results_without_numbers() -> None:
     q = torch.empty(2, 4, 6, 8, device="meta")
     out, lse = attend(q, q[:, :2], q[:, :2], return_lse=True)
     assert out.device.type == lse.device.type == "meta" and out.shape == q.shape and lse.shape == q.shape[:3]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("which", range(3))
+def test_what_is_no_tensor_is_refused_by_name(which: int, autocast: bool) -> None:
+    given: list[Any] = list(inputs(1, (2, 2), 3, 3))
+    given[which] = given[which].numpy()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(errors.ConfigError, match=f"{'qkv'[which]} is a ndarray"):
+        attend(*given)

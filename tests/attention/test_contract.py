@@ -33,6 +33,10 @@ def call(**changed: Any) -> Any:
         pytest.param({"softcap": "a"}, "softcap is a str", id="softcap that is no number"),
         pytest.param({"q": [[1.0]]}, "q is a list", id="no tensor"),
         pytest.param({"v": None}, "v is a NoneType", id="nothing"),
+        pytest.param({"q": torch.zeros(2, 4, 3, 8).to_sparse()}, "q is a sparse or nested", id="sparse"),
+        pytest.param(
+            {"k": torch.nested.nested_tensor([torch.zeros(2, 5, 8)] * 2, layout=torch.jagged)}, "k is a sparse or nested", id="nested"
+        ),
         pytest.param({"mask": [[True]]}, "the mask is a list", id="mask that is no tensor"),
         pytest.param({name: torch.zeros(2, 2, 3, 8).to(torch.float8_e4m3fn) for name in "qkv"}, "16 bits.*float8", id="float8"),
         pytest.param({"scale": math.inf}, "scale is inf", id="scale"),

@@ -178,10 +178,17 @@ def test_who_fails_has_no_figure_and_who_is_slow_is_not_waited_for(monkeypatch: 
     def broken() -> None:
         raise RuntimeError("no memory")
 
-    runs = {"slow": run("slow", 0.5), "broken": broken, "fast": run("fast", 0.01), "near": run("near", 0.02)}
+    def faulty() -> None:
+        raise KeyError("of somebody else's")
+
+    runs = {"slow": run("slow", 0.5), "broken": broken, "faulty": faulty, "fast": run("fast", 0.01), "near": run("near", 0.02)}
     seconds, failed = clock.median_seconds(runs, torch.device("cpu"))
     assert seconds == pytest.approx({"fast": 0.01, "near": 0.02, "slow": 0.5})
-    assert "no memory" in failed["broken"] and counts == {"slow": 2, "fast": 2 + clock.ROUNDS, "near": 2 + clock.ROUNDS}
+    assert (
+        "no memory" in failed["broken"]
+        and failed["faulty"].startswith("KeyError")
+        and counts == {"slow": 2, "fast": 2 + clock.ROUNDS, "near": 2 + clock.ROUNDS}
+    )
 
 
 def test_compiled_graphs_and_records_go_by_the_figures(measure: Settings, clocks: Any) -> None:
@@ -236,6 +243,16 @@ def _edited(said: bytes) -> bytes:
 def _foreign(said: bytes) -> bytes:
     content = json.loads(said)
     content["machine"]["processor"] = "another"
+    return _signed(content)
+
+
+def _endless(said: bytes) -> bytes:
+    content = json.loads(said)
+    content["kinds"][0][1]["cpu"] = 10**400
+    return _signed(content)
+
+
+def _signed(content: dict[str, Any]) -> bytes:
     del content["sha256"]
     content["sha256"] = store.hashlib.sha256(store._canonical(content)).hexdigest()
     return json.dumps(content).encode()
@@ -245,9 +262,9 @@ def _foreign(said: bytes) -> bytes:
     ("damage", "says"),
     [
         (_cut, "Unterminated"), (_edited, "changed after"), (_foreign, "it holds for"), (lambda _: b"[]", "no table"),
-        (lambda _: b"\xff", "utf"),
+        (lambda _: b"\xff", "utf"), (_endless, "too large"),
     ],
-    ids=["cut", "edited", "foreign", "no table", "no text"],
+    ids=["cut", "edited", "foreign", "no table", "no text", "endless"],
 )  # fmt: skip
 def test_a_damaged_or_foreign_file_is_ignored_with_a_warning_and_written_anew(
     measure: Settings, clocks: Any, damage: Callable[[bytes], bytes], says: str
@@ -276,6 +293,14 @@ def test_a_folder_that_cannot_be_written_to_costs_a_warning(tmp_path: Path, cloc
     with pytest.warns(TorchwrapWarning, match="not kept"):
         attend(one.q, one.k, one.v, backend=measure)
     assert choose(one, measure).backend.name == "sdpa"
+
+
+@pytest.mark.parametrize("folder", ["a\0b", "~there-is-no-such-user/x"])
+def test_a_name_that_no_folder_can_have_is_refused_by_name(folder: str) -> None:
+    one = call()
+    with pytest.raises(ConfigError, match="names no folder"):
+        attend(one.q, one.k, one.v, backend=Settings(tune="measure", tune_dir=folder))
+    attend(one.q, one.k, one.v)
 
 
 def test_figures_of_a_back_end_that_is_no_more_are_passed_over(measure: Settings) -> None:

@@ -236,6 +236,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         if not isinstance(given, Tensor):
             fix = "Give tensors (torch.tensor, torch.from_numpy)."
             raise errors.ConfigError(f"{name} is a {type(given).__name__}", where="attend", fix=fix)
+        if given.is_nested or given.layout != torch.strided:
+            fix = "Give dense tensors, nested ones padded (torch.nested.to_padded_tensor) and with a mask."
+            raise errors.ConfigError(f"{name} is a sparse or nested tensor", where="attend", fix=fix)
     wrong = _mismatch(q, k, v)
     if wrong:
         raise errors.ConfigError(

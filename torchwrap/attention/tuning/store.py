@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from torchwrap.attention.tuning.kinds import Kind
-from torchwrap.core.errors import StorageError, TorchwrapWarning
+from torchwrap.core.errors import ConfigError, StorageError, TorchwrapWarning
 from torchwrap.storage.atomic import atomic_write, private_folder
 
 __all__ = ["MARGIN", "Measurements", "machine_of", "measurements", "ranked"]
@@ -72,7 +72,8 @@ class Measurements:
 
     def seconds(self) -> dict[Kind, dict[str, float]]:
         """All figures."""
-        return {kind: dict(found) for kind, found in self._seconds.items()}
+        with self._lock:
+            return {kind: dict(found) for kind, found in self._seconds.items()}
 
     def _take(self, figures: Mapping[Kind, dict[str, float]]) -> None:
         for kind, seconds in figures.items():
@@ -91,7 +92,7 @@ class Measurements:
             return {}
         try:
             return _figures(json.loads(content), self.machine)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             warnings.warn(
                 f"{self.path} is left aside and written anew when something is measured: {error}. Delete it, if that is not wanted.",
                 TorchwrapWarning,
@@ -130,15 +131,29 @@ def measurements(device: torch.device, folder: str | None) -> Measurements:
     Args:
         device: with its index, if it has one.
         folder: None: `$TORCHWRAP_CACHE`, else `~/.cache/torchwrap`, folder `attention`.
+
+    Raises:
+        ConfigError: the folder's name cannot be one.
     """
     found = _kept.get((device, folder))
     if found is None:
         with _lock:  # two of them would not know of each other's figures
             if (device, folder) not in _kept:
-                shared = Path(os.environ.get("TORCHWRAP_CACHE") or Path.home() / ".cache" / "torchwrap") / "attention"
-                _kept[device, folder] = Measurements(Path(folder).expanduser() if folder is not None else shared, machine_of(device))
+                _kept[device, folder] = Measurements(_place(folder), machine_of(device))
             found = _kept[device, folder]
     return found
+
+
+def _place(folder: str | None) -> Path:
+    if folder is None:
+        return Path(os.environ.get("TORCHWRAP_CACHE") or Path.home() / ".cache" / "torchwrap") / "attention"
+    try:
+        os.fsencode(folder)
+        if "\0" in folder:
+            raise ValueError("embedded null byte")
+        return Path(folder).expanduser()
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"tune_dir={folder!r} names no folder: {error}", where="tune_dir", fix="Give a folder, or None.") from error
 
 
 def machine_of(device: torch.device) -> dict[str, str]:
@@ -173,7 +188,7 @@ def _figures(said: Any, machine: Mapping[str, str]) -> dict[Kind, dict[str, floa
     """Figures of a file's content.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is not what `_write` wrote here.
+        ValueError, KeyError, TypeError, AttributeError, OverflowError: it is not what `_write` wrote here.
     """
     if not isinstance(said, dict):
         raise ValueError("it holds no table")
