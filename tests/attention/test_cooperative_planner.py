@@ -15,7 +15,7 @@ from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.disk import Disk
 from torchwrap.attention.cooperative.machine import OneMemory
-from torchwrap.attention.cooperative.measure import measure_rates
+from torchwrap.attention.cooperative.measure import ROWS, measure_rates
 from torchwrap.attention.cooperative.planner import CacheShape, Plan, Rates, Split, plan_cache
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
@@ -185,6 +185,25 @@ def test_a_real_machine_can_be_measured() -> None:
     """Of the figures only their order is known: there is one memory, so both sides read about as fast as each other."""
     found = measure_rates(OneMemory(), SMALL, torch.float32, sample_bytes=1 << 20, chunk_bytes=1 << 16, repeats=1)
     assert min(found.device, found.host, found.link, found.wake_s, found.flops) > 0
+
+
+@pytest.mark.parametrize(("flops", "tokens"), [(1e9, {256}), (1e15, {256, 4096})], ids=["processor", "card"])
+def test_arithmetic_is_measured_with_few_keys_where_all_would_take_long(flops: float, tokens: set[int]) -> None:
+    now, asked = [0.0], set()
+
+    class Clock(OneMemory):
+        def now(self) -> float:
+            return now[0]
+
+    def partial(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if q.shape[2] == ROWS:
+            asked.add(k.shape[2])
+        now[0] += 4 * q.numel() * k.shape[2] / flops
+        return torch.zeros(*q.shape[:3], v.shape[3]), torch.zeros(q.shape[:3])
+
+    sample = 4096 * SMALL.token_bytes
+    found = measure_rates(Clock(), SMALL, torch.float32, sample_bytes=sample, chunk_bytes=1 << 16, repeats=1, partial=partial)
+    assert asked == tokens and found.flops == pytest.approx(flops)
 
 
 def test_256k_tokens_with_a_sixteenth_on_the_device() -> None:

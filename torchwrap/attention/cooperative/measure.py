@@ -22,6 +22,7 @@ from torchwrap.attention.cooperative.tiers import Room
 __all__ = ["measure_disk", "measure_rates"]
 
 ROWS = 512  # queries of the step that measures arithmetic
+_LONG_S = 0.002  # such a step is seen beside what its start costs
 
 
 def measure_rates(
@@ -44,14 +45,19 @@ def measure_rates(
     Raises:
         BudgetError: the machine has no memory for the sample.
 
-    Cost: `2 * sample_bytes` on the host and `sample_bytes + 2 * chunk_bytes` on the device, for a moment; about `4 * repeats` steps.
+    Cost: `2 * sample_bytes` on the host and `sample_bytes + 2 * chunk_bytes` on the device, for a moment; about `5 * repeats` steps.
     """
     tokens = max(2, sample_bytes // shape.token_bytes)
     chunk = max(1, min(chunk_bytes // shape.token_bytes, tokens))
 
     def seconds(on_device: int, held: int, streamed: float, rows: int = 1) -> float:
         cache = TieredCache(
-            [Room(on_device, 0)], machine=machine, streamed=streamed, chunk_tokens=chunk, workers=workers, partial=partial,
+            [Room(on_device, 0)],
+            machine=machine,
+            streamed=streamed,
+            chunk_tokens=chunk,
+            workers=workers,
+            partial=partial,
             storage=storage,
         )
         try:
@@ -75,7 +81,12 @@ def measure_rates(
     far = seconds(0, tokens, 0.0)
     link = seconds(0, tokens, 1.0)
     device = nbytes / near
-    flops = 4 * ROWS * tokens * shape.batch * shape.heads * shape.width / seconds(tokens, tokens, 0.0, ROWS)
+    # Few keys are enough where that takes long: on a processor all of them would take many seconds.
+    many = max(1, tokens // 16)
+    prompt = seconds(many, many, 0.0, ROWS)
+    if prompt < _LONG_S:
+        many, prompt = tokens, seconds(tokens, tokens, 0.0, ROWS)
+    flops = 4 * ROWS * many * shape.batch * shape.heads * shape.width / prompt
     return Rates(
         device=device,
         host=stored / max(far - wake, 1e-9),
