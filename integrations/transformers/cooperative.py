@@ -129,7 +129,7 @@ def plan_of_cache(
         rates = measure_rates(machine, shape, dtype, chunk_bytes=chunk_bytes, workers=workers, storage=storage)
         rates = rates if kv_disk is None else replace(rates, disk=_disk_rate(kv_disk_path))
     return plan_cache(
-        shape, tokens, rates=rates, device_bytes=_left_to_device(kv_host, shape, tokens, near, 2 * chunk_bytes),
+        shape, tokens, rates=rates, device_bytes=near, kept_bytes=_kept_bytes(kv_host, shape, tokens),
         host_bytes=0 if kv_host is None else host, disk_bytes=0 if kv_disk is None else parse_size(kv_disk, field="kv_disk"),
         split=kv_split, recent=kv_recent, chunk_bytes=chunk_bytes, prefill_tokens=prefill_chunk,
         prefill_bytes=_for_prompts(model, machine.device, near if device_memory is not None else 0, shape),
@@ -257,15 +257,15 @@ def _threads(count: int | None) -> int:
     return count or max(1, cores() - 1)
 
 
-def _left_to_device(kv_host: float | str | None, shape: CacheShape, tokens: int, near: int, staging: int) -> int:
-    """Bytes of the device that a plan may use when so much of all is to lie on the host."""
+def _kept_bytes(kv_host: float | str | None, shape: CacheShape, tokens: int) -> int | None:
+    """Bytes that may stay on the device when so much of all is to lie on the host; None: as many as fit."""
     whole = shape.layers * tokens * shape.token_bytes
     if kv_host is None or kv_host == "auto":
-        return near
+        return None
     if isinstance(kv_host, float):
         if not 0 <= kv_host <= 1:
             raise ConfigError(f"kv_host is {kv_host}", where="kv_host", fix="Give a share in [0.0, 1.0], bytes as an int, or a size.")
         there = round(kv_host * whole)
     else:
         there = parse_size(kv_host, field="kv_host") * shape.token_bytes // shape.host_token_bytes
-    return min(near, max(0, whole - there) + staging) if there else near
+    return max(0, whole - there)

@@ -343,3 +343,12 @@ def test_what_is_on_the_host_crosses_the_link_once_for_each_chunk_of_a_prompt_an
             expected += sum(piece.end - piece.first for piece in cache.layers[index].pieces(first) if piece.tier == "host")
             cache.attend(index, torch.randn(1, 8, count, 8), mask=TileMask.causal(1, count, first + count))
     assert machine.uploaded == expected * shape.token_bytes > 0
+
+
+@pytest.mark.parametrize("split", ["auto", "token", "layer", "head", "upload"])
+@pytest.mark.parametrize("tokens", [19, 4096])
+def test_what_may_be_kept_bounds_the_device_whatever_room_it_has(split: Any, tokens: int) -> None:
+    whole = SMALL.layers * tokens * SMALL.token_bytes
+    found = plan_cache(SMALL, tokens, device_bytes=GIB, host_bytes=GIB, rates=V100, split=split, kept_bytes=whole // 2)
+    assert found.device_bytes - found.staging_bytes <= whole // 2
+    assert found.host_bytes >= whole // 2

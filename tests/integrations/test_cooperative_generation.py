@@ -294,3 +294,9 @@ def test_page_locked_memory_is_given_back_with_a_cache_that_nobody_released(monk
     del found
     gc.collect()
     assert not locked
+
+
+def test_a_share_on_the_host_is_there_however_small_the_cache() -> None:
+    model = tw.fast_attention(built(), cache="cooperative", kv_host=0.5)  # staging buffers alone could hold all of it
+    found = tw.fast_attention.plan(model, tokens=20)
+    assert found.host_bytes * 2 >= 20 * found.shape.layers * found.shape.token_bytes

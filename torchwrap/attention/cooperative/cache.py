@@ -207,7 +207,12 @@ class TieredCache:
             )
         fresh, self._fresh = self._fresh, None
         query = Query(
-            q=q, mask=mask, scale=q.shape[3] ** -0.5 if scale is None else scale, softcap=softcap, sinks=sinks, attend=self._partial,
+            q=q,
+            mask=mask,
+            scale=q.shape[3] ** -0.5 if scale is None else scale,
+            softcap=softcap,
+            sinks=sinks,
+            attend=self._partial,
             attend_host=self._partial_host,
         )
         with self._restored(layer, layer.previous):

@@ -22,6 +22,7 @@ from torchwrap.attention.cooperative.tiers import Room
 __all__ = ["measure_disk", "measure_rates"]
 
 ROWS = 512  # queries of the step that measures arithmetic
+CHUNKS = 64  # of the step that measures the link: with tiny staging buffers all of the sample would take minutes
 _LONG_S = 0.002  # such a step is seen beside what its start costs
 
 
@@ -79,7 +80,8 @@ def measure_rates(
     near = seconds(tokens, tokens, 0.0)
     wake = seconds(0, 1, 0.0)
     far = seconds(0, tokens, 0.0)
-    link = seconds(0, tokens, 1.0)
+    crossing = min(tokens, CHUNKS * chunk)
+    link = seconds(0, crossing, 1.0)
     device = nbytes / near
     # Few keys are enough where that takes long: on a processor all of them would take many seconds.
     many = max(1, tokens // 16)
@@ -91,7 +93,7 @@ def measure_rates(
         device=device,
         host=stored / max(far - wake, 1e-9),
         # The last chunk is attended after it has arrived.
-        link=stored / max(link - chunk * shape.token_bytes / device, 1e-9),
+        link=crossing * shape.host_token_bytes / max(link - chunk * shape.token_bytes / device, 1e-9),
         wake_s=wake,
         flops=flops,
     )

@@ -227,6 +227,7 @@ def plan_cache(
     disk_bytes: int = 0,
     rates: Rates,
     split: Split | Literal["auto"] = "auto",
+    kept_bytes: int | None = None,
     recent: int = RECENT,
     chunk_bytes: int = 8 << 20,
     block_bytes: int = 8 << 20,
@@ -243,6 +244,7 @@ def plan_cache(
         disk_bytes: what a disk has for what neither has memory for.
         rates: measured or given.
         split: "auto" takes the fastest by prediction.
+        kept_bytes: keys and values that may stay on the device, although more might fit; None: all that fit.
         recent: most recent tokens that stay on the device whatever the split, if they fit; not by head, where all tokens of a head do.
         chunk_bytes: size of one of two staging buffers.
         block_bytes: what moves to the disk and comes from it at a time.
@@ -261,7 +263,8 @@ def plan_cache(
     chunk = max(1, min(chunk_bytes // shape.token_bytes, tokens))
     wide = shape.token_bytes if shape.host_token_bytes != shape.token_bytes else 0
     staging = chunk * (2 * shape.host_token_bytes + wide)
-    room = device_bytes if whole <= device_bytes else device_bytes - staging
+    most_kept = whole if kept_bytes is None else kept_bytes
+    room = device_bytes if whole <= min(device_bytes, most_kept) else device_bytes - staging
     if room < 0:
         raise errors.PlanError(
             f"the device has {format_bytes(device_bytes)} for keys and values, and two staging buffers alone take {format_bytes(staging)}",
@@ -270,7 +273,7 @@ def plan_cache(
         )
     plans, most = list[Plan](), int(HOST_SHARE * host_bytes)
     for kind in ("token", "layer", "upload") if split == "auto" else (split,):
-        for kept, heads, streamed in _divisions(kind, shape, tokens, room, _stored(rates, shape)):
+        for kept, heads, streamed in _divisions(kind, shape, tokens, min(room, most_kept), _stored(rates, shape)):
             window = min(recent, max(min(kept) // 2, min(kept) - 1, 0)) if kind != "layer" else recent
             plan = Plan(
                 shape=shape, tokens=tokens, rates=rates, split=kind, device_tokens=kept, recent=window, spill=max(1, min(256, window // 4)),
