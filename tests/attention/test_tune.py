@@ -384,3 +384,8 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, shape: dict[str, int
     with pytest.raises(ConfigError, match=says):
         tune.tune([Shape(**given)], backends=backends, tune_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_no_name_is_not_the_current_folder() -> None:
+    with pytest.raises(ConfigError, match="tune_dir=''"):
+        Settings(tune="measure", tune_dir="")

@@ -300,3 +300,10 @@ def test_a_share_on_the_host_is_there_however_small_the_cache() -> None:
     model = tw.fast_attention(built(), cache="cooperative", kv_host=0.5)  # staging buffers alone could hold all of it
     found = tw.fast_attention.plan(model, tokens=20)
     assert found.host_bytes * 2 >= 20 * found.shape.layers * found.shape.token_bytes
+
+
+@pytest.mark.parametrize("sizes", [{"tokens": "20"}, {"tokens": 0}, {"tokens": 20, "batch": 1.5}])
+def test_a_plan_of_no_number_is_refused(sizes: dict[str, Any]) -> None:
+    model = tw.fast_attention(built())
+    with pytest.raises(tw.ConfigError, match="a cache of"):
+        tw.fast_attention.plan(model, **sizes)

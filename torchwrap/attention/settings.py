@@ -54,7 +54,7 @@ class Settings:
             raise ConfigError(f"tune={self.tune!r} is unknown", where="Settings", fix=f"Choose one of {allowed}.")
         if not isinstance(self.deterministic, bool):
             raise ConfigError(f"deterministic={self.deterministic!r}", where="Settings", fix="Give True or False.")
-        if not isinstance(self.backend, str) or not isinstance(self.tune_dir, str | None):
+        if not isinstance(self.backend, str) or not isinstance(self.tune_dir, str | None) or self.tune_dir == "":
             said = f"backend={self.backend!r}, tune_dir={self.tune_dir!r}"
             raise ConfigError(said, where="Settings", fix="Give the name of a back end, and a folder as a string or None.")
         for name, least, most in (("block_m", 16, 256), ("block_n", 16, 256), ("num_warps", 1, 32), ("num_stages", 1, 8)):

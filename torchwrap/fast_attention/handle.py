@@ -45,8 +45,8 @@ class FastAttentionHandle(Handle):
             PlanError: a cooperative cache fits nowhere; the message has the numbers.
             UnsupportedModelError: the model has no growing cache.
         """
-        if tokens < 1 or batch < 1:
-            raise ConfigError(f"a cache of {batch} sequences of {tokens} tokens", where="plan", fix="Give at least 1 of each.")
+        if not (isinstance(tokens, int) and isinstance(batch, int)) or tokens < 1 or batch < 1:
+            raise ConfigError(f"a cache of {batch!r} sequences of {tokens!r} tokens", where="plan", fix="Give at least 1 of each.")
         for route in self._routes:
             found: Plan | ArenaPlan | None = route.plan(tokens, batch)
             if found is not None:
