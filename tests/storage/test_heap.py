@@ -129,12 +129,25 @@ def test_forked_child_takes_and_frees_while_the_parent_does(freed: FreedBlocks) 
             right = int(mine.sum()) == 7 * MIB and int(kept.sum()) == 5 * MIB
             del mine, kept
             freed.close()
-            os._exit(0 if right else 1)
+            own = FreedBlocks(MIB)
+            os._exit(0 if right and not own.reason else 1)
         statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     over.set()
     thread.join()
     assert statuses == [0] * 20
     assert int(kept.sum()) == 5 * MIB
+
+
+def test_fork_leaves_no_kept_pages_in_the_child(freed: FreedBlocks) -> None:
+    torch.ones(MIB)
+    before = freed.counts()["bytes"]
+    child = os.fork()
+    if not child:
+        os._exit(0 if freed.counts()["bytes"] == 0 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (before, freed.counts()["bytes"]) == (4 * MIB, 0)
+    torch.ones(MIB)
+    assert freed.counts()["bytes"] == 4 * MIB
 
 
 def test_storages_that_change_and_memory_of_others_are_untouched(freed: FreedBlocks) -> None:

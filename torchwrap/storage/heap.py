@@ -60,7 +60,8 @@ class FreedBlocks:
     """Keeps what torch frees on the CPU, in blocks of 256 KiB and more, for its next tensors of the same size, until closed.
 
     All that are open share one list and their bounds add up. A block comes back as it was freed: like any fresh memory of torch's it holds
-    arbitrary values, at the same alignment. Threads and forked children may use it; tensors may be older than it and outlive it.
+    arbitrary values, at the same alignment. Threads and forked children may use it; tensors may be older than it and outlive it. A fork
+    lets go of what is kept.
 
     Args:
         nbytes: kept at most.

@@ -6,8 +6,9 @@
 // as well, and undoing is two stores. No header of torch is needed, so the library still serves every version of it.
 //
 // A size is rounded up to whole GRAINs, which costs addresses but no memory: pages exist once they are touched. The block freed
-// last is taken first, it may still be in the processor's cache; the one freed first is let go first. Nothing here ever waits: where another thread
-// is at the list (or was, when a child was forked), the call goes to the C library.
+// last is taken first, it may still be in the processor's cache; the one freed first is let go first. An allocation never waits: where another
+// thread is at the list, the call goes to the C library. A fork does: the child finds the list free, and empty, because pages that both have
+// would be copied as soon as the parent uses them again.
 #include <stdint.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -20,9 +21,10 @@ enum Refusal : int { NONE = 0, SYSTEM = 1, NO_TORCH = 2, REPLACED = 3, PROTECTED
 #include <elf.h>
 #include <errno.h>
 #include <link.h>
-#include <sched.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -36,7 +38,7 @@ constexpr uint32_t IMPORTED[] = {R_AARCH64_JUMP_SLOT, R_AARCH64_GLOB_DAT};
 #endif
 constexpr size_t GRAIN = 64 << 10;
 constexpr int MOST = 1024;  // blocks; where that binds, the oldest is let go
-constexpr int PATIENCE = 1 << 16;  // turns given to other threads before a change of the bound is given up
+constexpr int PATIENCE = 10000;  // naps of 0.1 ms before a change of the bound is given up; who is at the list may be off the processor
 
 // The C library's own, whatever name is found first in this process.
 struct Library {
@@ -68,7 +70,8 @@ bool at_once() { return !busy.test_and_set(std::memory_order_acquire); }
 bool patiently() {
     for (int turn = 0; turn < PATIENCE; turn++) {
         if (at_once()) return true;
-        sched_yield();
+        const timespec nap{0, 100000};
+        nanosleep(&nap, nullptr);
     }
     return false;
 }
@@ -87,6 +90,16 @@ bool make_room(size_t bytes) {
         c.free(oldest);
     }
     return kept + bytes <= bound.load();
+}
+
+thread_local bool forking;  // and has the list
+void before_fork() {
+    forking = patiently();
+    if (forking) make_room(SIZE_MAX / 2);
+}
+void after_fork() {
+    if (forking) done();
+    forking = false;
 }
 
 int take(void **result, size_t alignment, size_t bytes) {
@@ -221,7 +234,8 @@ EXPORT int torchwrap_blocks_refusal() {
 EXPORT int torchwrap_blocks_hold(uint64_t bytes, uint64_t smallest) {
     if (!bytes) return NONE;
     if (!patiently()) return BUSY;
-    int why = bound.load() ? NONE : look();
+    static const bool prepared = !pthread_atfork(before_fork, after_fork, after_fork);
+    int why = !prepared ? SYSTEM : bound.load() ? NONE : look();
     for (int i = 0; why == NONE && !bound.load() && i < found; i++)
         if (!set(slots[i], slots[i].ours)) why = PROTECTED;
     if (why == NONE) {
@@ -239,7 +253,7 @@ EXPORT void torchwrap_blocks_release(uint64_t bytes) {
     const bool held = patiently();
     size_t before = bound.load();
     while (!bound.compare_exchange_weak(before, before > bytes ? before - bytes : 0)) {}
-    if (!held) return;  // a child forked while another thread was at the list: it keeps nothing, and goes on without it
+    if (!held) return;  // it keeps nothing more, and goes on without it
     make_room(0);
     if (!bound.load()) {
         least = SIZE_MAX;
