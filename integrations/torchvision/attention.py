@@ -47,7 +47,8 @@ class WindowLayer(Layer):
     """The code of `ShiftedWindowAttention` and of its second version, with attention of ours."""
 
     def __init__(self, fqn: str, service: Service) -> None:
-        self.fqn, self.service = fqn, service
+        self.fqn: str = fqn
+        self.service: Service = service
 
     def replace(self, module: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """As the module's `forward`: pictures (B, H, W, C) to the same shape."""

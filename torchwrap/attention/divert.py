@@ -74,7 +74,8 @@ class FunctionLayer(Layer):
     traceable = False  # Dynamo 2.13 cannot trace Python methods of tensors, such as `unflatten`, under a mode
 
     def __init__(self, fqn: str, service: Service) -> None:
-        self.fqn, self.service = fqn, service
+        self.fqn: str = fqn
+        self.service: Service = service
 
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own code under `Diverted`."""

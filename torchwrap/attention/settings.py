@@ -60,8 +60,8 @@ class Settings:
         for name, least, most in (("block_m", 16, 256), ("block_n", 16, 256), ("num_warps", 1, 32), ("num_stages", 1, 8)):
             _check_tile(name, getattr(self, name), least, most, self.backend)
 
-        said = {field.name: value for field in fields(self) if field.init and (value := getattr(self, field.name)) != field.default}
-        object.__setattr__(self, "text", self.backend if said.keys() <= {"backend"} else json.dumps(said))
+        given = {field.name: value for field in fields(self) if field.init and (value := getattr(self, field.name)) != field.default}
+        object.__setattr__(self, "text", self.backend if given.keys() <= {"backend"} else json.dumps(given))
 
 
     @property

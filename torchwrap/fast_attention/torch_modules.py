@@ -62,7 +62,8 @@ class _Replacing(Layer):
     """A layer in place of a module's code."""
 
     def __init__(self, fqn: str, service: Service) -> None:
-        self.fqn, self.service = fqn, service
+        self.fqn: str = fqn
+        self.service: Service = service
 
     def _named(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, defaults filled in; the user's own mistakes raise as they would."""

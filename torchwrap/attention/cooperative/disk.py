@@ -58,7 +58,7 @@ class Disk:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, nbytes: int = 0, backend: Backend | None = None) -> None:
-        self.store = SpillStore.create(folder, needed=nbytes, backend=backend)
+        self.store: SpillStore = SpillStore.create(folder, needed=nbytes, backend=backend)
         self._reader = Reader(threads=2, backend=backend)
         self._names = (f"block{number}" for number in itertools.count())
         self._buffers: list[Buffer] = []

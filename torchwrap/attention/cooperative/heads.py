@@ -51,9 +51,11 @@ class HeadLayer:
     """
 
     def __init__(self, index: int, machine: Machine, room: HeadRoom, storage: torch.dtype | None = None, disk: Disk | None = None) -> None:
-        self.index, self.machine, self.room = index, machine, room
-        self.kept = TieredLayer(index, machine, room.kept)
-        self.moved = TieredLayer(index, machine, room.moved, storage, disk)
+        self.index: int = index
+        self.machine: Machine = machine
+        self.room: HeadRoom = room
+        self.kept: TieredLayer = TieredLayer(index, machine, room.kept)
+        self.moved: TieredLayer = TieredLayer(index, machine, room.moved, storage, disk)
 
     @property
     def parts(self) -> tuple[tuple[TieredLayer, int, int], ...]:

@@ -76,7 +76,7 @@ class Rounding:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.scale = 0.0
+        self.scale: float = 0.0
         self._most: dict[str, Tensor] = {}
 
     def seen(self, values: Tensor) -> None:

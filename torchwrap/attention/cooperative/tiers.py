@@ -77,10 +77,15 @@ class TieredLayer:
     def __init__(
         self, index: int, machine: Machine, room: Room, storage: torch.dtype | None = None, disk: Disk | None = None
     ) -> None:  # fmt: skip
-        self.index, self.machine, self.room = index, machine, room
+        self.index: int = index
+        self.machine: Machine = machine
+        self.room: Room = room
         self.rounding: Rounding | None = Rounding(storage) if storage is not None else None
         self.shelf: Shelf | None = Shelf(disk) if disk is not None and room.block else None
-        self.first = self.recent = self.previous = self.version = 0
+        self.first: int = 0
+        self.recent: int = 0
+        self.previous: int = 0
+        self.version: int = 0
         self.spilled: Mark = None
         self.near: Arena | None = None
         self.far: list[Arena] = []

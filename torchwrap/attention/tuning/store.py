@@ -49,7 +49,7 @@ class Measurements:
 
     def __init__(self, folder: Path, machine: Mapping[str, str]) -> None:
         self.machine = dict(machine)
-        self.path = folder / f"{hashlib.sha256(_canonical(self.machine)).hexdigest()[:24]}.json"
+        self.path: Path = folder / f"{hashlib.sha256(_canonical(self.machine)).hexdigest()[:24]}.json"
         self.orders: dict[Kind, tuple[str, ...]] = {}
         self.reasons: dict[tuple[Kind, str], str] = {}
         self.lists: dict[Kind, tuple[tuple[str, ...], dict[str, str]]] = {}
