@@ -204,3 +204,23 @@ def test_backward_waits_for_a_slow_disk_before_more_gradients_wait_than_there_is
     optimizer.step()
     largest = max(parameter.numel() * 4 for parameter in model.parameters())
     assert room < most <= room + largest
+
+
+def test_a_weight_that_is_written_to_during_backward_is_not_overwritten_in_silence(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(96, 600), nn.Tanh(), nn.Linear(600, 600))  # large enough to be updated beside backward
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, path=tmp_path / "run")
+    optimizer.commit()
+    before = model[2].weight.detach().clone()
+
+    def write(gradient: torch.Tensor) -> None:
+        optimizer._works.updater.wait()  # the last layer's new values are there
+        with torch.no_grad():
+            model[2].weight.mul_(0.5)
+
+    model[0].bias.register_hook(write)
+    with pytest.raises(tw.ConflictError, match="was written to during backward"):
+        model(torch.ones(4, 96)).square().sum().backward()
+        optimizer.step()
+    optimizer.rollback()
+    assert torch.equal(model[2].weight, before)
+    optimizer.close()

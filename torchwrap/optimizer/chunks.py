@@ -58,6 +58,7 @@ class Update:
     scale: torch.Tensor | None = None
     beside: bool = False
     values: torch.Tensor | None = None
+    version: int = 0  # of the weight in memory that `values` were made from, as torch counts
     drafts: dict[str, Draft] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     total: int = 0  # sum of a weight read from a file that is not ours
@@ -72,9 +73,19 @@ class Update:
     @torch.inference_mode(False)
     @torch.no_grad()
     def land(self) -> None:
-        """Put values that waited where they belong; the update is done, and the backward over."""
+        """Put values that waited where they belong; the update is done, and the backward over.
+
+        Raises:
+            ConflictError: somebody wrote to the weight meanwhile; the new values do not know of it.
+        """
         memory = flat_weight(self.target)
         assert memory is not None and self.values is not None
+        if self.target.parameter._version != self.version:
+            raise errors.ConflictError(
+                f"OffloadedOptimizer: {self.target.name} was written to during backward, when its new values had been computed",
+                where=self.target.name,
+                fix="Call optimizer.rollback(), or close(); pass overlap=False if weights are to be changed in a backward.",
+            )
         memory.copy_(self.values)
         self.values = None
 
@@ -127,7 +138,7 @@ class Chunks:
         memory = flat_weight(target)
         in_store = memory is None
         if memory is not None and update.beside:
-            update.values = torch.empty_like(memory)
+            update.values, update.version = torch.empty_like(memory), target.parameter._version
         geometry = self._store.records[target.weight_name]
         for record in [*records, geometry] if in_store else records:
             update.drafts[record.name] = self._store.draft(record)
