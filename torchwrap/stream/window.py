@@ -103,7 +103,8 @@ class Window(RoutedSlots):
             raise
 
     def _retire(self, fetch: Fetch) -> None:
-        if self._put_away(fetch):
+        updated = fetch.outdated  # when its update ended, this slot was not free yet
+        if self._put_away(fetch) or updated:
             self._guess()
 
     def _put_away(self, fetch: Fetch) -> bool:
