@@ -51,9 +51,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         overlap: update during backward. Then gradients are gone when `backward()` returns, and what reads or changes them by hand (clipping
             by hand, a `GradScaler`) raises, and so does a call of an offloaded model before `step()`, when large weights are new and small
             ones old: pass `overlap=False` for those, and where weights are written to between the start of backward and `step()` (a write
-            through `.data` is not noticed, and is lost). A model that is not offloaded has nothing that could refuse: do not call it then.
-            In several processes gradients always wait, in memory, until they are averaged (`DistributedDataParallel` around the
-            model first, then `offload`).
+            through `.data` is not noticed, and is lost). A model that is not offloaded cannot refuse: do not call it then. In several
+            processes gradients always wait in memory until they are averaged (`DistributedDataParallel` first, then `offload`).
         max_grad_norm: clip by total norm, exactly as `torch.nn.utils.clip_grad_norm_` does; updates then begin after backward.
         accumulate: backwards per step.
         gradients: where gradients that have to wait for the step do so; "auto" takes memory if half of what is free suffices.
