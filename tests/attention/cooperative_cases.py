@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from torchwrap.attention.cooperative.planner import Rates
 from torchwrap.attention.cooperative.tiers import Room
 from torchwrap.attention.reference import attention
 
-__all__ = ["DV", "HKV", "HQ", "RATES", "B", "D", "error", "machines", "make", "queries", "tokens", "whole"]
+__all__ = ["DV", "HKV", "HQ", "RATES", "B", "D", "error", "life", "machines", "make", "queries", "tokens", "whole"]
 
 RATES = Rates(device=100.0, host=50.0, link=20.0, wake_s=0.0)
 B, HQ, HKV, D, DV = 2, 4, 2, 8, 6
@@ -51,3 +53,26 @@ def error(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> floa
 
 def make(room: Room | HeadRoom, machine: Machine, layers: int = 1, **options: Any) -> TieredCache:
     return TieredCache([room] * layers, machine=machine, chunk_tokens=options.pop("chunk_tokens", 5), **options)
+
+
+def life(cache: TieredCache, chance: random.Random, deeds: int, *, longest: int = 40, kept: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Appends of all sizes, crops (to no less than the part `kept`) and selections of rows, and after each what layer 0 has to hold now:
+    tensors that are simply concatenated."""
+    keys, values = tokens(0)
+    for _ in range(deeds):
+        deed = chance.choice(["append", "append", "append", "one", "one", "crop", "select"])
+        if deed in ("append", "one"):
+            new = tokens(1 if deed == "one" else chance.randrange(1, longest), keys.shape[0])
+            cache.append(0, *new)
+            keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
+        elif deed == "crop":
+            length = chance.randrange(int(kept * keys.shape[2]), keys.shape[2] + 1)
+            cache.crop(length)
+            keys, values = keys[:, :, :length], values[:, :, :length]
+        else:
+            rows = torch.tensor([chance.randrange(keys.shape[0]) for _ in range(chance.randrange(1, 4))])
+            cache.select(rows)
+            keys, values = keys[rows], values[rows]
+        assert cache.layers[0].length == keys.shape[2]
+        if keys.shape[2]:
+            yield keys, values

@@ -15,12 +15,16 @@ import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+Results = dict[int, list[dict[str, Any]]]  # by number of processes: what each got, by case
 
 
-def together(sizes: Sequence[int], cases: str, folder: Path, *, timeout_s: float = 180.0) -> dict[int, list[dict[str, Any]]]:
+def together(sizes: Sequence[int], cases: str, folder: Path, *, timeout_s: float = 180.0) -> Results:
     """What the functions return that `cases_of(size)` of the module `cases` names, each called with (rank, size) in each process.
 
     A case that raises returns its exception.
@@ -40,6 +44,21 @@ def together(sizes: Sequence[int], cases: str, folder: Path, *, timeout_s: float
         if running.poll() is None:
             os.killpg(running.pid, signal.SIGKILL)
     return {size: [torch.load(folder / f"{size}_{rank}.pt", weights_only=False) for rank in range(size)] for size in sizes}
+
+
+def of(results: Results, size: int, case: str) -> list[dict[str, Any]]:
+    """What the processes of one size got in a case; raises what one of them raised."""
+    found = [one[case] for one in results[size]]
+    for one in found:
+        if isinstance(one, Exception):
+            raise one
+    return found
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Within 1e-6, relative to the largest where that is above 1."""
+    assert found.shape == expected.shape
+    assert float((found - expected).detach().abs().max()) <= 1e-6 * max(1.0, float(expected.detach().abs().max()))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.cooperative_cases import DV, HKV, HQ, RATES, B, D, error, machines, make, queries, tokens, whole
+from tests.attention.cooperative_cases import DV, HKV, HQ, RATES, B, D, error, life, machines, make, queries, tokens, whole
 from tests.attention.virtual import VirtualMachine
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.cache import TieredCache
@@ -85,24 +85,7 @@ def test_a_random_life_of_a_cache_stays_exact() -> None:
     for _ in range(20):
         room = Room(device=chance.randrange(0, 30), recent=chance.randrange(0, 20), spill=chance.randrange(1, 6))
         cache = make(room, VirtualMachine(RATES), streamed=chance.choice([0.0, 0.5]), workers=chance.choice([1, 3]))
-        keys, values = tokens(0)
-        for _ in range(14):
-            deed = chance.choice(["append", "append", "append", "one", "one", "crop", "select"])
-            if deed in ("append", "one"):
-                new = tokens(1 if deed == "one" else chance.randrange(1, 40), keys.shape[0])
-                cache.append(0, *new)
-                keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
-            elif deed == "crop":
-                length = chance.randrange(0, keys.shape[2] + 1)
-                cache.crop(length)
-                keys, values = keys[:, :, :length], values[:, :, :length]
-            else:
-                rows = torch.tensor([chance.randrange(keys.shape[0]) for _ in range(chance.randrange(1, 4))])
-                cache.select(rows)
-                keys, values = keys[rows], values[rows]
-            if keys.shape[2] == 0:
-                continue
-            assert cache.layers[0].length == keys.shape[2]
+        for keys, values in life(cache, chance, 14):
             count = chance.choice([1, 1, min(40, keys.shape[2])])
             q = queries(count, keys.shape[0])
             mask = chance.choice([None, TileMask.causal(1, count, keys.shape[2])])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.attention.cooperative_cases import DV, HKV, RATES, D, error, machines, make, queries, tokens, whole
+from tests.attention.cooperative_cases import DV, HKV, RATES, D, error, life, machines, make, queries, tokens, whole
 from tests.attention.virtual import VirtualMachine
 from torchwrap.attention.cooperative.cache import TieredCache
 from torchwrap.attention.cooperative.disk import Disk
@@ -85,24 +85,7 @@ def test_a_random_life_stays_exact(tmp_path: Path) -> None:
     for _ in range(4):
         cache = make(ROOM, VirtualMachine(RATES), workers=1, disk=Disk(tmp_path))
         cache.layers[0].reserve(2, HKV, D, DV, torch.float32, whole=False)
-        keys, values = tokens(0)
-        for _ in range(16):
-            deed = chance.choice(["append", "append", "append", "one", "crop", "select"])
-            if deed in ("append", "one"):
-                new = tokens(1 if deed == "one" else chance.randrange(1, 60), keys.shape[0])
-                cache.append(0, *new)
-                keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
-            elif deed == "crop":
-                length = chance.randrange(keys.shape[2] // 3, keys.shape[2] + 1)
-                cache.crop(length)
-                keys, values = keys[:, :, :length], values[:, :, :length]
-            else:
-                rows = torch.tensor([chance.randrange(keys.shape[0]) for _ in range(chance.randrange(1, 4))])
-                cache.select(rows)
-                keys, values = keys[rows], values[rows]
-            if keys.shape[2] == 0:
-                continue
-            assert cache.layers[0].length == keys.shape[2]
+        for keys, values in life(cache, chance, 16, longest=60, kept=1 / 3):
             count = chance.choice([1, min(40, keys.shape[2])])
             q, mask = queries(count, keys.shape[0]), TileMask.causal(1, count, keys.shape[2])
             assert error(cache.attend(0, q, mask=mask), whole(q, keys, values, mask=mask)) < 1e-6

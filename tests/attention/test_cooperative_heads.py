@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.attention.cooperative_cases import DV, HKV, RATES, D, error, machines, make, queries, tokens, whole
+from tests.attention.cooperative_cases import DV, HKV, RATES, D, error, life, machines, make, queries, tokens, whole
 from tests.attention.virtual import VirtualMachine
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cooperative.cache import TieredCache
@@ -49,23 +49,7 @@ def test_a_random_life_stays_exact() -> None:
     chance = random.Random(1)
     for _ in range(5):
         cache = make(ROOM, VirtualMachine(RATES), streamed=chance.choice([0.0, 0.5]), workers=2)
-        keys, values = tokens(0)
-        for _ in range(12):
-            deed = chance.choice(["append", "append", "one", "crop", "select"])
-            if deed in ("append", "one"):
-                new = tokens(1 if deed == "one" else chance.randrange(1, 40), keys.shape[0])
-                cache.append(0, *new)
-                keys, values = torch.cat([keys, new[0]], 2), torch.cat([values, new[1]], 2)
-            elif deed == "crop":
-                length = chance.randrange(1, keys.shape[2] + 2)
-                cache.crop(length)
-                keys, values = keys[:, :, :length], values[:, :, :length]
-            else:
-                rows = torch.tensor([chance.randrange(keys.shape[0]) for _ in range(chance.randrange(1, 4))])
-                cache.select(rows)
-                keys, values = keys[rows], values[rows]
-            if keys.shape[2] == 0:
-                continue
+        for keys, values in life(cache, chance, 12):
             q = queries(chance.choice([1, 3]), keys.shape[0])
             assert error(cache.attend(0, q), whole(q, keys, values)) < 1e-6
 

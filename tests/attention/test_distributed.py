@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from tests.attention import distributed_cases as cases
 from tests.attention.distributed_cases import HEADS, KV_HEADS, MASKS, RINGS, TOKENS, VALUE_WIDTH, WIDTH, Inputs, Layer
-from tests.attention.processes import together
+from tests.attention.processes import Results, close, of, together
 from torchwrap.attention.contract import checked
 from torchwrap.attention.distributed.blocks import Link, best_count, equal_work, pipeline_seconds
 from torchwrap.attention.distributed.ring import shard, unshard
@@ -21,26 +21,10 @@ from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 from torchwrap.core import errors
 
-Results = dict[int, list[dict[str, Any]]]
-
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return together((2, 4), "tests.attention.distributed_cases", tmp_path_factory.mktemp("processes"))
-
-
-def of(results: Results, size: int, case: str) -> list[dict[str, Any]]:
-    found = [one[case] for one in results[size]]
-    for one in found:
-        if isinstance(one, Exception):
-            raise one
-    return found
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    """Within 1e-6, relative to the largest where that is above 1."""
-    assert found.shape == expected.shape
-    assert float((found - expected).abs().max()) <= 1e-6 * max(1.0, float(expected.abs().max()))
 
 
 def whole(inputs: Inputs, mask: str, **options: Any) -> dict[str, Tensor]:

@@ -6,34 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.attention.processes import together
+from tests.attention.processes import Results, close, of, together
 from tests.integrations.sequence_cases import FOUR, IDS, LEFT_PADDED, MODELS, STEPS, batch
 from torchwrap.attention.distributed.sequence import DividedSequence
 from torchwrap.core import errors
 from torchwrap.integrations.transformers.sequence import shard_inputs
 
-Results = dict[int, list[dict[str, Any]]]
 EVERY = [(2, case) for case in STEPS] + [(4, case) for case in FOUR if case in STEPS]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return together((2, 4), "tests.integrations.sequence_cases", tmp_path_factory.mktemp("processes"))
-
-
-def of(results: Results, size: int, case: str) -> list[dict[str, Any]]:
-    found = [one[case] for one in results[size]]
-    for one in found:
-        if isinstance(one, Exception):
-            raise one
-    return found
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert float((found - expected).detach().abs().max()) <= 1e-6 * max(1.0, float(expected.detach().abs().max()))
 
 
 @pytest.mark.parametrize(("size", "case"), EVERY)

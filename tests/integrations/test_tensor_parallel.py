@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attention.processes import together
+from tests.attention.processes import Results, close, of, together
 from tests.integrations.tensor_parallel_cases import IDS, LEFT_PADDED, MODELS
 from torchwrap.attention.distributed.deferred import Deferred
 from torchwrap.attention.distributed.tiled import Rows
@@ -17,21 +17,8 @@ from torchwrap.core import errors
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    processes = together((2,), "tests.integrations.tensor_parallel_cases", tmp_path_factory.mktemp("processes"))[2]
-    return {case: [one[case] for one in processes] for case in processes[0]}
-
-
-def of(found: dict[str, list[Any]], case: str) -> list[dict[str, Any]]:
-    for one in found[case]:
-        if isinstance(one, Exception):
-            raise one
-    return found[case]
-
-
-def close(one: Tensor, other: Tensor) -> None:
-    assert one.shape == other.shape
-    assert float((one - other).abs().max()) <= 1e-6 * max(1.0, float(other.abs().max()))
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return together((2,), "tests.integrations.tensor_parallel_cases", tmp_path_factory.mktemp("processes"))
 
 
 def visible(logits: Tensor) -> Tensor:
@@ -50,9 +37,9 @@ def alone(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", ["llama 3", "qwen2 auto", "mixtral 5"])
-def test_tiled_sums_equal_the_untiled_model_and_one_process(found: dict[str, list[Any]], case: str) -> None:
+def test_tiled_sums_equal_the_untiled_model_and_one_process(results: Results, case: str) -> None:
     expected = alone(case.split()[0])
-    for process in of(found, case):
+    for process in of(results, 2, case):
         for other in (process["before"], expected):
             close(visible(process["tiled"]["logits"]), visible(other["logits"]))
             assert torch.equal(process["tiled"]["tokens"], other["tokens"])
@@ -62,49 +49,49 @@ def test_tiled_sums_equal_the_untiled_model_and_one_process(found: dict[str, lis
 
 
 @pytest.mark.parametrize(("case", "blocks"), [("llama 3", 3), ("mixtral 5", 5)])
-def test_every_call_with_several_rows_is_cut_and_decoding_is_not(found: dict[str, list[Any]], case: str, blocks: int) -> None:
-    for process in of(found, case):
+def test_every_call_with_several_rows_is_cut_and_decoding_is_not(results: Results, case: str, blocks: int) -> None:
+    for process in of(results, 2, case):
         assert process["counts"] == [blocks] * 6  # two layers; logits, the prompt, the training step
         assert f"2 output projections summed over their processes in blocks ({blocks})" in " ".join(process["notes"].split())
 
 
-def test_processes_measure_together_and_choose_the_same(found: dict[str, list[Any]]) -> None:
-    first, second = of(found, "qwen2 auto")
+def test_processes_measure_together_and_choose_the_same(results: Results) -> None:
+    first, second = of(results, 2, "qwen2 auto")
     assert first["counts"] == second["counts"]
 
 
 @pytest.mark.parametrize("case", ["llama 3", "qwen2 auto", "mixtral 5", "off"])
-def test_unwrapping_gives_transformers_own_sums_back(found: dict[str, list[Any]], case: str) -> None:
-    for process in of(found, case):
+def test_unwrapping_gives_transformers_own_sums_back(results: Results, case: str) -> None:
+    for process in of(results, 2, case):
         assert process["later"] == []
         assert torch.equal(process["after"]["logits"], process["before"]["logits"])
         assert all(torch.equal(grad, process["before"]["grads"][name]) for name, grad in process["after"]["grads"].items())
 
 
-def test_one_block_is_the_model_s_own_order(found: dict[str, list[Any]]) -> None:
-    for process in of(found, "off"):
+def test_one_block_is_the_model_s_own_order(results: Results) -> None:
+    for process in of(results, 2, "off"):
         assert process["counts"] == []
         close(visible(process["tiled"]["logits"]), visible(process["before"]["logits"]))
 
 
-def test_what_is_watched_or_changed_on_its_way_is_not_tiled(found: dict[str, list[Any]]) -> None:
+def test_what_is_watched_or_changed_on_its_way_is_not_tiled(results: Results) -> None:
     model: Any = MODELS["llama"].build()
     with torch.no_grad():
         expected = model(IDS).logits
-    for process in of(found, "watched"):
+    for process in of(results, 2, "watched"):
         close(process["logits"], expected)
         assert process["counts"] == [3] and process["adapted"] == [3]  # the other layer's
         assert process["shape"] == (2, 24, 16) and process["kind"] == "Tensor"
 
 
-def test_a_group_that_does_not_fit_is_refused(found: dict[str, list[Any]]) -> None:
-    for rank, process in enumerate(of(found, "refused")):
+def test_a_group_that_does_not_fit_is_refused(results: Results) -> None:
+    for rank, process in enumerate(of(results, 2, "refused")):
         assert isinstance(process["others"], errors.ConfigError) and f"[{rank}]" in str(process["others"])
         assert isinstance(process["none"], errors.UnsupportedModelError) and "tp_group" in str(process["none"])
 
 
-def test_a_process_that_fails_between_blocks_is_named_and_the_group_is_not_used_again(found: dict[str, list[Any]]) -> None:
-    other, failing = of(found, "broken")
+def test_a_process_that_fails_between_blocks_is_named_and_the_group_is_not_used_again(results: Results) -> None:
+    other, failing = of(results, 2, "broken")
     assert isinstance(failing["first"], MemoryError)
     assert isinstance(other["first"], errors.WorkError) and "block 2 failed" in str(other["first"])
     for process in (other, failing):
