@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from torchwrap.storage.heap import FreedBlocks, keep_heap_small, refusal
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 GRAIN = 64 << 10
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal())
 
@@ -54,6 +56,24 @@ def test_memory_of_a_freed_tensor_serves_the_next_of_its_size(freed: FreedBlocks
     again = torch.empty(nbytes, dtype=torch.uint8)
     assert again.data_ptr() == address
     assert address % 64 == 0
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="the system has no transparent huge pages")
+def test_blocks_that_may_be_kept_lie_in_huge_pages_and_others_do_not(freed: FreedBlocks) -> None:
+    def flags(tensor: torch.Tensor) -> set[str]:
+        """Of the mapping in which the tensor's middle lies."""
+        middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(match[1], 16) <= middle < int(match[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                return set(line.split()[1:])
+        raise AssertionError("no mapping holds the tensor")
+
+    assert "hg" in flags(torch.ones(8 * MIB - GRAIN, dtype=torch.uint8))
+    assert "hg" not in flags(torch.ones(9 * MIB, dtype=torch.uint8))
+    freed.close()
+    assert "hg" not in flags(torch.ones(8 * MIB - GRAIN, dtype=torch.uint8))
 
 
 def test_other_sizes_and_small_tensors_are_left_to_the_c_library(freed: FreedBlocks) -> None:

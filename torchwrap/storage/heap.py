@@ -6,8 +6,8 @@ beside it are in use. In a backward that hands its gradients over one by one, wh
 whole model (measured, glibc 2.36: by 631 MiB instead of 186 for a model of 384 MiB). A fixed threshold switches that off.
 
 The price is a page fault for every 4 KiB of every gradient and temporary. `FreedBlocks` takes most of it back in training: blocks that
-torch frees are kept, up to a bound, for its next requests of their size (native/src/blocks.cpp says how). Nothing is cut or merged, so
-nothing is lost between blocks.
+torch frees are kept, up to a bound, for its next requests of their size (native/src/blocks.cpp says how), and new ones are asked for in
+pages of 2 MiB. Nothing is cut or merged, so nothing is lost between blocks.
 """
 
 from __future__ import annotations

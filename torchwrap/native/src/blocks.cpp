@@ -5,7 +5,8 @@
 // deleters and its reports to profilers stay as they are, any block may be freed by whoever holds it, before and after, in a forked child
 // as well, and undoing is two stores. No header of torch is needed, so the library still serves every version of it.
 //
-// A size is rounded up to whole GRAINs, which costs addresses but no memory: pages exist once they are touched. The block freed
+// A size is rounded up to whole GRAINs, which costs addresses but no memory: pages exist once they are touched, large ones where a whole one
+// fits and the system has them for who asks. The block freed
 // last is taken first, it may still be in the processor's cache; the one freed first is let go first. An allocation never waits: where another
 // thread is at the list, the call goes to the C library. A fork does: the child finds the list free, and empty, because pages that both have
 // would be copied as soon as the parent uses them again.
@@ -36,7 +37,7 @@ constexpr uint32_t IMPORTED[] = {R_X86_64_JUMP_SLOT, R_X86_64_GLOB_DAT};
 #else
 constexpr uint32_t IMPORTED[] = {R_AARCH64_JUMP_SLOT, R_AARCH64_GLOB_DAT};
 #endif
-constexpr size_t GRAIN = 64 << 10;
+constexpr size_t GRAIN = 64 << 10, HUGE_PAGE = 2 << 20;
 constexpr int MOST = 1024;  // blocks; where that binds, the oldest is let go
 constexpr int PATIENCE = 10000;  // naps of 0.1 ms before a change of the bound is given up; who is at the list may be off the processor
 
@@ -102,6 +103,12 @@ void after_fork() {
     forking = false;
 }
 
+// A gradient is written from end to end, so pages of 2 MiB take no more memory than those of 4 KiB, and are one fault instead of 512.
+void in_huge_pages(void *at, size_t bytes) {
+    const uintptr_t first = ((uintptr_t)at + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, end = ((uintptr_t)at + bytes) / HUGE_PAGE * HUGE_PAGE;
+    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE);
+}
+
 int take(void **result, size_t alignment, size_t bytes) {
     if (bytes < least.load(std::memory_order_relaxed) || bytes > SIZE_MAX - GRAIN) return c.posix_memalign(result, alignment, bytes);
     const size_t wanted = (bytes + GRAIN - 1) / GRAIN * GRAIN;
@@ -118,6 +125,7 @@ int take(void **result, size_t alignment, size_t bytes) {
     }
     missed.fetch_add(1, std::memory_order_relaxed);
     int error = c.posix_memalign(result, alignment, wanted);
+    if (!error && wanted <= bound.load(std::memory_order_relaxed)) in_huge_pages(*result, wanted);
     if (error == ENOMEM && at_once()) {  // what is kept may be what is missing
         make_room(SIZE_MAX / 2);
         done();
