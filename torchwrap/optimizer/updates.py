@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from torchwrap.core import errors
 from torchwrap.optimizer.chunks import Chunk, Chunks, Update
 from torchwrap.storage.pool import Buffer
+from torchwrap.storage.priority import give_way
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.units import Piece
 from torchwrap.weights.training import IN_FLIGHT
@@ -155,6 +156,7 @@ class Updater:
     # -- worker ------------------------------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        give_way()
         ahead: deque[_Step] = deque()  # being read
         while (job := self._next_job(ahead)) is not None:
             try:
@@ -225,6 +227,7 @@ class Updater:
     # -- writer ------------------------------------------------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
+        give_way()
         while True:
             with self._changed:
                 while not self._writes:

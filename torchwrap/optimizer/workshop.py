@@ -33,6 +33,8 @@ from torchwrap.weights.training import Footprint, kept_bytes, room_for
 
 __all__ = ["Site", "Workshop"]
 
+_READ = 8 << 20  # bytes of one request: half as many threads are woken as with 4 MiB, and there are still two for each part of a chunk
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -87,7 +89,8 @@ class Workshop:
         timeout_s = handle.config.io_timeout_s if handle is not None else 60.0
         self.store: GenerationStore = GenerationStore(site.kept, beside=site.beside)
         try:
-            self.reader: aio.Reader = aio.Reader(timeout_s=timeout_s, mode=handle.reader.mode if handle is not None else "auto")
+            mode = handle.reader.mode if handle is not None else "auto"
+            self.reader: aio.Reader = aio.Reader(chunk=_READ, timeout_s=timeout_s, mode=mode, background=True)
             values = Values(self.store, handle)
             self.resident: Resident = Resident(rule)
             self.run: Run = Run(rule, targets, self.store, values, self.resident, site.chunk)

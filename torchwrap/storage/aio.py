@@ -42,6 +42,7 @@ class Reader:
         mode: "auto" reads past the page cache and falls back to ordinary reads with one warning; "direct" raises instead; "buffered"
             never tries, and drops what it read from the page cache; "uring" is as "auto", with io_uring and one thread in place of
             `threads` threads.
+        background: its threads yield to computing ones, see priority.py; for what nothing waits for at once.
 
     Raises:
         ConfigError: mode is "uring", and there is no io_uring on this machine or it is forbidden.
@@ -66,7 +67,14 @@ class Reader:
     """
 
     def __init__(
-        self, threads: int = 2, chunk: int = 4 << 20, timeout_s: float = 60.0, backend: Backend | None = None, *, mode: Mode = "auto"
+        self,
+        threads: int = 2,
+        chunk: int = 4 << 20,
+        timeout_s: float = 60.0,
+        backend: Backend | None = None,
+        *,
+        mode: Mode = "auto",
+        background: bool = False,
     ) -> None:
         if threads < 1 or chunk < BLOCK or timeout_s <= 0 or mode not in get_args(Mode):
             raise ValueError(f"threads={threads}, chunk={chunk}, timeout_s={timeout_s}, mode={mode!r} is no way to read")
@@ -78,6 +86,7 @@ class Reader:
         self.chunk: int = round_up(chunk)
         self.timeout_s: float = timeout_s
         self.mode: Mode = mode
+        self.background: bool = background
         self.backend: Backend = backend or Backend()
         self.stats: Stats = Stats()
         self._pool: Pool | None = None
@@ -124,7 +133,7 @@ class Reader:
         """The threads of this process: a forked child has none of its parent's, and never touches their locks."""
         if self._pool is None or self._pool.pid != os.getpid():
             kind = RingPool if self.mode == "uring" else Pool
-            self._pool = kind(self.threads, self.chunk, self.timeout_s, self.backend, self.mode, self.stats)
+            self._pool = kind(self.threads, self.chunk, self.timeout_s, self.backend, self.mode, self.stats, self.background)
             weakref.finalize(self, Pool.stop, self._pool, 1.0)
         return self._pool
 

@@ -30,8 +30,10 @@ class _Flight:
 class RingPool(Pool):
     """As `Pool`, with `depth` requests under way in the kernel instead of in as many threads. The ring is made for the first request."""
 
-    def __init__(self, depth: int, chunk: int, timeout_s: float, backend: Backend, mode: Mode, stats: Stats) -> None:
-        super().__init__(1, chunk, timeout_s, backend, mode, stats)
+    def __init__(
+        self, depth: int, chunk: int, timeout_s: float, backend: Backend, mode: Mode, stats: Stats, background: bool = False
+    ) -> None:
+        super().__init__(1, chunk, timeout_s, backend, mode, stats, background)
         self._ring: Queue | None = None
         self._idle = list(range(depth))
         self._flights: dict[int, _Flight] = {}

@@ -25,6 +25,7 @@ from torchwrap.core.errors import CorruptDataError, StorageError, TorchwrapWarni
 from torchwrap.storage.backend import Backend, Request, Source, Stats, reading, run
 from torchwrap.storage.checksum import Part, crc32, crc32_join, sum64
 from torchwrap.storage.pool import Buffer, allocate
+from torchwrap.storage.priority import give_way
 from torchwrap.storage.request import Piece, Read
 
 __all__ = ["Mode", "Pool", "Ticket", "mismatch", "typed"]
@@ -106,7 +107,9 @@ class Ticket:
 class Pool:
     """Queue and threads of one reader in one process."""
 
-    def __init__(self, threads: int, chunk: int, timeout_s: float, backend: Backend, mode: Mode, stats: Stats) -> None:
+    def __init__(
+        self, threads: int, chunk: int, timeout_s: float, backend: Backend, mode: Mode, stats: Stats, background: bool = False
+    ) -> None:
         self.pid: int = os.getpid()
         self.threads: int = threads
         self.chunk: int = chunk
@@ -114,6 +117,7 @@ class Pool:
         self.backend: Backend = backend
         self.mode: Mode = mode
         self.stats: Stats = stats
+        self.background: bool = background
         self._changed = threading.Condition()
         self._queue: deque[tuple[Ticket, Piece]] = deque()
         self._active: dict[int, tuple[Ticket, Piece]] = {}
@@ -186,9 +190,14 @@ class Pool:
     def _hire(self) -> None:
         """Have all threads; the lock is held."""
         for number in range(len(self._workers), self.threads):
-            worker = threading.Thread(target=self._work, args=(number,), name=f"torchwrap-read-{number}", daemon=True)
+            worker = threading.Thread(target=self._begin_work, args=(number,), name=f"torchwrap-read-{number}", daemon=True)
             worker.start()
             self._workers.append(worker)
+
+    def _begin_work(self, number: int) -> None:
+        if self.background:
+            give_way()
+        self._work(number)
 
     def _poke(self) -> None:
         """There is something new for the threads, or for who waits; the lock is held."""
