@@ -25,8 +25,11 @@ def inputs(*lead: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(*lead, 1, 4, S, E), torch.randn(*lead, 1, 2, S, E), torch.randn(*lead, 1, 2, S, E)
 
 
+MASK = TileMask.causal(1, S, S)
+
+
 def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attend(q, k, v, mask=TileMask.causal(1, S, S)).square().sum()
+    return attend(q, k, v, mask=MASK).square().sum()
 
 
 def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,6 +54,22 @@ TRANSFORMS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 def test_transforms_are_those_of_torchs_own_attention(name: str) -> None:
     transform, given = TRANSFORMS[name]
     near(transform(ours)(*given), transform(torchs)(*given))
+
+
+@pytest.mark.parametrize("name", ["grad", "vmap of some", "gradients of samples"])
+def test_transforms_are_compiled_around_the_call(name: str) -> None:
+    transform, given = TRANSFORMS[name]
+    near(torch.compile(transform(ours), backend="aot_eager")(*given), transform(torchs)(*given))
+
+
+def test_a_graph_that_must_not_be_broken_under_a_transform_says_what_to_do_instead() -> None:
+    q, k, v = inputs()
+    torch._dynamo.reset()  # it remembers where other graphs were broken
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.autograd\.grad"):
+        torch.compile(grad(lambda q: attend(q, k, v).square().sum()), backend="aot_eager", fullgraph=True)(q)
+
+    whole = torch.compile(lambda q: attend(q, k, v).square().sum(), backend="aot_eager", fullgraph=True)
+    near(torch.autograd.grad(whole(q.requires_grad_()), q)[0], grad(lambda q: attend(q, k, v).square().sum())(q.detach()))
 
 
 def test_jacobians_are_those_of_torchs_own_attention() -> None:

@@ -2,7 +2,8 @@
 
 Without gradients it is the back end's forward and nothing else. With them, and under the transforms of `torch.func`, it is one node of
 autograd (`node`). Under `torch.compile` it is one operator, `torchwrap::attend`, with the mask as its tensors and numbers, so that no graph
-is broken; masks themselves are made outside of compiled code. Second derivatives are refused.
+is broken; masks themselves are made outside of compiled code. Under both at once the graph ends at the call. Second
+derivatives are refused.
 """
 
 from __future__ import annotations
@@ -114,6 +115,12 @@ def attend(
         >>> attend(q, k, k).shape
         torch.Size([1, 4, 6, 8])
     """
+    if torch.compiler.is_dynamo_compiling() and node.transformed():  # torch 2.13: operators of Python cannot have rules for gradients there
+        from torchwrap.attention.untraced import untraced  # slow
+
+        options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
+        found: Tensor | tuple[Tensor, ...] = untraced(attend, q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
+        return found
     if isinstance(k, TieredTensor):  # part of the keys is on the host
         out, lse = k.attend(q, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
         if need_rows is not None:
@@ -139,8 +146,8 @@ def attend(
     if rows is None:
         return (out, lse) if return_lse else out
     with exact_dtypes(call.q):
-        found = probabilities(call, lse, rows)
-    return (out, lse, found) if return_lse else (out, found)
+        shares = probabilities(call, lse, rows)
+    return (out, lse, shares) if return_lse else (out, shares)
 
 
 def _needs_grad(call: Call) -> bool:

@@ -8,9 +8,9 @@ Letters: B batch, H heads, T processes, S tokens of the whole sequence, D and Dv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -29,22 +29,6 @@ from torchwrap.core.errors import ConfigError, UnsupportedModelError
 __all__ = ["DividedSequence", "Way"]
 
 Way = Literal["zigzag", "contiguous", "ulysses"]
-
-
-# What a process waits for in here it waits for in Python: a graph would have to be broken anyway. Made on first use, and Dynamo is at work
-# then: importing it costs seconds that an eager program must not pay.
-_hidden: Callable[..., Any] | None = None
-
-
-def _untraced() -> Callable[..., Any]:
-    global _hidden
-    if _hidden is None:
-        _hidden = torch.compiler.disable(_call)
-    return _hidden
-
-
-def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return function(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -171,8 +155,11 @@ class DividedSequence:
             WorkError: an exchange failed or did not end in time; the message names its step.
         """
         if torch.compiler.is_compiling():
+            from torchwrap.attention.untraced import untraced  # slow
+
             options = {"mask": mask, "scale": scale, "softcap": softcap, "sinks": sinks, "bias": bias, "dropout": dropout}
-            out: Tensor = _untraced()(self.attend, where, q, k, v, backend=backend, **options)
+            # What a process waits for in here it waits for in Python: a graph would have to be broken anyway.
+            out: Tensor = untraced(self.attend, where, q, k, v, backend=backend, **options)
             return out
         self._check(where, q, k, mask, bias, dropout)
         assert mask is None or isinstance(mask, TileMask)

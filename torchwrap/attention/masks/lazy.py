@@ -44,8 +44,10 @@ class LazyMask(torch.Tensor):
 
     @classmethod
     def _of(cls: type[Self], lengths: tuple[int, int, int], values: dict[str, Any], device: torch.device) -> Self:
-        if torch.compiler.is_dynamo_compiling():
-            made: Self = _untraced()(cls._of, lengths, values, device)
+        if torch.compiler.is_dynamo_compiling():  # torch 2.13 can take a subclass apart there, but not make one
+            from torchwrap.attention.untraced import untraced  # slow
+
+            made: Self = untraced(cls._of, lengths, values, device)
             return made
         batch, q_length, kv_length = lengths
         dictionary = values["dictionary"]
@@ -152,22 +154,6 @@ class LazyMask(torch.Tensor):
                 leaves[index] = made_dense(leaf, str(func))
         args, options = tree_unflatten(leaves, layout)
         return func(*args, **options)
-
-
-# Dynamo (torch 2.13) can take a subclass apart, but not make one: a graph ends where a mask is made, and the next one takes it as an input.
-# Made on first use, and Dynamo is at work then: importing it costs seconds that an eager program must not pay.
-_hidden: Callable[..., Any] | None = None
-
-
-def _untraced() -> Callable[..., Any]:
-    global _hidden
-    if _hidden is None:
-        _hidden = torch.compiler.disable(_call)
-    return _hidden
-
-
-def _call(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
 
 
 def _passed(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

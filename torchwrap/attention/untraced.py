@@ -1,0 +1,24 @@
+"""Calls of Python that Dynamo leaves as they are: a graph ends before them, and the next one takes what they return as inputs.
+
+To be imported where such a call is made and Dynamo is at work: importing it costs seconds that an eager program must not pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["untraced"]
+
+_WHAT_TO_DO = (
+    "no part of a graph: leave fullgraph=True out, or make masks before the compiled function, and take its gradients outside of it, by "
+    "torch.autograd.grad or backward, not by torch.func"
+)
+
+
+@torch.compiler.disable(reason=_WHAT_TO_DO)  # type: ignore[untyped-decorator]
+def untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the function returns; neither it nor what it calls is traced."""
+    return function(*args, **kwargs)
