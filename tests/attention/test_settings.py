@@ -53,6 +53,22 @@ def test_attend_takes_settings_in_place_of_a_name() -> None:
         attend(x, x, x, backend=3)  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize("text", ["o'clock", 'a "b" {c}', "back\\slash", "ü\udc80", "\n"])
+def test_folders_of_any_name_are_kept(text: str) -> None:
+    assert settings_of(Settings(tune_dir=text).text).tune_dir == text
+
+
+def test_settings_can_be_made_in_a_compiled_function() -> None:
+    x = torch.randn(1, 2, 3, 8)
+
+    def function(x: torch.Tensor, deterministic: bool) -> torch.Tensor:
+        return attend(x, x, x, backend=Settings(backend="eager", tune="off", tune_dir="a 'b'", deterministic=deterministic))
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for deterministic in (True, False):
+        torch.testing.assert_close(compiled(x, deterministic), function(x, deterministic))
+
+
 def test_a_compiled_graph_keeps_the_settings() -> None:
     x, given = torch.randn(1, 2, 3, 8), Settings(tune="off", deterministic=True)
 

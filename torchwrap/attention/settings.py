@@ -6,8 +6,8 @@ settings are text, and are read again when the operator runs.
 
 from __future__ import annotations
 
+import ast
 import functools
-import json
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
@@ -45,7 +45,7 @@ class Settings:
     block_n: int | None = None
     num_warps: int | None = None
     num_stages: int | None = None
-    # Made beforehand: Dynamo 2.13 can read a string, but cannot trace what would make it.
+    # Made beforehand, of literals: Dynamo 2.13 can read a string and trace `repr`, but not `json`.
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,8 +61,8 @@ class Settings:
             _check_tile(name, getattr(self, name), least, most, self.backend)
 
         given = {field.name: value for field in fields(self) if field.init and (value := getattr(self, field.name)) != field.default}
-        object.__setattr__(self, "text", self.backend if given.keys() <= {"backend"} else json.dumps(given))
-
+        said = ", ".join([f"{name!r}: {value!r}" for name, value in given.items()])
+        object.__setattr__(self, "text", self.backend if all(name == "backend" for name in given) else f"{{{said}}}")
 
     @property
     def tiles(self) -> tuple[int | None, ...]:
@@ -99,4 +99,4 @@ def settings_of(given: str | Settings) -> Settings:
 
 @functools.lru_cache(maxsize=256)
 def _read(text: str) -> Settings:
-    return Settings(**json.loads(text)) if text.startswith("{") else Settings(backend=text)
+    return Settings(**ast.literal_eval(text)) if text.startswith("{") else Settings(backend=text)
