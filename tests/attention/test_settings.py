@@ -69,6 +69,12 @@ def test_settings_can_be_made_in_a_compiled_function() -> None:
         torch.testing.assert_close(compiled(x, deterministic), function(x, deterministic))
 
 
+def test_settings_that_are_none_are_named_by_a_compiled_function_too() -> None:
+    x = torch.randn(1, 2, 3, 8)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="tune='always' is unknown"):
+        torch.compile(lambda x: attend(x, x, x, backend=Settings(tune="always")), fullgraph=True, backend="eager")(x)  # type: ignore[arg-type]
+
+
 def test_a_compiled_graph_keeps_the_settings() -> None:
     x, given = torch.randn(1, 2, 3, 8), Settings(tune="off", deterministic=True)
 

@@ -41,7 +41,7 @@ class TorchwrapError(Exception):
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
         message = f"{what} (at {where})" if where else what
-        super().__init__(f"{message}. {fix}" if fix else message)
+        self.args = (f"{message}. {fix}" if fix else message,)  # Dynamo 2.13 cannot trace `super().__init__` of an exception
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions are rebuilt from `args`, which holds the joined message: a copy in another process must not join twice.
