@@ -307,3 +307,16 @@ def test_a_plan_of_no_number_is_refused(sizes: dict[str, Any]) -> None:
     model = tw.fast_attention(built())
     with pytest.raises(tw.ConfigError, match="a cache of"):
         tw.fast_attention.plan(model, **sizes)
+
+
+def test_weights_of_attention_are_those_of_the_plain_model_and_one_warning_says_what_they_cost() -> None:
+    given = {"output_attentions": True, "return_dict_in_generate": True, **OPTIONS}
+    model = built()
+    model.set_attn_implementation("eager")
+    expected = model.generate(**prompt(), **given)
+    model = tw.fast_attention(built(), fallback="silent", **HALF)
+    with pytest.warns(tw.TorchwrapWarning) as told:
+        found = model.generate(**prompt(), **given)
+    assert ["gathers" in str(one.message) for one in told] == [True]
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.attentions, expected.attentions, atol=1e-5, rtol=1e-4)

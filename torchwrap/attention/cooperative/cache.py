@@ -52,6 +52,7 @@ class TieredCache:
 
     Attributes:
         layers: one `TieredLayer` or `HeadLayer` for each room.
+        gathers: how often all tokens of a layer were put together for who does not attend here; a warning says so the first time.
 
     Exactness: as one attention over all keys, up to rounding; no gradients. With a narrower `storage` it is lossy: see `losses`.
     Cost: `device_bytes` and `host_bytes`, and on the host one query.
@@ -62,6 +63,7 @@ class TieredCache:
         workers: int = 1, partial: Attend | None = None, storage: torch.dtype | None = None, disk: Disk | None = None,
     ) -> None:  # fmt: skip
         self.machine, self.streamed, self.disk = machine, streamed, disk
+        self.gathers: int = 0
         self.layers: list[TieredLayer | HeadLayer] = [
             HeadLayer(index, machine, room, storage, disk)
             if isinstance(room, HeadRoom)

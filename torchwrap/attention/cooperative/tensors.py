@@ -81,18 +81,21 @@ class TieredTensor(torch.Tensor):
         return self.cache.attend(self.layer_index, q, mask=mask, scale=scale, softcap=softcap, sinks=sinks)
 
     def gathered(self) -> torch.Tensor:
-        """All of it in one tensor on the device; warns and is counted."""
+        """All of it in one tensor on the device; counted, and warned of once for each cache."""
         return self._gathered("gathered")
 
     def _gathered(self, operation: str) -> torch.Tensor:
         self._check_current()
         TieredTensor.materialisations += 1
-        warnings.warn(
-            f"{operation} on the {self.kind} of layer {self.layer_index} gathers {self.nbytes} bytes on {self.device}, part of which was "
-            "on the host to save just that. Let the attention of the model go through torchwrap: torchwrap.fast_attention(model).",
-            errors.TorchwrapWarning,
-            stacklevel=4,
-        )
+        self.cache.gathers += 1
+        if self.cache.gathers == 1:
+            warnings.warn(
+                f"{operation} on the {self.kind} of layer {self.layer_index} gathers {self.nbytes} bytes on {self.device}, part of which "
+                "was on the host to save just that; so will others of this cache. Let all attention of the model go through torchwrap: "
+                "torchwrap.fast_attention(model), and calls that do not ask for weights (output_attentions).",
+                errors.TorchwrapWarning,
+                stacklevel=4,
+            )
         return self.cache.layers[self.layer_index].gathered(self.kind)
 
     def _again(self) -> TieredTensor:
