@@ -110,6 +110,8 @@ def plan_of_cache(
     Raises:
         ConfigError, PlanError, UnsupportedModelError: as `CooperativeCache`.
     """
+    if min(tokens, batch) < 1:
+        raise ConfigError(f"{batch} rows of {tokens} tokens", where="CooperativeCache", fix="Give at least one of each.")
     layers = DynamicCache(config=model.config).layers
     divided = sum(type(layer) is DynamicLayer for layer in layers)
     if not divided:

@@ -87,7 +87,7 @@ class CacheMaker:
         own: Callable[..., Any] = getattr(original_class(self.model), _METHOD)
         asked = inspect.signature(own).bind(self.model, *args, **kwargs).arguments
         config, given = asked["generation_config"], asked["model_kwargs"]
-        if not self._wanted(config, given):
+        if not asked["batch_size"] or not self._wanted(config, given):  # what a model does with no rows is its own affair
             return own(self.model, *args, **kwargs)
         beams = max(config.num_beams or 1, config.num_return_sequences or 1)
         # The last token that is generated is never stored; proposed ones may be, and memory grows for them.

@@ -320,3 +320,16 @@ def test_weights_of_attention_are_those_of_the_plain_model_and_one_warning_says_
     assert ["gathers" in str(one.message) for one in told] == [True]
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(found.attentions, expected.attentions, atol=1e-5, rtol=1e-4)
+
+
+def test_no_rows_are_what_they_are_to_the_plain_model() -> None:
+    nothing = {name: value[:0] for name, value in prompt().items()}
+    with pytest.raises(RuntimeError) as expected:  # transformers 5.23 reshapes by -1
+        built().generate(**nothing, **OPTIONS)
+    model = tw.fast_attention(built(), **HALF)
+    with pytest.raises(RuntimeError) as found:
+        model.generate(**nothing, **OPTIONS)
+    assert str(found.value) == str(expected.value)
+    for wrong in ({"tokens": 8, "batch": 0}, {"tokens": 0}):
+        with pytest.raises(tw.ConfigError, match=r"0 (rows|tokens)"):
+            CooperativeCache(model, **wrong)
