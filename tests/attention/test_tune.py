@@ -266,7 +266,7 @@ def _signed(content: dict[str, Any]) -> bytes:
     ],
     ids=["cut", "edited", "foreign", "no table", "no text", "endless"],
 )  # fmt: skip
-def test_a_damaged_or_foreign_file_is_ignored_with_a_warning_and_written_anew(
+def test_a_damaged_or_foreign_file_is_ignored_with_one_warning_and_written_anew(
     measure: Settings, clocks: Any, damage: Callable[[bytes], bytes], says: str
 ) -> None:
     asked, one = clocks({"cpu": 0.002, "sdpa": 0.001}), call()
@@ -276,8 +276,7 @@ def test_a_damaged_or_foreign_file_is_ignored_with_a_warning_and_written_anew(
     new_process()
     with pytest.warns(TorchwrapWarning, match=says):
         assert order(one, Settings(tune_dir=measure.tune_dir))[0] == "cpu"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="error"):  # it was said
         attend(one.q, one.k, one.v, backend=measure)
     assert len(asked) == 2
     new_process()

@@ -55,6 +55,7 @@ class Measurements:
         self.lists: dict[Kind, tuple[tuple[str, ...], dict[str, str]]] = {}
         self._seconds: dict[Kind, dict[str, float]] = {}
         self._lock = threading.Lock()
+        self._left_aside = ""  # why the file was, when that was last said
         self._take(self._read())
 
     def add(self, kind: Kind, seconds: Mapping[str, float]) -> None:
@@ -93,11 +94,13 @@ class Measurements:
         try:
             return _figures(json.loads(content), self.machine)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            warnings.warn(
-                f"{self.path} is left aside and written anew when something is measured: {error}. Delete it, if that is not wanted.",
-                TorchwrapWarning,
-                stacklevel=2,
-            )
+            if self._left_aside != (why := str(error)):
+                self._left_aside = why
+                warnings.warn(
+                    f"{self.path} is left aside and written anew when something is measured: {why}. Delete it, if that is not wanted.",
+                    TorchwrapWarning,
+                    stacklevel=2,
+                )
             return {}
 
     def _write(self) -> None:
