@@ -504,3 +504,24 @@ def test_an_error_of_the_disk_before_the_first_commit_loses_no_streamed_weight(t
     disk.left = None
     optimizer.step()
     assert differences(plain, reference, model, optimizer) == []
+
+
+@pytest.mark.parametrize("how", ["asked", "collected"])
+def test_what_cannot_be_closed_keeps_nothing_else_open(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    trained(model, optimizer, range(1))
+    works = optimizer._works
+
+    def failing(message: str) -> Callable[..., None]:
+        def close() -> None:
+            raise OSError(message)
+
+        return close
+
+    monkeypatch.setattr(works.gradients, "close", failing("first"))
+    monkeypatch.setattr(works.reader, "close", failing("second"))
+    with pytest.raises(OSError, match="first"):
+        optimizer.close() if how == "asked" else works.close_unasked()
+    assert works.freed.nbytes == 0 and not works.updater._threads
+    OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM).close()  # folder and parameters are free

@@ -134,22 +134,27 @@ class Workshop:
         self.gradients.watch(self.parameters.streamed, [t for t in self.parameters.targets if not t.streamed])
 
     def close(self) -> None:
-        """End the threads, let the folder and the parameters go."""
-        self.gradients.close()
-        self.updater.close()
-        self.freed.close()
-        self.reader.close()
-        self.store.close()
-        self.parameters.let_go()
+        """End the threads, let the folder and the parameters go; all of that also where a part cannot end, whose error is raised then."""
+        parts = (self.gradients, self.updater, self.freed, self.reader, self.store)
+        first: BaseException | None = None
+        for end in (*(part.close for part in parts), self.parameters.let_go):
+            try:
+                end()
+            except BaseException as error:  # the others have to end too
+                first = first or error
+        if first is not None:
+            raise first
 
     def close_unasked(self) -> None:
         """The optimizer was collected, perhaps in the middle of a step while the model lives on."""
         leaving = not threading.main_thread().is_alive()  # at the interpreter's exit nobody uses the weights any more
         mixture = not leaving and self.step.changed
-        self.close()
-        if mixture:
-            fix = "Load a checkpoint before the weights are used. Keep the optimizer until step(), or call rollback()."
-            warn_of_mixture("an OffloadedOptimizer was collected", fix, stacklevel=1)
+        try:
+            self.close()
+        finally:
+            if mixture:
+                fix = "Load a checkpoint before the weights are used. Keep the optimizer until step(), or call rollback()."
+                warn_of_mixture("an OffloadedOptimizer was collected", fix, stacklevel=1)
 
     # -- figures -----------------------------------------------------------------------------------------------------------------
 
