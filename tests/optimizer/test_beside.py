@@ -224,3 +224,30 @@ def test_a_weight_that_is_written_to_during_backward_is_not_overwritten_in_silen
     optimizer.rollback()
     assert torch.equal(model[2].weight, before)
     optimizer.close()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_weight_that_is_written_to_between_backward_and_step_is_refused_or_as_in_memory(overlap: bool, tmp_path: Path) -> None:
+    plain, model = _pair(None)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.5)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", weight_decay=0.5, overlap=overlap, **ADAM)
+    assert trained(model, optimizer, range(1)) == trained(plain, reference, range(1))
+    optimizer.commit()
+    name = "blocks.1.up.weight"
+    for net, opt in ((plain, reference), (model, optimizer)):
+        opt.zero_grad()
+        loss_of(net, 100).backward()
+        with torch.no_grad():
+            net.get_parameter(name).mul_(2)
+    reference.step()
+    if overlap:
+        for _ in range(2):
+            with pytest.raises(tw.ConflictError, match=f"{name} was written to between backward and step"):
+                optimizer.step()
+        optimizer.rollback()
+        optimizer.zero_grad()
+        loss_of(model, 100).backward()
+        optimizer.step()
+    else:
+        optimizer.step()
+        assert differences(plain, reference, model, optimizer) == []

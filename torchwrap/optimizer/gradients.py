@@ -79,6 +79,8 @@ class Gradients:
         self._hooks: dict[Target, list[Any]] = {}
         self._parked: dict[Target, Parked] = {}
         self._used: set[Target] = set()  # taken since the last step
+        self._given: list[Update] = []  # of the running backward
+        self._versions: dict[Target, int] = {}  # of weights in memory that a backward has updated, as torch counts
         self._store: SpillStore | None = None
         self._backwards = 0  # since the last step
         self._run: Run | None = None
@@ -131,6 +133,10 @@ class Gradients:
             return  # what was taken waits for step() or rollback()
         self._backwards += arrived
         self.handover.backward_over()
+        for update in self._given:
+            if update.done and not update.target.away:
+                self._versions[update.target] = update.target.parameter._version
+        self._given.clear()
 
     def _before(self, target: Target, gradient: torch.Tensor) -> None:
         """Another gradient is about to be added to a parameter's."""
@@ -223,7 +229,10 @@ class Gradients:
         known = target.gradient_norm() if self.timing.norms else None
         gradient = target.take_gradient(known, parked=False).detach()
         self._taking = True
-        self.handover.give(Update(target, gradient, self.settings[target.group], torch.get_num_threads()), self.timing.room)
+        update = Update(target, gradient, self.settings[target.group], torch.get_num_threads())
+        self._given.append(update)
+        self.handover.give(update, self.timing.room)
+        del update
         del gradient  # it is not kept while others wait for room
         self._updater.wait_for_room(self.timing.room)
 
@@ -270,7 +279,8 @@ class Gradients:
         """Refuse a step for which gradients were changed that are not there.
 
         Raises:
-            ConflictError: a stand-in was cleared, replaced or written to, or weights were updated with a part of a gradient.
+            ConflictError: a stand-in was cleared, replaced or written to, or weights were updated with a part of a gradient, or written to
+                when they had been updated.
         """
         if self._mixed is not None:
             raise errors.ConflictError(
@@ -278,6 +288,14 @@ class Gradients:
                 where=self._mixed,
                 fix="Call rollback(), or close() and load model and a new optimizer from a checkpoint. Then pass overlap=False.",
             )
+        for target, version in self._versions.items():
+            if target.parameter._version != version:
+                raise errors.ConflictError(
+                    f"OffloadedOptimizer: {target.name} was written to between backward and step, when the backward had updated it already",
+                    where=target.name,
+                    fix="Call rollback(), or close() and load model and a new optimizer from a checkpoint. Write to weights after step(), "
+                    "or pass overlap=False.",
+                )
         for target in (*self._used, *self._parked):
             if target in self._used or target.parameter.grad is not None:
                 self._check_shown(target)
@@ -336,6 +354,8 @@ class Gradients:
                 self._store.remove(target.name)
         self._parked.clear()
         self._used.clear()
+        self._given.clear()
+        self._versions.clear()
         self.handover.clear()
         self.norms.clear()
         self.settings = None
