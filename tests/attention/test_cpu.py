@@ -12,6 +12,7 @@ from tests.attention.cases import DTYPES, EXTRAS, MASKS, WIDTHS, assert_correct,
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cpu import decode, prefill
 from torchwrap.attention.cpu.backend import Composed
+from torchwrap.attention.dispatch import choose
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 
@@ -27,26 +28,31 @@ def test_every_mask_is_as_exact_as_the_definition(mask: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("mask", MASKS)
-def test_bfloat16_without_native_kernels(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_mask_without_native_kernels(mask: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((prefill, "refuses"), (decode, "native_refuses")):
         monkeypatch.setattr(module, name, lambda call: "the compositions are under test")
-    call, what = make(2, mask=mask, extra="plain", dtype=torch.bfloat16)
+    call, what = make(2, mask=mask, extra="plain", dtype=dtype)
     assert "native" not in CPU.describe(call).replace("not the native one", "")
     assert_correct(CPU, call, what)
 
 
-def test_training_in_bfloat16_is_for_the_native_kernel() -> None:
-    call, _ = make(2, mask="causal", extra="plain", dtype=torch.bfloat16, q_length=300)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_intervals_of_keys_are_for_the_native_kernel(dtype: torch.dtype) -> None:
+    call, _ = make(2, mask="causal", extra="plain", dtype=dtype, q_length=300)
     reason = prefill.refuses(call)
     if reason is not None:
         pytest.skip(reason)
-    assert "native" in CPU.describe(call)
-    assert "native" not in CPU.describe(make(2, mask="causal", extra="plain", q_length=300)[0])
+    assert prefill.describe(call) in choose(call).reason and "native" in CPU.describe(call)
+    assert "native" not in CPU.describe(make(2, mask="holes", extra="plain", dtype=dtype, q_length=300)[0])
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-def test_every_extra_is_as_exact_as_the_definition(extra: str) -> None:
-    for seed in range(8):
+@pytest.mark.parametrize("by", ["native", "composed"])
+def test_every_extra_is_as_exact_as_the_definition(extra: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by == "composed":
+        monkeypatch.setattr(prefill, "refuses", lambda call: "the compositions are under test")
+    for seed in range(5):
         call, what = make(100 + seed, extra=extra)
         assert_correct(CPU, call, what, with_lse=extra == "gradient of lse")
 
@@ -107,13 +113,13 @@ def test_nothing_to_attend_to(shape: tuple[int, int, int, int], options: dict[st
 @pytest.mark.parametrize("mask", ["none", "causal", "window 7", "padded left", "dense"])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("by", ["float32", "native", "composed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("by", ["native", "composed"])
 def test_what_is_no_number_reaches_the_result_where_it_is_seen(
-    mask: str, where: str, value: float, by: str, monkeypatch: pytest.MonkeyPatch
+    mask: str, where: str, value: float, dtype: torch.dtype, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by == "composed":
         monkeypatch.setattr(prefill, "refuses", lambda call: "the compositions are under test")
-    dtype = torch.float32 if by == "float32" else torch.bfloat16
     call, _ = make(7, mask=mask, extra="plain", q_length=64, past=0, batch=3, dtype=dtype)
     getattr(call, where)[0, 0, 40, 3] = value
     expected, _ = attention(call)
@@ -158,7 +164,10 @@ OPTIONS: list[dict[str, Any]] = [{"softcap": 3.0}, {"sinks": True}, {"bias": Tru
     [(mask, {}) for mask in LARGE] + [(mask, options) for mask in ("causal", "padded window") for options in OPTIONS],
     ids=str,
 )
-def test_nothing_grows_with_the_square_of_the_length(mask: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("by", ["native", "composed"])
+def test_nothing_grows_with_the_square_of_the_length(mask: str, options: dict[str, Any], by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by == "composed":
+        monkeypatch.setattr(prefill, "refuses", lambda call: "the compositions are under test")
     made: dict[str, Any] = {**options}
     if "sinks" in options:
         made["sinks"] = torch.zeros(2)

@@ -13,6 +13,7 @@ from tests.attention.cases import EXTRAS, MASKS, assert_correct, make
 from torchwrap.attention import dispatch
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
+from torchwrap.attention.cpu import prefill
 from torchwrap.attention.dispatch import BACKENDS, backend, choose
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import Eager
@@ -41,7 +42,10 @@ def test_on_cpus_the_compositions_come_first() -> None:
         (TileMask.causal(1, 1, 200), {}, "native kernel|pieces of the keys"),
     ],
 )
-def test_the_reason_says_how_a_call_is_computed(mask: TileMask | None, options: dict[str, Any], says: str) -> None:
+def test_the_reason_says_how_a_call_is_computed(
+    mask: TileMask | None, options: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "refuses", lambda call: "the compositions are under test")
     sq = 200 if mask is None else mask.shape[2]
     one = checked(torch.zeros(1, 2, sq, 8), torch.zeros(1, 1, 200, 8), torch.zeros(1, 1, 200, 8), mask=mask, **options)
     assert re.search(says, choose(one).reason)

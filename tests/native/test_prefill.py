@@ -48,44 +48,53 @@ def bfloat16(seed: int, **given: Any) -> tuple[Call, str]:
     return make(seed, dtype=torch.bfloat16, **given)
 
 
+in_both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("mask", INTERVALS)
-def test_every_mask_of_intervals(mask: str, instruction_set: str) -> None:
-    for seed in range(2):
-        call, what = bfloat16(seed, mask=mask, extra="plain")
+@in_both_types
+def test_every_mask_of_intervals(mask: str, instruction_set: str, dtype: torch.dtype) -> None:
+    for seed in range(2 if dtype == torch.float32 else 1):
+        call, what = make(seed, mask=mask, extra="plain", dtype=dtype)
         assert_correct(Native(instruction_set), call, what)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("extra", ["softcap", "sinks", "gradient of lse", "wide values", "strided", "scale"])
-def test_every_extra(extra: str, instruction_set: str) -> None:
-    for seed in range(3):
-        call, what = bfloat16(300 + seed, mask=INTERVALS[seed * 4], extra=extra)
+@in_both_types
+def test_every_extra(extra: str, instruction_set: str, dtype: torch.dtype) -> None:
+    for seed in range(2):
+        call, what = make(300 + seed, mask=INTERVALS[seed * 4], extra=extra, dtype=dtype)
         assert_correct(Native(instruction_set), call, what, with_lse=extra == "gradient of lse")
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("width", [1, 5, 16, 48, 72, 96, 128, 200, 512])
-def test_every_width(width: int, instruction_set: str) -> None:
-    call, what = bfloat16(width, width=width, q_length=127, past=0, heads=(4, 2), mask="window 7", extra="plain")
+@in_both_types
+def test_every_width(width: int, instruction_set: str, dtype: torch.dtype) -> None:
+    call, what = make(width, width=width, q_length=127, past=0, heads=(4, 2), mask="window 7", extra="plain", dtype=dtype)
     assert_correct(Native(instruction_set), call, what)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (3, 1), (1, 700), (63, 65), (65, 63), (129, 513), (600, 600)])
-def test_every_length(queries: int, keys: int) -> None:
+@in_both_types
+def test_every_length(queries: int, keys: int, dtype: torch.dtype) -> None:
     for causal in (None, TileMask.causal(1, queries, keys)):
-        q, k, v = (torch.randn(2, heads, length, 24).bfloat16() for heads, length in ((6, queries), (2, keys), (2, keys)))
+        q, k, v = (torch.randn(2, heads, length, 24).to(dtype) for heads, length in ((6, queries), (2, keys), (2, keys)))
         assert_correct(Native(), checked(q, k, v, mask=causal), f"{queries} over {keys}")
 
 
-def test_gradients_of_many_parts_keep_the_law_where_torch_does_not() -> None:
-    call, what = bfloat16(0, heads=(8, 1), batch=1, q_length=300, past=333, width=64, mask="causal", extra="plain")
+@in_both_types
+def test_gradients_of_many_parts_keep_the_law_where_torch_does_not(dtype: torch.dtype) -> None:
+    call, what = make(0, heads=(8, 1), batch=1, q_length=300, past=333, width=64, mask="causal", extra="plain", dtype=dtype)
     assert_correct(Native(), call, what)
 
 
 @pytest.mark.parametrize("mask", ["causal", "packed", "padded window"])
-def test_threads_and_strides_change_no_bit(mask: str) -> None:
-    call, _ = bfloat16(3, heads=(8, 2), batch=3, q_length=300, past=333, mask=mask, extra="sinks")
+@in_both_types
+def test_threads_and_strides_change_no_bit(mask: str, dtype: torch.dtype) -> None:
+    call, _ = make(3, heads=(8, 2), batch=3, q_length=300, past=333, mask=mask, extra="sinks", dtype=dtype)
     out, lse = Native(threads=1).forward(call)
     grad = torch.randn_like(out)
     grads = Native(threads=1).backward(call, out, lse, grad, None)
@@ -100,8 +109,9 @@ def test_threads_and_strides_change_no_bit(mask: str) -> None:
     assert all(map(torch.equal, again[:3], grads[:3])) and again[0].stride() == strided.q.stride()
 
 
-def test_what_nobody_sees_may_hold_anything() -> None:
-    call, _ = bfloat16(4, batch=2, q_length=128, past=0, width=40, heads=(4, 2), mask="none", extra="plain")
+@in_both_types
+def test_what_nobody_sees_may_hold_anything(dtype: torch.dtype) -> None:
+    call, _ = make(4, batch=2, q_length=128, past=0, width=40, heads=(4, 2), mask="none", extra="plain", dtype=dtype)
     limits = torch.tensor([[20, 90]]).expand(2, 128, 2).int().contiguous()
     limits[:, 7] = 0
 
@@ -109,7 +119,7 @@ def test_what_nobody_sees_may_hold_anything() -> None:
         out, lse = native.prefill(call.q, call.k, call.v, limits, scale=0.2)
         return [out, lse, *native.gradients(call.q, call.k, call.v, out, lse, grad, limits=limits, scale=0.2)]
 
-    grad = torch.randn(2, 4, 128, 40).bfloat16()
+    grad = torch.randn(2, 4, 128, 40).to(dtype)
     expected = run(call, grad)
     for tensor in (call.k, call.v):
         tensor[:, :, :20], tensor[:, :, 90:] = math.nan, math.inf
@@ -121,24 +131,25 @@ def test_what_nobody_sees_may_hold_anything() -> None:
     assert not found[3][:, :, :20].any() and not found[4][:, :, 90:].any()
 
 
-def test_reference_is_the_same_function() -> None:
-    call, _ = bfloat16(5, heads=(8, 2), q_length=64, past=333, mask="padded left", extra="sinks")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+def test_reference_is_the_same_function(dtype: torch.dtype, tolerance: float) -> None:
+    call, _ = make(5, heads=(8, 2), q_length=64, past=333, mask="padded left", extra="sinks", dtype=dtype)
     leaves = [tensor.double().requires_grad_() for tensor in (call.q, call.k, call.v)]
     exact, exact_lse = native.prefill_reference(*leaves, limits_of(call.mask), call.sinks, scale=call.scale)
     out, lse = Native().forward(call)
-    torch.testing.assert_close(out.double(), exact, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(out.double(), exact, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
     grad = torch.randn_like(exact)
     live = torch.where(exact_lse.detach()[..., None] == -math.inf, 0.0, exact)
-    for found, true in zip(Native().backward(call, out, lse, grad.bfloat16(), None), torch.autograd.grad(live, leaves, grad), strict=False):
+    for found, true in zip(Native().backward(call, out, lse, grad.to(dtype), None), torch.autograd.grad(live, leaves, grad), strict=False):
         assert found is not None
-        torch.testing.assert_close(found.double(), true, atol=3e-2, rtol=3e-2)
+        torch.testing.assert_close(found.double(), true, atol=tolerance, rtol=tolerance)
 
 
 def test_other_calls_are_refused_with_the_reason() -> None:
     call, _ = bfloat16(6, mask="causal", extra="plain")
     assert refuses(call) is None or "AVX2" in str(refuses(call))
-    assert "float32" in str(refuses(make(6, mask="causal", extra="plain")[0]))
+    assert "float64" in str(refuses(make(6, mask="causal", extra="plain", dtype=torch.float64)[0]))
     for mask, extra, word in (("holes", "plain", "intervals"), ("none", "bias", "bias"), ("none", "dropout", "dropout")):
         assert word in str(refuses(bfloat16(6, mask=mask, extra=extra)[0]))
     wide = torch.zeros(1, 1, 2, 520, dtype=torch.bfloat16)

@@ -1,7 +1,7 @@
-"""Attention of many queries in bfloat16, and its gradients, with every sum in float32, where each query sees an interval of keys.
+"""Attention of many queries in float32 or bfloat16, and its gradients, with every sum in float32; each query sees an interval of keys.
 
-Products are of bfloat16 numbers, as torch's CPU kernel has them. But that kernel adds gradients up in bfloat16, over the heads of a group,
-blocks of rows and blocks of keys; here all sums stay in float32 until the end. Neither function has an operator of torch around it:
+In bfloat16 products are of its numbers, as torch's CPU kernel has them. But that kernel adds gradients up in bfloat16, over the heads of a
+group, blocks of rows and blocks of keys; here all sums stay in float32 until the end. Neither function has an operator of torch around it:
 they are the inside of one (`torchwrap.attention.attend`), which knows about autograd and has checked what it is given.
 """
 
@@ -17,6 +17,7 @@ from torchwrap.native.library import instruction_sets, library
 
 __all__ = ["gradients", "prefill"]
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _READ = ("q", "k", "v", "out", "grad_out")
 _WRITTEN = ("dq", "dk", "dv")
 
@@ -29,7 +30,7 @@ class _Call(ctypes.Structure):
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in (*_READ, *_WRITTEN)),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "q_length", "k_length", "width", "value_width")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, ctypes.c_int32) for name in ("limits_shared", "threads", "instruction_set")),
+        *((name, ctypes.c_int32) for name in ("limits_shared", "threads", "instruction_set", "dtype")),
         ("part", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("dk_sums", "dv_sums")),
     )
@@ -61,17 +62,19 @@ def prefill(
         threads: None: as torch.get_num_threads().
 
     Returns:
-        `(out, lse)`: bfloat16, laid out as q where widths agree, and float32. Rows that see no key have out 0 and lse -inf, or the sink.
+        `(out, lse)`: in the type of q, laid out as q where widths agree, and float32. Rows that see no key have out 0 and lse -inf, or
+        the sink.
 
     Raises:
         UnsupportedModelError: the native library is not available.
         BudgetError: no memory for a block of keys.
 
-    Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv) bfloat16; limits (B or 1, Sq, 2) int32; sinks (Hq); none of the sizes 0,
-        D and Dv <= 512. out (B, Hq, Sq, Dv), lse (B, Hq, Sq). Nothing is checked here: what does not fit is read as addresses.
+    Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), all float32 or all bfloat16; limits (B or 1, Sq, 2) int32;
+        sinks (Hq); none of the sizes 0, D and Dv <= 512. out (B, Hq, Sq, Dv), lse (B, Hq, Sq). Nothing is checked
+        here: what does not fit is read as addresses.
 
-    Exactness: scores and all sums in float32; weights are rounded to bfloat16 for their product with values. Independent of the number of
-        threads and of strides, not of the instruction set: sums are in another order.
+    Exactness: scores and all sums in float32; in bfloat16 weights are rounded to it for their product with values. Independent of the
+        number of threads and of strides, not of the instruction set: sums are in another order.
 
     Cost: `4 * (visible pairs) * D` operations for each query head; about half a megabyte for each thread.
 
@@ -125,10 +128,10 @@ def gradients(
         UnsupportedModelError: the native library is not available.
         BudgetError: no memory for sums.
 
-    Shapes: as in `prefill`; out and grad_out (B, Hq, Sq, Dv) bfloat16, lse, grad_lse and delta
+    Shapes: as in `prefill`; out and grad_out (B, Hq, Sq, Dv) in the type of q, lse, grad_lse and delta
         (B, Hq, Sq) float32. Results as q, k, v.
 
-    Exactness: as in `prefill`; gradients of scores too are rounded to bfloat16 once, for their products.
+    Exactness: as in `prefill`; in bfloat16 gradients of scores too are rounded once, for their products.
 
     Cost: `10 * (visible pairs) * D` operations for each query head; `4 * B * Hkv * Sk * (D + Dv)` bytes where several tasks share keys, and
         about a megabyte for each thread.
@@ -168,6 +171,7 @@ def _run(
         limits_shared="limits" not in tensors or tensors["limits"].shape[0] == 1,
         threads=threads or torch.get_num_threads(),
         instruction_set=-1 if instruction_set is None else instruction_sets()[instruction_set],
+        dtype=_DTYPES[q.dtype],
     )
     status = getattr(library(), f"torchwrap_{name}")(ctypes.addressof(call))
     if status == 1:

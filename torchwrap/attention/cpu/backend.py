@@ -23,7 +23,7 @@ _WORDS = {
 
 
 class Composed:
-    """Compositions of torch's fused kernel, and tiles of our own for what it lacks."""
+    """The native kernels, compositions of torch's fused kernel for what they lack, and tiles of our own for the rest."""
 
     name = "cpu"
 
@@ -39,7 +39,7 @@ class Composed:
         """Out and lse."""
         if call.is_empty:
             return call.empty_result()
-        few = decode.form(call)
+        few = _few(call)
         if few is not None:
             return decode.forward(call, few)
         if prefill.refuses(call) is None:
@@ -50,14 +50,14 @@ class Composed:
         """By which of the compositions, for people."""
         if call.is_empty:
             return "nothing to compute"
-        few = decode.form(call)
+        few = _few(call)
         if few == "native":
             return "a few queries, by the native kernel: keys and values are read once"
         missing = decode.native_refuses(call) if call.q_length == 1 else None
         if few == "pieces":
             return f"one query over pieces of the keys, by torch's kernel; not the native one: {missing}"
         if prefill.refuses(call) is None:
-            return "many queries, by the native kernel: sums are in float32"
+            return prefill.describe(call)
         if (lacking := compose.refuses(call)) is not None:
             return f"tiles of our own: {lacking}"
         blocks = plan(call)
@@ -72,6 +72,12 @@ class Composed:
         if tile or (grad_lse is not None and bool(grad_lse.any())):
             return tiled.backward(call, out, lse, grad_out, grad_lse)
         return compose.backward(call, out, lse, grad_out)
+
+
+def _few(call: Call) -> decode.Form | None:
+    # Where keys are many, reading them once pays for all rows that `decode` takes. As few keys as queries are better packed: 1.2 to 2 times
+    # as fast in float32 and bfloat16, equal in float16 (AVX-512, 2 threads, 64 queries and keys).
+    return None if call.mode == "prefill" and prefill.refuses(call) is None else decode.form(call)
 
 
 def _parts(block: Block | Strip) -> tuple[Part, ...]:

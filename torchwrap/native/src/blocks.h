@@ -44,24 +44,24 @@ INLINE Range look(const PrefillCall &call, const PrefillTask &task, Range *seen)
 }
 
 // Columns of the block of keys from `block` on that some of these rows see, widened to whole tiles.
-INLINE Range columns_seen(const Range *seen, int64_t rows, int64_t block) {
+template <class T> INLINE Range columns_seen(const Range *seen, int64_t rows, int64_t block) {
     Range span{BLOCK, 0};
     for (int64_t r = 0; r < rows; r++) {
         if (seen[r].end <= block || seen[r].first >= block + BLOCK) continue;
         if (seen[r].first - block < span.first) span.first = seen[r].first > block ? seen[r].first - block : 0;
         if (seen[r].end - block > span.end) span.end = seen[r].end < block + BLOCK ? seen[r].end - block : BLOCK;
     }
-    return span.empty() ? Range{0, 0} : Range{span.first / COLUMNS * COLUMNS, up(span.end, COLUMNS)};
+    return span.empty() ? Range{0, 0} : Range{span.first / COLUMNS<T> * COLUMNS<T>, up(span.end, COLUMNS<T>)};
 }
 
 enum Sight { NOTHING, SOME, EVERYTHING };
 
 // Of a tile whose first column is `left`, what its rows see.
-INLINE Sight sight(const Range *seen, int64_t left) {
+template <class T> INLINE Sight sight(const Range *seen, int64_t left) {
     bool none = true, whole = true;
-    for (int r = 0; r < ROWS; r++) {
-        if (seen[r].first < left + COLUMNS && seen[r].end > left) none = false;
-        if (seen[r].first > left || seen[r].end < left + COLUMNS) whole = false;
+    for (int r = 0; r < ROWS<T>; r++) {
+        if (seen[r].first < left + COLUMNS<T> && seen[r].end > left) none = false;
+        if (seen[r].first > left || seen[r].end < left + COLUMNS<T>) whole = false;
     }
     return none ? NOTHING : whole ? EVERYTHING : SOME;
 }
@@ -74,31 +74,31 @@ INLINE Vector if_seen(Vector x, Range seen, int64_t left, Vector otherwise) {
     return if_below(sub(zeros(), column), (float)(left - seen.end + 1), otherwise, x);
 }
 
-// One row as a left factor, with zeros up to the padded width; null: all zeros.
-INLINE void copy_row(const uint16_t *row, int64_t width, int64_t padded, uint16_t *to) {
-    if (row) memcpy(to, row, width * sizeof *to);
-    const int64_t from = row ? width : 0;
-    memset(to + from, 0, (padded - from) * sizeof *to);
-}
-
-// Keys or values of a block, of which a task sees those in `span`; the others count as zeros, whatever they hold.
-struct Keys {
-    const uint16_t *base;
-    int64_t stride, block;
+// Keys or values of a block, of which a task sees those in `span`; the others count as zeros, whatever they hold. Tiles behind the last are not
+// packed.
+template <class T> struct Keys {
+    const T *base;
+    int64_t stride, block, count;
     Range span;
     Keys(const void *tensor, const int64_t *strides, const PrefillTask &task, int64_t block, Range span)
-        : base((const uint16_t *)tensor + task.batch * strides[0] + task.head * strides[1]), stride(strides[2]), block(block), span(span) {}
-    const uint16_t *operator()(int64_t n) const {
-        return block + n >= span.first && block + n < span.end ? base + (block + n) * stride : nullptr;
+        : base((const T *)tensor + task.batch * strides[0] + task.head * strides[1]), stride(strides[2]), block(block), span(span) {
+        count = span.end - block < BLOCK ? up(span.end - block, COLUMNS<T>) : BLOCK;
     }
-    void pack_columns(int64_t width, int64_t padded, uint32_t *to) const { columns_of(*this, BLOCK, width, padded, to); }
-    void pack_pairs(int64_t width, int64_t padded, uint32_t *to) const {
-        for (int64_t n = 0; n < BLOCK; n += 2) pairs_of((*this)(n), (*this)(n + 1), width, padded, to + n / 2 * padded);
+    const T *operator()(int64_t n) const { return block + n >= span.first && block + n < span.end ? base + (block + n) * stride : nullptr; }
+    void pack_columns(int64_t width, int64_t padded, Word<T> *to) const { columns_of<T>(*this, count, width, padded, to); }
+    void pack_across(int64_t width, int64_t padded, Word<T> *to) const {
+        for (int64_t n = 0; n < count; n += PACKED<T>, to += padded) {
+            const T *rows[2] = {(*this)(n), (*this)(n + PACKED<T> - 1)};
+            across(rows, width, padded, to);
+        }
     }
 };
 
-INLINE void store_row(const float *from, float factor, int64_t width, uint16_t *to) {
-    for (int64_t d = 0; d < width; d++) to[d] = (uint16_t)rounded(from[d] * factor);
+INLINE void store_row(const float *from, float factor, int64_t width, float *to) {
+    for (int64_t d = 0; d < width; d++) to[d] = from[d] * factor;
+}
+INLINE void store_row(const float *from, float factor, int64_t width, BFloat16 *to) {
+    for (int64_t d = 0; d < width; d++) to[d].bits = (uint16_t)rounded(from[d] * factor);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 // Raised with every change of what Python and the library say to each other; torchwrap/native/library.py holds the same number.
-#define TORCHWRAP_INTERFACE 5
+#define TORCHWRAP_INTERFACE 6
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -57,7 +57,7 @@ struct Kernel {
     void (*piece)(const DecodeCall &, const Piece &, void *scratch);  // scratch is aligned to 64 bytes
 };
 
-// A call of `prefill`, and of the gradients of one: many queries, in bfloat16. G query heads share a key/value head.
+// A call of `prefill`, and of the gradients of one: many queries, in float32 or bfloat16. G query heads share a key/value head.
 extern "C" struct PrefillCall {
     const void *q, *k, *v;       // (B, G * H, Q, D), (B, H, S, D), (B, H, S, V)
     void *out;                   // (B, G * H, Q, V)
@@ -71,7 +71,7 @@ extern "C" struct PrefillCall {
     int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], grad_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
     int64_t batch, heads, kv_heads, q_length, k_length, width, value_width;
     float scale, softcap;        // softcap 0: none
-    int32_t limits_shared, threads, instruction_set;
+    int32_t limits_shared, threads, instruction_set, dtype;
     // From here on the library's own: rows of one task, float32 sums of (B, H, S, padded width).
     int64_t part;
     float *dk_sums, *dv_sums;

@@ -1,13 +1,13 @@
-// Gradients of attention in bfloat16, with every sum in float32: some rows of queries against all the keys they see.
+// Gradients of attention in float32 or bfloat16, with every sum in float32: some rows of queries against all the keys they see.
 //
 // With P = exp(S - lse) and delta = sum(dO * O) - dlse of each row: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale * dS K,
 // dK = scale * dS^T Q. Keys go in blocks of BLOCK, rows in blocks of HEIGHT. Of a pair of blocks, tiles of ROWS x COLUMNS
-// of S and dO V^T are computed in registers, turned into P and dS and stored in bfloat16; three products then add to dV, dK and
+// of S and dO V^T are computed in registers, turned into P and dS and stored in the type of the tensors; three products then add to dV, dK and
 // dQ. What hides keys is the interval of columns that each row sees: tiles that no row sees are left out, those at its ends are compared.
 // Memory traffic of a pair of blocks stays in the second-level cache; keys and values are packed once for each task.
 //
-// Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2. Differences: five products in bfloat16, base 2, rows of all query heads that share
-// a key/value head are one long list.
+// Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2. Differences: five products in the type of the tensors, base 2, rows of all
+// query heads that share a key/value head are one long list.
 #include "blocks.h"
 
 #include <math.h>
@@ -16,31 +16,36 @@
 
 namespace {
 
-struct Scratch {
+template <class T> struct Scratch {
     int64_t width, value_width;                       // padded to whole vectors
-    uint32_t *k_columns, *v_columns, *k_pairs;        // right factors of a block of keys
-    uint16_t *q_rows, *grad_rows;                     // (rows, width): left factors of the rows of the task
-    uint32_t *q_pairs, *grad_pairs;                   // (rows / 2, width): the same as right factors
-    uint32_t *weight_pairs, *score_pairs;             // (HEIGHT / 2, BLOCK): P and dS of a pair of blocks
-    uint16_t *score_rows;                             // (HEIGHT, BLOCK): dS again
+    Word<T> *k_columns, *v_columns, *k_across;        // right factors of a block of keys
+    T *q_rows, *grad_rows;                            // (rows, width): left factors of the rows of the task
+    Word<T> *q_across, *grad_across;                  // the same as right factors
+    Word<T> *weight_across, *score_across;            // (HEIGHT, BLOCK) elements: P and dS of a pair of blocks
+    T *score_rows;                                    // (HEIGHT, BLOCK): dS again
     float *dq, *dk, *dv, *lse, *delta, *products;     // products: (rows, W), sums of P * dO V^T
     Range *seen;
     size_t bytes;
 
     Scratch(const PrefillCall &call, void *memory) : width(up(call.width, 16)), value_width(up(call.value_width, 16)) {
         Cut take{(char *)memory};
+        // Where a word is one element, rows are the same matrix, whichever way it is walked.
+        const auto both = [&take](T *&rows, Word<T> *&across, int64_t count) {
+            take(rows, count);
+            if constexpr (PACKED<T> == 1) across = rows;
+            else take(across, count / PACKED<T>);
+        };
         const int64_t rows = call.part;
-        take(k_columns, BLOCK * width / 2), take(v_columns, BLOCK * value_width / 2), take(k_pairs, BLOCK / 2 * width);
-        take(q_rows, rows * width), take(grad_rows, rows * value_width);
-        take(q_pairs, rows / 2 * width), take(grad_pairs, rows / 2 * value_width);
-        take(weight_pairs, HEIGHT / 2 * BLOCK), take(score_pairs, HEIGHT / 2 * BLOCK), take(score_rows, HEIGHT * BLOCK);
+        take(k_columns, BLOCK * width / PACKED<T>), take(v_columns, BLOCK * value_width / PACKED<T>);
+        take(k_across, BLOCK / PACKED<T> * width), both(q_rows, q_across, rows * width), both(grad_rows, grad_across, rows * value_width);
+        both(score_rows, score_across, HEIGHT * BLOCK), take(weight_across, HEIGHT / PACKED<T> * BLOCK);
         take(dq, rows * width), take(dk, BLOCK * width), take(dv, BLOCK * value_width);
         take(lse, rows), take(delta, rows), take(products, rows * W), take(seen, rows);
         bytes = take.next - (char *)memory;
     }
 };
 
-float dot(const uint16_t *a, const uint16_t *b, int64_t width) {
+template <class T> float dot(const T *a, const T *b, int64_t width) {
     float lanes[16] = {}, total = 0;
     int64_t d = 0;
     for (; d + 16 <= width; d += 16)
@@ -51,42 +56,44 @@ float dot(const uint16_t *a, const uint16_t *b, int64_t width) {
 }
 
 // Left and right factors of the rows, and their numbers. Rows that see nothing are zeros, whatever they hold.
-void pack_rows(const PrefillCall &call, const PrefillTask &task, const Scratch &at) {
-    for (int64_t r = 0; r < call.part; r += 2) {
-        const uint16_t *q[2] = {}, *grad[2] = {};
+template <class T> void pack_rows(const PrefillCall &call, const PrefillTask &task, const Scratch<T> &at, int64_t rows) {
+    for (int64_t r = 0; r < rows; r += 2) {
+        const T *q[2] = {}, *grad[2] = {};
         for (int64_t i = r; i < r + 2; i++) {
             const int64_t row = task.begin + i;
             at.lse[i] = at.delta[i] = 0;
             if (!at.seen[i].empty()) {
                 const float lse = call.lse[lse_of(call, task, row)];
-                q[i - r] = (const uint16_t *)call.q + place_of(call.q_strides, call, task, row);
-                grad[i - r] = (const uint16_t *)call.grad_out + place_of(call.grad_strides, call, task, row);
+                q[i - r] = (const T *)call.q + place_of(call.q_strides, call, task, row);
+                grad[i - r] = (const T *)call.grad_out + place_of(call.grad_strides, call, task, row);
                 at.lse[i] = lse == -INFINITY ? 0 : lse * LOG2E;
-                at.delta[i] = dot((const uint16_t *)call.out + place_of(call.out_strides, call, task, row), grad[i - r], call.value_width);
+                at.delta[i] = dot((const T *)call.out + place_of(call.out_strides, call, task, row), grad[i - r], call.value_width);
                 if (call.grad_lse) at.delta[i] -= call.grad_lse[lse_of(call, task, row)];
             }
             copy_row(q[i - r], call.width, at.width, at.q_rows + i * at.width);
             copy_row(grad[i - r], call.value_width, at.value_width, at.grad_rows + i * at.value_width);
         }
-        pairs_of(q[0], q[1], call.width, at.width, at.q_pairs + r / 2 * at.width);
-        pairs_of(grad[0], grad[1], call.value_width, at.value_width, at.grad_pairs + r / 2 * at.value_width);
+        if constexpr (PACKED<T> == 1) continue;
+        across(q, call.width, at.width, at.q_across + r / 2 * at.width);
+        across(grad, call.value_width, at.value_width, at.grad_across + r / 2 * at.value_width);
     }
 }
 
 // P and dS of ROWS rows from `row` of the task, `place` of the block of rows, and COLUMNS columns from `column` of the block of keys.
-template <bool CUT, bool CAPPED>
-void scores(const PrefillCall &call, const Scratch &at, int64_t row, int64_t place, int64_t column, int64_t block) {
-    alignas(64) float kept[ROWS][COLUMNS], slopes[CAPPED ? ROWS : 1][COLUMNS];
+template <class T, bool CUT, bool CAPPED>
+void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t column, int64_t block) {
+    alignas(64) float kept[ROWS<T>][COLUMNS<T>], slopes[CAPPED ? ROWS<T> : 1][COLUMNS<T>];
     const float scale = call.scale * LOG2E, inside = CAPPED ? call.scale / call.softcap : 0, outside = call.softcap * LOG2E;
     {
-        Vector weight[ROWS][VECTORS];
-        UNROLL for (int r = 0; r < ROWS; r++)
-            UNROLL for (int j = 0; j < VECTORS; j++) weight[r][j] = zeros();
-        add_product<VECTORS>(weight, {(const uint32_t *)(at.q_rows + row * at.width), at.width / 2, 1}, at.k_columns + column * at.width / 2,
-                             COLUMNS, at.width / 2);
-        UNROLL for (int r = 0; r < ROWS; r++) {
+        Vector weight[ROWS<T>][VECTORS<T>];
+        UNROLL for (int r = 0; r < ROWS<T>; r++)
+            UNROLL for (int j = 0; j < VECTORS<T>; j++) weight[r][j] = zeros();
+        const int64_t steps = at.width / PACKED<T>;
+        add_product<T, VECTORS<T>>(weight, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, at.k_columns + column * steps,
+                                   COLUMNS<T>, steps);
+        UNROLL for (int r = 0; r < ROWS<T>; r++) {
             const Vector shift = all(-at.lse[row + r]);
-            UNROLL for (int j = 0; j < VECTORS; j++) {
+            UNROLL for (int j = 0; j < VECTORS<T>; j++) {
                 if (CAPPED) {
                     const Vector t = tanh(mul(weight[r][j], all(inside)));
                     store(slopes[r] + j * W, sub(all(1.f), mul(t, t)));
@@ -98,19 +105,20 @@ void scores(const PrefillCall &call, const Scratch &at, int64_t row, int64_t pla
                 store(kept[r] + j * W, weight[r][j]);
             }
         }
-        UNROLL for (int r = 0; r < ROWS; r += 2)
-            UNROLL for (int j = 0; j < VECTORS; j++)
-                store_rounded(weight[r][j], weight[r + 1][j], at.weight_pairs + (place + r) / 2 * BLOCK + column + j * W);
+        UNROLL for (int r = 0; r < ROWS<T>; r += 2)
+            UNROLL for (int j = 0; j < VECTORS<T>; j++)
+                store_across(weight[r][j], weight[r + 1][j], at.weight_across + (place + r) / PACKED<T> * BLOCK + column + j * W);
     }
-    Vector score[ROWS][VECTORS];
-    UNROLL for (int r = 0; r < ROWS; r++)
-        UNROLL for (int j = 0; j < VECTORS; j++) score[r][j] = zeros();
-    add_product<VECTORS>(score, {(const uint32_t *)(at.grad_rows + row * at.value_width), at.value_width / 2, 1},
-                         at.v_columns + column * at.value_width / 2, COLUMNS, at.value_width / 2);
-    UNROLL for (int r = 0; r < ROWS; r++) {
+    Vector score[ROWS<T>][VECTORS<T>];
+    UNROLL for (int r = 0; r < ROWS<T>; r++)
+        UNROLL for (int j = 0; j < VECTORS<T>; j++) score[r][j] = zeros();
+    const int64_t steps = at.value_width / PACKED<T>;
+    add_product<T, VECTORS<T>>(score, {(const Word<T> *)(at.grad_rows + row * at.value_width), steps, 1}, at.v_columns + column * steps,
+                               COLUMNS<T>, steps);
+    UNROLL for (int r = 0; r < ROWS<T>; r++) {
         const Vector delta = all(at.delta[row + r]);
         Vector products = load(at.products + (row + r) * W);
-        UNROLL for (int j = 0; j < VECTORS; j++) {
+        UNROLL for (int j = 0; j < VECTORS<T>; j++) {
             const Vector weight = load(kept[r] + j * W);
             products = fma(weight, score[r][j], products);
             score[r][j] = mul(sub(score[r][j], delta), weight);
@@ -120,43 +128,45 @@ void scores(const PrefillCall &call, const Scratch &at, int64_t row, int64_t pla
         }
         store(at.products + (row + r) * W, products);
     }
-    UNROLL for (int r = 0; r < ROWS; r += 2)
-        UNROLL for (int j = 0; j < VECTORS; j++) {
-            uint16_t *row_a = at.score_rows + (place + r) * BLOCK + column + j * W;
-            store_rounded(score[r][j], score[r + 1][j], at.score_pairs + (place + r) / 2 * BLOCK + column + j * W, row_a, row_a + BLOCK);
+    UNROLL for (int r = 0; r < ROWS<T>; r += 2)
+        UNROLL for (int j = 0; j < VECTORS<T>; j++) {
+            T *row = at.score_rows + (place + r) * BLOCK + column + j * W;
+            store_across(score[r][j], score[r + 1][j], at.score_across + (place + r) / PACKED<T> * BLOCK + column + j * W, row, row + BLOCK);
         }
 }
 
-void no_scores(const Scratch &at, int64_t place, int64_t column) {
-    for (int64_t r = 0; r < ROWS; r++) {
-        memset(at.score_rows + (place + r) * BLOCK + column, 0, COLUMNS * 2);
-        if (r % 2) continue;
-        memset(at.weight_pairs + (place + r) / 2 * BLOCK + column, 0, COLUMNS * 4);
-        memset(at.score_pairs + (place + r) / 2 * BLOCK + column, 0, COLUMNS * 4);
+template <class T> void no_scores(const Scratch<T> &at, int64_t place, int64_t column) {
+    for (int64_t r = 0; r < ROWS<T>; r++) {
+        memset((void *)(at.score_rows + (place + r) * BLOCK + column), 0, COLUMNS<T> * sizeof(T));
+        if (r % PACKED<T>) continue;
+        memset(at.weight_across + (place + r) / PACKED<T> * BLOCK + column, 0, COLUMNS<T> * sizeof(Word<T>));
+        memset(at.score_across + (place + r) / PACKED<T> * BLOCK + column, 0, COLUMNS<T> * sizeof(Word<T>));
     }
 }
 
-template <bool CAPPED> void pair_of_blocks(const PrefillCall &call, const Scratch &at, int64_t top, int64_t count, int64_t block) {
-    const Range span = columns_seen(at.seen + top, count, block);
+template <class T, bool CAPPED> void pair_of_blocks(const PrefillCall &call, const Scratch<T> &at, int64_t top, int64_t count, int64_t block) {
+    const Range span = columns_seen<T>(at.seen + top, count, block);
     if (span.empty()) return;
-    for (int64_t column = span.first; column < span.end; column += COLUMNS)
-        for (int64_t r = 0; r < count; r += ROWS)
-            switch (sight(at.seen + top + r, block + column)) {
-                case NOTHING: no_scores(at, r, column); break;
-                case SOME: scores<true, CAPPED>(call, at, top + r, r, column, block); break;
-                case EVERYTHING: scores<false, CAPPED>(call, at, top + r, r, column, block); break;
+    for (int64_t column = span.first; column < span.end; column += COLUMNS<T>)
+        for (int64_t r = 0; r < count; r += ROWS<T>)
+            switch (sight<T>(at.seen + top + r, block + column)) {
+                case NOTHING: no_scores<T>(at, r, column); break;
+                case SOME: scores<T, true, CAPPED>(call, at, top + r, r, column, block); break;
+                case EVERYTHING: scores<T, false, CAPPED>(call, at, top + r, r, column, block); break;
             }
     const int64_t columns = span.end - span.first;
-    add_matrix(at.dv + span.first * at.value_width, columns, at.value_width, {at.weight_pairs + span.first, 1, BLOCK},
-               at.grad_pairs + top / 2 * at.value_width, count / 2);
-    add_matrix(at.dk + span.first * at.width, columns, at.width, {at.score_pairs + span.first, 1, BLOCK}, at.q_pairs + top / 2 * at.width,
-               count / 2);
-    add_matrix(at.dq + top * at.width, count, at.width, {(const uint32_t *)(at.score_rows + span.first), BLOCK / 2, 1},
-               at.k_pairs + span.first / 2 * at.width, columns / 2);
+    add_matrix<T>(at.dv + span.first * at.value_width, columns, at.value_width, {at.weight_across + span.first, 1, BLOCK},
+                  at.grad_across + top / PACKED<T> * at.value_width, count / PACKED<T>);
+    add_matrix<T>(at.dk + span.first * at.width, columns, at.width, {at.score_across + span.first, 1, BLOCK},
+                  at.q_across + top / PACKED<T> * at.width, count / PACKED<T>);
+    add_matrix<T>(at.dq + top * at.width, count, at.width, {(const Word<T> *)(at.score_rows + span.first), BLOCK / PACKED<T>, 1},
+                  at.k_across + span.first / PACKED<T> * at.width, columns / PACKED<T>);
 }
 
 // The sums of a block of keys join those of the tasks before, or become the result if this is the last task that sees the block.
-void deliver(const float *own, int64_t padded, int64_t width, int64_t count, float *sums, bool first, bool last, float factor, uint16_t *to, int64_t stride) {
+template <class T>
+void deliver(const float *own, int64_t padded, int64_t width, int64_t count, float *sums, bool first, bool last, float factor, T *to,
+             int64_t stride) {
     for (int64_t n = 0; n < count; n++, own += padded, to += stride) {
         float *sum = sums + n * padded;
         if (!first)
@@ -167,28 +177,28 @@ void deliver(const float *own, int64_t padded, int64_t width, int64_t count, flo
     }
 }
 
-void run(const PrefillCall &call, const PrefillTask &task, void *memory) {
-    const Scratch at(call, memory);
-    const int64_t rows = up(task.end - task.begin, ROWS), pair = task.batch * call.kv_heads + task.head;
+template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task, void *memory) {
+    const Scratch<T> at(call, memory);
+    const int64_t rows = up(task.end - task.begin, ROWS<T>), pair = task.batch * call.kv_heads + task.head;
     const Range span = look(call, task, at.seen);
-    pack_rows(call, task, at);
-    memset(at.dq, 0, call.part * at.width * sizeof(float)), memset(at.products, 0, call.part * W * sizeof(float));
+    pack_rows(call, task, at, rows);
+    memset(at.dq, 0, rows * at.width * sizeof(float)), memset(at.products, 0, rows * W * sizeof(float));
     for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK) {
         const Turn turn = task.turns[block / BLOCK];
         if (turn.number < 0) continue;
-        const Keys keys(call.k, call.k_strides, task, block, span);
-        keys.pack_columns(call.width, at.width, at.k_columns), keys.pack_pairs(call.width, at.width, at.k_pairs);
-        Keys(call.v, call.v_strides, task, block, span).pack_columns(call.value_width, at.value_width, at.v_columns);
+        const Keys<T> keys(call.k, call.k_strides, task, block, span);
+        keys.pack_columns(call.width, at.width, at.k_columns), keys.pack_across(call.width, at.width, at.k_across);
+        Keys<T>(call.v, call.v_strides, task, block, span).pack_columns(call.value_width, at.value_width, at.v_columns);
         memset(at.dk, 0, BLOCK * at.width * sizeof(float)), memset(at.dv, 0, BLOCK * at.value_width * sizeof(float));
         for (int64_t top = 0; top < rows; top += HEIGHT) {
             const int64_t count = rows - top < HEIGHT ? rows - top : HEIGHT;
-            if (call.softcap > 0) pair_of_blocks<true>(call, at, top, count, block);
-            else pair_of_blocks<false>(call, at, top, count, block);
+            if (call.softcap > 0) pair_of_blocks<T, true>(call, at, top, count, block);
+            else pair_of_blocks<T, false>(call, at, top, count, block);
         }
         const int64_t count = call.k_length - block < BLOCK ? call.k_length - block : BLOCK, place = pair * call.k_length + block;
         const bool first = turn.number == 0, last = turn.number == turn.of - 1;
         auto row = [&](void *tensor, const int64_t *strides) {
-            return (uint16_t *)tensor + task.batch * strides[0] + task.head * strides[1] + block * strides[2];
+            return (T *)tensor + task.batch * strides[0] + task.head * strides[1] + block * strides[2];
         };
         task.wait(task, block / BLOCK);
         deliver(at.dk, at.width, call.width, count, call.dk_sums + place * at.width, first, last, call.scale, row(call.dk, call.dk_strides),
@@ -199,12 +209,17 @@ void run(const PrefillCall &call, const PrefillTask &task, void *memory) {
     }
     for (int64_t r = 0; r < task.end - task.begin; r++) {
         const int64_t row = task.begin + r, place = lse_of(call, task, row);
-        store_row(at.dq + r * at.width, call.scale, call.width, (uint16_t *)call.dq + place_of(call.dq_strides, call, task, row));
+        store_row(at.dq + r * at.width, call.scale, call.width, (T *)call.dq + place_of(call.dq_strides, call, task, row));
         call.delta[place] = sum(load(at.products + r * W)) - (call.grad_lse && !at.seen[r].empty() ? call.grad_lse[place] : 0);
     }
 }
 
-size_t scratch_bytes(const PrefillCall &call) { return Scratch(call, nullptr).bytes; }
+size_t scratch_bytes(const PrefillCall &call) {
+    return call.dtype == FLOAT32 ? Scratch<float>(call, nullptr).bytes : Scratch<BFloat16>(call, nullptr).bytes;
+}
+void run(const PrefillCall &call, const PrefillTask &task, void *memory) {
+    return call.dtype == FLOAT32 ? rows_of<float>(call, task, memory) : rows_of<BFloat16>(call, task, memory);
+}
 
 }  // namespace
 

@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int64_t TASKS = 32, LONGEST = 512;  // parts are made for as many tasks, if their rows do not get fewer than two blocks
+constexpr int64_t TASKS = 32, LONGEST = 512;  // parts are made for as many tasks, of at least two blocks; of one where rows are few
 constexpr int64_t ALONE = 1 << 22;            // products of a row and a key, times widths, below which one thread is enough (chosen)
 
 struct Work {
@@ -81,7 +81,8 @@ bool count_turns(const PrefillCall &call, int64_t batch, int64_t parts, int64_t 
 int64_t split(PrefillCall &call) {
     const int64_t rows = call.group() * call.q_length, all = rows * call.batch * call.kv_heads;
     const int64_t wanted = (all / TASKS + HEIGHT - 1) / HEIGHT * HEIGHT;
-    call.part = wanted < 2 * HEIGHT ? 2 * HEIGHT : wanted > LONGEST ? LONGEST : wanted;
+    const int64_t least = all <= 4 * HEIGHT ? HEIGHT : 2 * HEIGHT;
+    call.part = wanted < least ? least : wanted > LONGEST ? LONGEST : wanted;
     return (rows + call.part - 1) / call.part;
 }
 

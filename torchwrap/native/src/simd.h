@@ -173,6 +173,21 @@ INLINE void load_pair(const BFloat16 *p, Vector &even, Vector &odd) {
 
 #endif
 
+// Four words of each of four rows, the words of one place side by side; lines of the result are `stride` bytes apart.
+INLINE void transpose(const void *const *rows, void *to, size_t stride) {
+    char *line = (char *)to;
+#if defined(__AVX2__)
+    __m128 a = _mm_loadu_ps((const float *)rows[0]), b = _mm_loadu_ps((const float *)rows[1]);
+    __m128 c = _mm_loadu_ps((const float *)rows[2]), d = _mm_loadu_ps((const float *)rows[3]);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    const __m128 lines[] = {a, b, c, d};
+    for (int word = 0; word < 4; word++, line += stride) _mm_storeu_ps((float *)line, lines[word]);
+#else
+    for (int word = 0; word < 4; word++, line += stride)
+        for (int row = 0; row < 4; row++) memcpy(line + 4 * row, (const char *)rows[row] + 4 * word, 4);
+#endif
+}
+
 // The first `count` elements of a pair; what lies behind them in memory is not touched, and counts as zero.
 template <class T> INLINE void load_pair(const T *p, int count, Vector &a, Vector &b) {
     T whole[2 * W];
