@@ -91,6 +91,14 @@ def test_gradients_of_many_parts_keep_the_law_where_torch_does_not(dtype: torch.
     assert_correct(Native(), call, what)
 
 
+@in_both_types
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_scores_in_the_thousands_keep_the_law(instruction_set: str, dtype: torch.dtype) -> None:
+    call, what = make(0, heads=(9, 3), batch=1, q_length=300, past=0, width=64, mask="causal", extra="plain", dtype=dtype)
+    large = checked(call.q * 30, call.k * 30, call.v, mask=call.mask)
+    assert_correct(Native(instruction_set), large, what)
+
+
 @pytest.mark.parametrize("mask", ["causal", "packed", "padded window"])
 @in_both_types
 def test_threads_and_strides_change_no_bit(mask: str, dtype: torch.dtype) -> None:

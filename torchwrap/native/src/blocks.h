@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr float LOG2E = 1.44269504f;
 
 INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

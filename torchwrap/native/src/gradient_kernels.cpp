@@ -6,8 +6,8 @@
 // dQ. What hides keys is the interval of columns that each row sees: tiles that no row sees are left out, those at its ends are compared.
 // Memory traffic of a pair of blocks stays in the second-level cache; keys and values are packed once for each task.
 //
-// Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2. Differences: five products in the type of the tensors, base 2, rows of all
-// query heads that share a key/value head are one long list.
+// Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2. Differences: five products in the type of the tensors, rows of all query heads
+// that share a key/value head are one long list.
 #include "blocks.h"
 
 #include <math.h>
@@ -66,7 +66,7 @@ template <class T> void pack_rows(const PrefillCall &call, const PrefillTask &ta
                 const float lse = call.lse[lse_of(call, task, row)];
                 q[i - r] = (const T *)call.q + place_of(call.q_strides, call, task, row);
                 grad[i - r] = (const T *)call.grad_out + place_of(call.grad_strides, call, task, row);
-                at.lse[i] = lse == -INFINITY ? 0 : lse * LOG2E;
+                at.lse[i] = lse == -INFINITY ? 0 : lse;
                 at.delta[i] = dot((const T *)call.out + place_of(call.out_strides, call, task, row), grad[i - r], call.value_width);
                 if (call.grad_lse) at.delta[i] -= call.grad_lse[lse_of(call, task, row)];
             }
@@ -79,11 +79,14 @@ template <class T> void pack_rows(const PrefillCall &call, const PrefillTask &ta
     }
 }
 
+// Differences of scores first, then log2(e): the product of a large score with it, rounded, would be an error of the exponent.
+INLINE Vector power(Vector x, Vector scale, Vector shift) { return exp2(mul(fma(x, scale, shift), all(LOG2E))); }
+
 // P and dS of ROWS rows from `row` of the task, `place` of the block of rows, and COLUMNS columns from `column` of the block of keys.
 template <class T, bool CUT, bool CAPPED>
 void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t column, int64_t block) {
     alignas(64) float kept[ROWS<T>][COLUMNS<T>], slopes[CAPPED ? ROWS<T> : 1][COLUMNS<T>];
-    const float scale = call.scale * LOG2E, inside = CAPPED ? call.scale / call.softcap : 0, outside = call.softcap * LOG2E;
+    const float inside = CAPPED ? call.scale / call.softcap : 0;
     {
         Vector weight[ROWS<T>][VECTORS<T>];
         UNROLL for (int r = 0; r < ROWS<T>; r++)
@@ -97,9 +100,9 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
                 if (CAPPED) {
                     const Vector t = tanh(mul(weight[r][j], all(inside)));
                     store(slopes[r] + j * W, sub(all(1.f), mul(t, t)));
-                    weight[r][j] = exp2(fma(t, all(outside), shift));
+                    weight[r][j] = power(t, all(call.softcap), shift);
                 } else {
-                    weight[r][j] = exp2(fma(weight[r][j], all(scale), shift));
+                    weight[r][j] = power(weight[r][j], all(call.scale), shift);
                 }
                 if (CUT) weight[r][j] = if_seen(weight[r][j], at.seen[row + r], block + column + j * W, zeros());
                 store(kept[r] + j * W, weight[r][j]);

@@ -5,7 +5,7 @@
 // adds weights times values to what the rows have so far. What hides keys is the interval of columns that each row sees: tiles that no row
 // sees are left out, those at its ends are compared. A sink is a score that comes first and has no value.
 //
-// Source: Tri Dao, "FlashAttention-2", 2023, algorithm 1. Differences: keys in the outer loop, base 2, rows of all query heads that share a
+// Source: Tri Dao, "FlashAttention-2", 2023, algorithm 1. Differences: keys in the outer loop, rows of all query heads that share a
 // key/value head are one long list.
 #include "blocks.h"
 
@@ -32,7 +32,8 @@ template <class T> struct Scratch {
     }
 };
 
-// Scores of ROWS rows and COLUMNS columns, base 2.
+// Scores of ROWS rows and COLUMNS columns. They become powers of 2 only as differences: the product with log2(e) of a large score, rounded, would
+// be an error of the exponent.
 template <class T, bool CAPPED>
 INLINE void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t column, Vector (*to)[VECTORS<T>]) {
     UNROLL for (int r = 0; r < ROWS<T>; r++)
@@ -41,9 +42,11 @@ INLINE void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, i
     add_product<T, VECTORS<T>>(to, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, at.k_columns + column * steps, COLUMNS<T>, steps);
     UNROLL for (int r = 0; r < ROWS<T>; r++)
         UNROLL for (int j = 0; j < VECTORS<T>; j++)
-            to[r][j] = CAPPED ? mul(tanh(mul(to[r][j], all(call.scale / call.softcap))), all(call.softcap * LOG2E))
-                              : mul(to[r][j], all(call.scale * LOG2E));
+            to[r][j] = CAPPED ? mul(tanh(mul(to[r][j], all(call.scale / call.softcap))), all(call.softcap))
+                              : mul(to[r][j], all(call.scale));
 }
+
+INLINE Vector power(const float *scores, Vector origin) { return exp2(mul(sub(load(scores), origin), all(LOG2E))); }
 
 INLINE float largest(Vector x) {
     float lanes[W], most = -INFINITY;
@@ -79,7 +82,7 @@ void weigh(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t p
         origin[r] = all(after == -INFINITY ? 0 : after), total[r] = load(at.sum + (row + r) * W);
         if (after == before) continue;
         at.maximum[row + r] = after;
-        const Vector factor = all(exp2f(before - after));
+        const Vector factor = all(exp2f((before - after) * LOG2E));
         total[r] = mul(total[r], factor);
         float *values = at.values + (row + r) * at.value_width;
         for (int64_t d = 0; d < at.value_width; d += W) store(values + d, mul(load(values + d), factor));
@@ -92,8 +95,8 @@ void weigh(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t p
         }
         UNROLL for (int r = 0; r < ROWS<T>; r++)
             UNROLL for (int j = 0; j < VECTORS<T>; j += 2) {
-                const Vector one = exp2(sub(load(kept[r] + column + j * W), origin[r]));
-                const Vector two = exp2(sub(load(kept[r] + column + (j + 1) * W), origin[r]));
+                const Vector one = power(kept[r] + column + j * W, origin[r]);
+                const Vector two = power(kept[r] + column + (j + 1) * W, origin[r]);
                 total[r] = add(total[r], add(one, two));
                 store_rounded(one, two, to + r * BLOCK + j * W);
             }
@@ -112,7 +115,7 @@ template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task
         copy_row(real, call.width, at.width, at.q_rows + r * at.width);
         at.maximum[r] = -INFINITY;
         if (call.sinks && row < task.end) {
-            at.maximum[r] = call.sinks[task.head * call.group() + row / call.q_length] * LOG2E;
+            at.maximum[r] = call.sinks[task.head * call.group() + row / call.q_length];
             at.sum[r * W] = at.maximum[r] == -INFINITY ? 0 : 1;
         }
     }
@@ -134,7 +137,7 @@ template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task
     for (int64_t r = 0; r < task.end - task.begin; r++) {
         const int64_t row = task.begin + r;
         const float total = sum(load(at.sum + r * W)), origin = at.maximum[r] == -INFINITY ? 0 : at.maximum[r];
-        call.lse[lse_of(call, task, row)] = total == 0 ? -INFINITY : origin * LN2 + logf(total);
+        call.lse[lse_of(call, task, row)] = total == 0 ? -INFINITY : origin + logf(total);
         store_row(at.values + r * at.value_width, total == 0 ? 0 : 1 / total, call.value_width,
                   (T *)call.out + place_of(call.out_strides, call, task, row));
     }
