@@ -191,6 +191,41 @@ def test_who_fails_has_no_figure_and_who_is_slow_is_not_waited_for(monkeypatch: 
     )
 
 
+def test_a_measurement_of_calls_that_take_long_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, counts = [0.0], {"long": 0, "longer": 0, "endless": 0}
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def run(name: str, seconds: float) -> Callable[[], None]:
+        def work() -> None:
+            counts[name] += 1
+            now[0] += seconds
+
+        return work
+
+    each = {"endless": 100.0, "longer": 45.0, "long": 40.0}
+    seconds, failed = clock.median_seconds({name: run(name, s) for name, s in each.items()}, torch.device("cpu"))
+    assert seconds == pytest.approx(each) and not failed
+    assert counts == {"endless": 1, "longer": 3, "long": 3}
+
+
+@pytest.mark.parametrize("masked", [{}, {"causal": False}, {"window": 64}], ids=["causal", "all", "window"])
+def test_a_shape_that_would_take_hours_is_refused_before(masked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "LIMIT_S", 1e-6)
+    monkeypatch.setattr(tune, "_PROBED", 1 << 12)
+    long = Shape(heads=2, kv_heads=1, width=8, q_length=512, kv_length=512, **masked)
+    with pytest.raises(ConfigError, match=r"one call of q \[1, 2, 512, 8\].* s here"):
+        tune.tune([long], tune_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert tune.tune([long], tune_dir=str(tmp_path))[0].order
+
+
+def test_memory_is_what_the_container_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "memory_available", lambda: 1 << 20)
+    with pytest.raises(ConfigError, match="1 MiB are free"):
+        tune.tune([Shape(heads=4, kv_heads=2, width=64, q_length=512, kv_length=512)], tune_dir=str(tmp_path))
+
+
 def test_compiled_graphs_and_records_go_by_the_figures(measure: Settings, clocks: Any) -> None:
     clocks({"cpu": 2e-3, "sdpa": 1e-3})
     service, one = Service(measure), call()

@@ -19,9 +19,11 @@ from torchwrap.attention import dispatch
 from torchwrap.attention.contract import Backend, Call, Gradients, checked
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.settings import Settings
+from torchwrap.attention.tuning import clock
 from torchwrap.attention.tuning.kinds import Doing, Kind, kind_of, said
 from torchwrap.attention.tuning.store import measurements
 from torchwrap.core.errors import ConfigError
+from torchwrap.storage.limits import memory_available
 
 __all__ = ["Measured", "Shape", "tune"]
 
@@ -127,9 +129,9 @@ def tune(
         What is known for each, forward before backward.
 
     Raises:
-        ConfigError: an unknown back end, or a shape that is none or does not fit into memory.
+        ConfigError: an unknown back end, or a shape that is none, does not fit into memory, or takes more than a minute for one call.
 
-    Cost: some 8 calls of each back end and kind.
+    Cost: some 8 calls of each back end and kind; for long ones fewer, so that a kind takes minutes at most.
 
     Example:
         >>> import tempfile
@@ -147,6 +149,7 @@ def tune(
     for shape in shapes:
         with torch.no_grad():
             call = shape.call() if isinstance(shape, Shape) else shape
+            _check_ends(call)
             forward = call if train else replace(call, wants_lse=False)
             dispatch.compare(forward, settings, functools.partial(_forward, call=forward), "forward", names)
             found.append(_known(call, settings, "forward"))
@@ -156,6 +159,30 @@ def tune(
                 dispatch.compare(call, settings, work, "backward", names)
                 found.append(_known(call, settings, "backward"))
     return found
+
+
+_PROBED = 1 << 28
+"""Products of a query with a number of a key, or of a weight with one of a value, in a part that says how long the whole takes (chosen)."""
+
+
+def _check_ends(call: Call) -> None:
+    """Raise `ConfigError` if one call would take longer than `clock.LIMIT_S`, as its last rows say, which see the most keys."""
+    row = call.batch * call.heads * call.kv_length * (call.width + call.value_width)
+    rows = max(1, _PROBED // max(row, 1))
+    if rows >= call.q_length or call.bias is not None or call.q.device.type == "meta":
+        return
+    first = call.q_length - rows
+    part = replace(call, q=call.q[:, :, first:], mask=None if call.mask is None else call.mask.sub(rows=(first, call.q_length)))
+    work = functools.partial(dispatch.attempt, part, Settings(tune="off"), functools.partial(_forward, call=part))
+    seconds, _ = clock.median_seconds({"part": work}, call.q.device)
+    whole = seconds.get("part", 0.0) * call.q_length / rows
+    if whole > clock.LIMIT_S:
+        raise ConfigError(
+            f"one call of q {list(call.q.shape)}, k {list(call.k.shape)} takes about {whole:.0f} s here, and measuring takes several of "
+            "each back end",
+            where="tune",
+            fix="Give a smaller batch or length.",
+        )
 
 
 def _forward(found: Backend, call: Call) -> tuple[Tensor, Tensor]:
@@ -178,4 +205,5 @@ def _with_index(device: torch.device) -> torch.device:
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    known = memory_available()  # of the container too, and with what files take for the moment
+    return known if known is not None else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
