@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import checked
 from torchwrap.core import errors
 
@@ -39,6 +40,12 @@ def call(**changed: Any) -> Any:
         ),
         pytest.param({"mask": [[True]]}, "the mask is a list", id="mask that is no tensor"),
         pytest.param({name: torch.zeros(2, 2, 3, 8).to(torch.float8_e4m3fn) for name in "qkv"}, "16 bits.*float8", id="float8"),
+        pytest.param({"mask": torch.ones(3, 5).to_sparse()}, "the mask is a sparse", id="sparse mask"),
+        pytest.param({"bias": torch.ones(3, 5).to_sparse()}, "bias is a sparse", id="sparse bias"),
+        pytest.param({"bias": [1.0]}, "bias is a list", id="bias that is no tensor"),
+        pytest.param({"sinks": [1.0] * 4}, "sinks is a list", id="sinks that are no tensor"),
+        pytest.param({"scale": torch.ones(2)}, r"scale is \[2\]", id="scale that is several"),
+        pytest.param({"scale": torch.ones((), requires_grad=True)}, "scale asks for a gradient", id="learned scale"),
         pytest.param({"scale": math.inf}, "scale is inf", id="scale"),
         pytest.param({"dropout": 1.0}, "dropout is 1.0", id="dropout"),
         pytest.param({"sinks": torch.zeros(2)}, r"sinks are \[2\].*4 heads", id="sinks"),
@@ -80,3 +87,13 @@ def test_modes_and_sizes() -> None:
 def test_an_empty_result_has_the_shape_of_a_result(rows: int) -> None:
     out, lse = call(q=torch.zeros(2, 4, rows, 8), sinks=torch.arange(4.0)).empty_result()
     assert out.shape == (2, 4, rows, 6) and torch.equal(lse, torch.arange(4.0)[:, None].expand(2, 4, rows))
+
+
+def test_a_learned_scale_is_a_number_where_nothing_is_learned() -> None:
+    with torch.no_grad():
+        assert call(scale=torch.tensor(0.5, requires_grad=True)).scale == 0.5
+
+
+def test_a_mask_without_numbers_is_passed_on_with_tensors_without_numbers() -> None:
+    q = torch.zeros(2, 4, 3, 8, device="meta")
+    assert attend(q, q, q, mask=torch.ones(3, 3, dtype=torch.bool, device="meta")).shape == q.shape

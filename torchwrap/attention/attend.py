@@ -131,7 +131,7 @@ def attend(
             )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
-    if isinstance(mask, Tensor) and node.is_mapped(mask):
+    if isinstance(mask, Tensor) and (node.is_mapped(mask) or (type(mask) is Tensor and mask.is_meta)):
         mask = node.added(mask, q)
     wants_lse = return_lse or need_rows is not None or torch.is_grad_enabled() or node.transformed() or torch.compiler.is_compiling()
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, wants_lse=wants_lse)

@@ -207,6 +207,11 @@ def checked(
     for name, number in {"softcap": softcap, "scale": scale, "dropout": dropout}.items():
         if number is not None and not hasattr(number, "__float__"):  # models also give tensors of no dimension
             raise errors.ConfigError(f"{name} is a {type(number).__name__}", where="attend", fix="Give a number.")
+        if isinstance(number, Tensor):
+            _check_number(number, name)
+    for name, given in {"sinks": sinks, "bias": bias}.items():
+        if given is not None:
+            _check_dense(given, name)
     if softcap is not None and not 0 < softcap < math.inf:
         raise errors.ConfigError(f"softcap is {softcap}", where="attend", fix="Give a positive number, or None for no cap.")
     if scale is not None and not math.isfinite(scale):
@@ -233,12 +238,7 @@ def checked(
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, given in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(given, Tensor):
-            fix = "Give tensors (torch.tensor, torch.from_numpy)."
-            raise errors.ConfigError(f"{name} is a {type(given).__name__}", where="attend", fix=fix)
-        if given.is_nested or given.layout != torch.strided:
-            fix = "Give dense tensors, nested ones padded (torch.nested.to_padded_tensor) and with a mask."
-            raise errors.ConfigError(f"{name} is a sparse or nested tensor", where="attend", fix=fix)
+        _check_dense(given, name)
     wrong = _mismatch(q, k, v)
     if wrong:
         raise errors.ConfigError(
@@ -248,6 +248,23 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     _same_device(q, k, "k")
     _same_device(q, v, "v")
+
+
+def _check_dense(given: object, name: str) -> None:
+    if not isinstance(given, Tensor):
+        fix = "Give tensors (torch.tensor, torch.from_numpy)."
+        raise errors.ConfigError(f"{name} is a {type(given).__name__}", where="attend", fix=fix)
+    if given.is_nested or given.layout != torch.strided:
+        fix = "Give dense tensors, nested ones padded (torch.nested.to_padded_tensor) and with a mask."
+        raise errors.ConfigError(f"{name} is a sparse or nested tensor", where="attend", fix=fix)
+
+
+def _check_number(given: Tensor, name: str) -> None:
+    if given.numel() != 1:
+        raise errors.ConfigError(f"{name} is {_said(given)}", where="attend", fix="Give one number.")
+    if given.requires_grad and torch.is_grad_enabled():
+        fix = f"Give {name}.detach(); a scale that is learned is multiplied into q, with scale=1.0."
+        raise errors.ConfigError(f"{name} asks for a gradient, and numbers get none", where="attend", fix=fix)
 
 
 def _mismatch(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -279,8 +296,7 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
                 f"the mask is {tuple(mask.shape)} and the scores are {shape}", where="attend", fix="Build the mask for these lengths."
             )
         return mask, None
-    if not isinstance(mask, Tensor):
-        raise errors.ConfigError(f"the mask is a {type(mask).__name__}", where="attend", fix="Give a TileMask or a tensor.")
+    _check_dense(mask, "the mask")
     _check_added(mask, shape, "mask")
     _same_device(q, mask, "the mask")
     mask = mask[(None,) * (4 - mask.dim())]
