@@ -525,3 +525,8 @@ def test_what_cannot_be_closed_keeps_nothing_else_open(how: str, tmp_path: Path,
         optimizer.close() if how == "asked" else works.close_unasked()
     assert works.freed.nbytes == 0 and not works.updater._threads
     OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM).close()  # folder and parameters are free
+
+
+def test_weights_without_numbers_are_refused_by_name() -> None:
+    with pytest.raises(tw.UnsupportedModelError, match=r"0\.weight is on meta"):
+        OffloadedOptimizer(nn.Sequential(nn.Linear(2, 2, device="meta")), torch.optim.SGD, lr=1.0)

@@ -358,3 +358,9 @@ def test_layer_base_changes_nothing() -> None:
     twin.load_state_dict(module.state_dict())
     attach(module, Layer())
     assert torch.equal(module(X), twin(X))
+
+
+@pytest.mark.parametrize("call", [tw.unwrap, tw.describe, tw.wrappers_of, tw.plan_of, lambda model: tw.handle_of(model, "trace")])
+def test_what_is_no_model_is_refused_by_name(call: Any) -> None:
+    with pytest.raises(tw.UnsupportedModelError, match=r"int is no nn\.Module"):
+        call(3)

@@ -54,7 +54,13 @@ _OUTER = {
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """The user's model inside DDP, FSDP1, DataParallel and `torch.compile`; the model itself if it is none of these."""
+    """The user's model inside DDP, FSDP1, DataParallel and `torch.compile`; the model itself if it is none of these.
+
+    Raises:
+        UnsupportedModelError: it is no `nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"{type(model).__name__} is no nn.Module", fix="Pass the model, such as pipe.unet of a pipeline.")
     for cls in type(model).__mro__:
         attribute = _OUTER.get(f"{cls.__module__}.{cls.__qualname__}")
         if attribute is not None:

@@ -49,10 +49,15 @@ def check_arguments(
 
 
 def check_model(model: object) -> None:
-    """Raise `ConfigError` if it is none."""
+    """Raise `ConfigError` if it is none, `UnsupportedModelError` if it has no numbers."""
     if not isinstance(model, nn.Module):
         raise errors.ConfigError(
             f"OffloadedOptimizer: {type(model).__name__} is no model", where="model", fix="Pass the module first, then the optimizer class."
+        )
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta and parameter.requires_grad), None)
+    if empty is not None:
+        raise errors.UnsupportedModelError(
+            f"OffloadedOptimizer: {empty} is on meta, so there is nothing to update", where=empty, fix="Load the weights first."
         )
 
 
