@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["backward", "describe", "forward", "refuses"]
 
 _WORDS = {
-    torch.float32: "measured faster than torch's for all such calls",
+    torch.float32: "measured faster than torch's above about 0.1 ms a call",
     torch.bfloat16: "sums are in float32",
     torch.float16: "from float32 copies",
 }
