@@ -154,6 +154,20 @@ def test_reference_is_the_same_function(dtype: torch.dtype, tolerance: float) ->
         torch.testing.assert_close(found.double(), true, atol=tolerance, rtol=tolerance)
 
 
+@in_both_types
+def test_marks_instead_of_memory_are_resolved(dtype: torch.dtype) -> None:
+    q, k, v, grad = (torch.randn(1, 2, 9, 16).to(dtype) for _ in range(4))
+    minus, plain = torch._neg_view(q), torch.neg(q)
+    nothing, zeros = torch._efficientzerotensor(*v.shape, dtype=dtype), torch.zeros_like(v)
+    for marked, usual in (((minus, k, v), (plain, k, v)), ((q, minus, v), (q, plain, v)), ((q, k, nothing), (q, k, zeros))):
+        for one, other in zip(native.prefill(*marked, scale=0.25), native.prefill(*usual, scale=0.25), strict=True):
+            assert torch.equal(one, other)
+    out, lse = native.prefill(q, k, v, scale=0.25)
+    for mark, number in ((torch._neg_view(grad), torch.neg(grad)), (nothing, zeros)):
+        found, wanted = (native.gradients(q, k, v, out, lse, each, scale=0.25) for each in (mark, number))
+        assert all(map(torch.equal, found, wanted))
+
+
 def test_other_calls_are_refused_with_the_reason() -> None:
     call, _ = bfloat16(6, mask="causal", extra="plain")
     assert refuses(call) is None or "AVX2" in str(refuses(call))
