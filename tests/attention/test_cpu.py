@@ -92,6 +92,24 @@ def test_few_queries_by_the_native_kernel(mask: str, queries: int) -> None:
     assert_correct(CPU, call, what)
 
 
+def test_gradients_of_few_queries_are_of_one_order_of_sums() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(1, 2, n, 257, generator=generator) for n in (2, 16, 16, 2))
+    call = checked(40 * q, k, v)
+    if decode.form(call) != "native" or prefill.refuses(call) is not None:
+        pytest.skip("needs both native kernels")
+    found = Composed().backward(call, *Composed().forward(call), grad, None)
+    wanted = prefill.backward(call, *prefill.forward(call), grad, None)
+    assert all(torch.equal(one, other) for one, other in zip(found[:3], wanted[:3], strict=True) if one is not None and other is not None)
+
+
+def test_few_queries_whose_sign_is_a_mark() -> None:
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16)
+    found, _ = Composed().forward(checked(torch._neg_view(q), torch._neg_view(k), v))
+    wanted, _ = Composed().forward(checked(-q, -k, v))
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3, 5), (2, 4, 0, 5), (2, 4, 3, 0), (2, 0, 3, 5)], ids=["B=0", "Sq=0", "Sk=0", "H=0"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.0}, {"sinks": True}, {"bias": True}], ids=str)
 def test_nothing_to_attend_to(shape: tuple[int, int, int, int], options: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchwrap.core.errors import BudgetError, ConfigError, UnsupportedModelError
 from torchwrap.native.library import instruction_sets, library
+from torchwrap.native.prefill import in_memory
 from torchwrap.native.reference import decode_reference
 
 __all__ = ["MAX_ROWS", "MAX_WIDTH", "decode", "decode_runs", "run"]
@@ -204,6 +205,7 @@ def run(
         BudgetError: no memory for partial results.
     """
     loaded = library()
+    q, k, v = in_memory(q), in_memory(k), in_memory(v)
     batch, heads, rows, width = q.shape
     keys, value_width = k.shape[2], v.shape[3]
     out = torch.empty(batch, heads, rows, value_width)

@@ -151,7 +151,7 @@ def _like(tensor: Tensor, width: int) -> Tensor:
     return like if like.stride(3) == 1 else torch.empty(like.shape, dtype=like.dtype)
 
 
-def _in_memory(tensor: Tensor) -> Tensor:
+def in_memory(tensor: Tensor) -> Tensor:
     """The tensor with its numbers at its address: torch keeps a sign still to be applied, and zeros that have no memory, as marks of it."""
     return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
 
@@ -162,7 +162,7 @@ def _run(
     # Held in a dictionary until the call is over: a copy made here has no other owner.
     tensors = {
         key: tensor if key in _WRITTEN or (key in _READ and tensor.stride(3) == 1) else tensor.contiguous()
-        for key, tensor in ((key, _in_memory(tensor)) for key, tensor in given.items() if tensor is not None)
+        for key, tensor in ((key, in_memory(tensor)) for key, tensor in given.items() if tensor is not None)
     }
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
     call = _Call(

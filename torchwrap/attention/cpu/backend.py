@@ -67,6 +67,8 @@ class Composed:
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of everything."""
         if prefill.refuses(call) is None:
+            if _few(call) is not None:  # `decode` sums scores in another order: gradients would lose in accuracy what the two differ by
+                out, lse = prefill.forward(call)
             return prefill.backward(call, out, lse, grad_out, grad_lse)
         tile = compose.refuses(call) is not None or call.is_empty or (call.bias is not None and call.bias.requires_grad)
         if tile or (grad_lse is not None and bool(grad_lse.any())):
