@@ -18,7 +18,12 @@ _WHAT_TO_DO = (
 )
 
 
-@torch.compiler.disable(reason=_WHAT_TO_DO)  # type: ignore[untyped-decorator]
-def untraced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What the function returns; neither it nor what it calls is traced."""
     return function(*args, **kwargs)
+
+
+try:
+    untraced: Callable[..., Any] = torch.compiler.disable(_call, reason=_WHAT_TO_DO)
+except ImportError:  # where Dynamo cannot be imported, nothing is traced
+    untraced = _call
