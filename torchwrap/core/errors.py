@@ -7,6 +7,8 @@ about it, as code where possible. Each class is also a built-in exception, so th
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BudgetError",
     "ConfigError",
@@ -34,6 +36,7 @@ class TorchwrapError(Exception):
         fix: what the user can do, as code where possible.
     """
 
+    args: tuple[Any, ...]
     what: str
     where: str
     fix: str
