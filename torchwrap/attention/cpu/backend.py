@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,24 +40,24 @@ class Composed:
         """Out and lse."""
         if call.is_empty:
             return call.empty_result()
-        few = _few(call)
-        if few is not None:
-            return decode.forward(call, few)
-        if prefill.refuses(call) is None:
+        way = _way(call)
+        if way == "many":
             return prefill.forward(call)
+        if way is not None:
+            return decode.forward(call, way)
         return compose.forward(call) if compose.refuses(call) is None else tiled.forward(call)
 
     def describe(self, call: Call) -> str:
         """By which of the compositions, for people."""
         if call.is_empty:
             return "nothing to compute"
-        few = _few(call)
-        if few == "native":
+        way = _way(call)
+        if way == "native":
             return "a few queries, by the native kernel: keys and values are read once"
         missing = decode.native_refuses(call) if call.q_length == 1 else None
-        if few == "pieces":
+        if way == "pieces":
             return f"one query over pieces of the keys, by torch's kernel; not the native one: {missing}"
-        if prefill.refuses(call) is None:
+        if way == "many":
             return prefill.describe(call)
         if (lacking := compose.refuses(call)) is not None:
             return f"tiles of our own: {lacking}"
@@ -67,7 +68,7 @@ class Composed:
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of everything."""
         if prefill.refuses(call) is None:
-            if _few(call) is not None:  # `decode` sums scores in another order: gradients would lose in accuracy what the two differ by
+            if _way(call) != "many":  # `decode` sums scores in another order: gradients would lose in accuracy what the two differ by
                 out, lse = prefill.forward(call)
             return prefill.backward(call, out, lse, grad_out, grad_lse)
         tile = compose.refuses(call) is not None or call.is_empty or (call.bias is not None and call.bias.requires_grad)
@@ -76,10 +77,15 @@ class Composed:
         return compose.backward(call, out, lse, grad_out)
 
 
-def _few(call: Call) -> decode.Form | None:
+def _way(call: Call) -> decode.Form | Literal["many"] | None:
+    """What computes the call, if `decode` or `prefill` can."""
     # Where keys are many, reading them once pays for all rows that `decode` takes. As few keys as queries are better packed: 1.2 to 2 times
     # as fast in float32 and bfloat16, equal in float16 (AVX-512, 2 threads, 64 queries and keys).
-    return None if call.mode == "prefill" and prefill.refuses(call) is None else decode.form(call)
+    if call.mode != "prefill" and (few := decode.form(call)) is not None:
+        return few
+    if prefill.refuses(call) is None:
+        return "many"
+    return decode.form(call) if call.mode == "prefill" else None
 
 
 def _parts(block: Block | Strip) -> tuple[Part, ...]:
