@@ -2,8 +2,8 @@
 
 Without gradients it is the back end's forward and nothing else. With them, and under the transforms of `torch.func`, it is one node of
 autograd (`node`). Under `torch.compile` it is one operator, `torchwrap::attend`, with the mask as its tensors and numbers, so that no graph
-is broken; masks themselves are made outside of compiled code. Under both at once the graph ends at the call. Second
-derivatives are refused.
+is broken; masks themselves are made outside of compiled code. Under both at once the graph ends at the call. Second derivatives are
+refused.
 """
 
 from __future__ import annotations

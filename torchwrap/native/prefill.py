@@ -15,7 +15,7 @@ from torch import Tensor
 from torchwrap.core.errors import BudgetError, UnsupportedModelError
 from torchwrap.native.library import instruction_sets, library
 
-__all__ = ["gradients", "prefill"]
+__all__ = ["gradients", "in_memory", "prefill"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _READ = ("q", "k", "v", "out", "grad_out")

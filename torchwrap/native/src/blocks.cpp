@@ -6,10 +6,9 @@
 // as well, and undoing is two stores. No header of torch is needed, so the library still serves every version of it.
 //
 // A size is rounded up to whole GRAINs, which costs addresses but no memory: pages exist once they are touched, large ones where a whole one
-// fits and the system has them for who asks. The block freed
-// last is taken first, it may still be in the processor's cache; the one freed first is let go first. An allocation never waits: where another
-// thread is at the list, the call goes to the C library. A fork does: the child finds the list free, and empty, because pages that both have
-// would be copied as soon as the parent uses them again.
+// fits and the system has them for who asks. The block freed last is taken first, it may still be in the processor's cache; the one freed
+// first is let go first. An allocation never waits: where another thread is at the list, the call goes to the C library. A fork does: the
+// child finds the list free, and empty, because pages that both have would be copied as soon as the parent uses them again.
 #include <stdint.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
