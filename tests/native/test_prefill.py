@@ -93,9 +93,12 @@ def test_gradients_of_many_parts_keep_the_law_where_torch_does_not(dtype: torch.
 
 @in_both_types
 @pytest.mark.parametrize("instruction_set", SETS)
-def test_scores_in_the_thousands_keep_the_law(instruction_set: str, dtype: torch.dtype) -> None:
-    call, what = make(0, heads=(9, 3), batch=1, q_length=300, past=0, width=64, mask="causal", extra="plain", dtype=dtype)
-    large = checked(call.q * 30, call.k * 30, call.v, mask=call.mask)
+@pytest.mark.parametrize(("times", "width", "q_length", "heads"), [(30, 64, 300, (9, 3)), (8, 257, 64, (2, 1)), (8, 512, 300, (2, 1))])
+def test_large_scores_and_wide_heads_keep_the_law(
+    times: int, width: int, q_length: int, heads: tuple[int, int], instruction_set: str, dtype: torch.dtype
+) -> None:
+    call, what = make(0, heads=heads, batch=1, q_length=q_length, past=0, width=width, mask="causal", extra="plain", dtype=dtype)
+    large = checked(call.q * times, call.k * times, call.v, mask=call.mask)
     assert_correct(Native(instruction_set), large, what)
 
 

@@ -89,11 +89,9 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
     const float inside = CAPPED ? call.scale / call.softcap : 0;
     {
         Vector weight[ROWS<T>][VECTORS<T>];
-        UNROLL for (int r = 0; r < ROWS<T>; r++)
-            UNROLL for (int j = 0; j < VECTORS<T>; j++) weight[r][j] = zeros();
         const int64_t steps = at.width / PACKED<T>;
-        add_product<T, VECTORS<T>>(weight, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, at.k_columns + column * steps,
-                                   COLUMNS<T>, steps);
+        long_product<T, VECTORS<T>>(weight, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, at.k_columns + column * steps,
+                                    COLUMNS<T>, steps);
         UNROLL for (int r = 0; r < ROWS<T>; r++) {
             const Vector shift = all(-at.lse[row + r]);
             UNROLL for (int j = 0; j < VECTORS<T>; j++) {
@@ -113,11 +111,9 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
                 store_across(weight[r][j], weight[r + 1][j], at.weight_across + (place + r) / PACKED<T> * BLOCK + column + j * W);
     }
     Vector score[ROWS<T>][VECTORS<T>];
-    UNROLL for (int r = 0; r < ROWS<T>; r++)
-        UNROLL for (int j = 0; j < VECTORS<T>; j++) score[r][j] = zeros();
     const int64_t steps = at.value_width / PACKED<T>;
-    add_product<T, VECTORS<T>>(score, {(const Word<T> *)(at.grad_rows + row * at.value_width), steps, 1}, at.v_columns + column * steps,
-                               COLUMNS<T>, steps);
+    long_product<T, VECTORS<T>>(score, {(const Word<T> *)(at.grad_rows + row * at.value_width), steps, 1}, at.v_columns + column * steps,
+                                COLUMNS<T>, steps);
     UNROLL for (int r = 0; r < ROWS<T>; r++) {
         const Vector delta = all(at.delta[row + r]);
         Vector products = load(at.products + (row + r) * W);

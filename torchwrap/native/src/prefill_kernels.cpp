@@ -36,10 +36,8 @@ template <class T> struct Scratch {
 // be an error of the exponent.
 template <class T, bool CAPPED>
 INLINE void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t column, Vector (*to)[VECTORS<T>]) {
-    UNROLL for (int r = 0; r < ROWS<T>; r++)
-        UNROLL for (int j = 0; j < VECTORS<T>; j++) to[r][j] = zeros();
     const int64_t steps = at.width / PACKED<T>;
-    add_product<T, VECTORS<T>>(to, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, at.k_columns + column * steps, COLUMNS<T>, steps);
+    long_product<T, VECTORS<T>>(to, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, at.k_columns + column * steps, COLUMNS<T>, steps);
     UNROLL for (int r = 0; r < ROWS<T>; r++)
         UNROLL for (int j = 0; j < VECTORS<T>; j++)
             to[r][j] = CAPPED ? mul(tanh(mul(to[r][j], all(call.scale / call.softcap))), all(call.softcap))
