@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import checked
@@ -44,6 +47,15 @@ def call(**changed: Any) -> Any:
         pytest.param({"bias": torch.ones(3, 5).to_sparse()}, "bias is a sparse", id="sparse bias"),
         pytest.param({"bias": [1.0]}, "bias is a list", id="bias that is no tensor"),
         pytest.param({"sinks": [1.0] * 4}, "sinks is a list", id="sinks that are no tensor"),
+        pytest.param({"scale": 1j}, "scale is 1j", id="imaginary scale"),
+        pytest.param({"scale": torch.tensor(1j)}, "scale is 1j", id="imaginary scale in a tensor"),
+        pytest.param({"softcap": np.complex64(2 + 1j)}, r"softcap is \(2\+1j\)", id="imaginary softcap of numpy"),
+        pytest.param({"scale": True}, "scale is a bool", id="scale that is a claim"),
+        pytest.param({"dropout": "0.1"}, "dropout is a str", id="dropout in quotes"),
+        pytest.param({"dropout": None}, "dropout is a NoneType", id="no dropout"),
+        pytest.param({"scale": np.ones(2)}, "scale is a ndarray", id="several scales of numpy"),
+        pytest.param({"softcap": 10**400}, "softcap is a int", id="softcap beyond floating numbers"),
+        pytest.param({"scale": torch.ones((), device="meta")}, r"scale is \[\] float32 on meta", id="scale without a number"),
         pytest.param({"scale": torch.ones(2)}, r"scale is \[2\]", id="scale that is several"),
         pytest.param({"scale": torch.ones((), requires_grad=True)}, "scale asks for a gradient", id="learned scale"),
         pytest.param({"scale": math.inf}, "scale is inf", id="scale"),
@@ -65,6 +77,29 @@ def test_a_call_that_does_not_fit_is_refused(changed: dict[str, Any], said: str)
 
 def test_scale_defaults_to_the_root_of_the_width() -> None:
     assert call().scale == 8**-0.5 and call(scale=0.0).scale == 0.0
+
+
+def test_numbers_of_numpy_and_of_tensors_are_those_of_python() -> None:
+    found = call(scale=np.float32(0.5), softcap=torch.tensor([20]), dropout=Fraction(1, 4))
+    numbers = (found.scale, found.softcap, found.dropout)
+    assert numbers == (0.5, 20.0, 0.25) and {type(number) for number in numbers} == {float}
+
+
+def test_numbers_that_a_graph_does_not_know_yet_are_numbers() -> None:
+    def attended(q: Tensor, factor: float) -> Tensor:
+        return attend(q, q, q, scale=q.shape[-1] ** -0.5, softcap=factor)
+
+    torch.compiler.reset()
+    compiled = torch.compile(attended, backend="eager", dynamic=True, fullgraph=True)
+    for width, factor in ((8, 3), (12, 2.5), (16, 1.5)):
+        q = torch.randn(1, 2, 3, width)
+        assert torch.equal(compiled(q, factor), attended(q, factor))
+
+
+def test_a_mapped_scale_is_refused_by_name() -> None:
+    q = torch.zeros(3, 1, 2, 4, 8)
+    with pytest.raises(errors.ConfigError, match="scale is"):
+        torch.func.vmap(lambda one, scale: attend(one, one, one, scale=scale))(q, torch.ones(3))
 
 
 def test_a_bias_of_few_dimensions_gets_four() -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -259,12 +260,22 @@ def test_other_processes_share_what_a_mask_holds(mask: TileMask) -> None:
     assert all(tensor.is_shared() for tensor in held)
 
 
+def test_integers_of_numpy_are_integers() -> None:
+    mask = TileMask.window(np.int64(1), 4, np.int32(6), np.int64(3), q_offset=np.int16(1))
+    assert torch.equal(whole(mask), whole(TileMask.window(1, 4, 6, 3, q_offset=1))) and type(mask.left) is int
+
+
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "negative window": (lambda: TileMask.window(1, 4, 4, -3), "-3"),
     "window of nothing": (lambda: TileMask.window(1, 4, 4, 0), "0"),
     "negative left": (lambda: TileMask(1, 4, 4, left=-1), "left = -1"),
     "negative right": (lambda: TileMask(1, 4, 4, right=-1), "right = -1"),
     "chunks of nothing": (lambda: TileMask(1, 4, 4, chunk=0), "chunk = 0"),
+    "an imaginary window": (lambda: TileMask.window(1, 4, 4, 1j), "1j"),
+    "a length as text": (lambda: TileMask.causal(1, 4, "4"), "kv_length = '4'"),
+    "an offset as text": (lambda: TileMask.causal(1, 4, 4, kv_offset="4"), "kv_offset = '4'"),
+    "no lengths": (lambda: TileMask.padded(None, 8, 8), "Lengths None"),
+    "imaginary lengths": (lambda: TileMask.padded([1j], 8, 8), "Lengths .*1j"),
     "a flag as a number": (lambda: TileMask(1, 4, 4, right=True), "right = True"),
     "negative length": (lambda: TileMask.causal(1, -4, 4), "q_length = -4"),
     "unknown condition": (lambda: TileMask(1, 4, 4, windw=3), "windw"),

@@ -192,7 +192,7 @@ def checked(
         k: `[B, Hkv, Sk, D]`, Hq a multiple of Hkv.
         v: `[B, Hkv, Sk, Dv]`.
         mask: a `TileMask`, a bool tensor that broadcasts to `[B, Hq, Sq, Sk]` (True: visible), or a float one that is added to the scores.
-        scale: None: `1 / sqrt(D)`.
+        scale: None: `1 / sqrt(D)`. This, softcap and dropout may be numbers of numpy, or tensors of one element.
         softcap: positive, or None.
         sinks: `[Hq]`.
         bias: broadcasts to `[B, Hq, Sq, Sk]`.
@@ -204,18 +204,15 @@ def checked(
     """
     _check_tensors(q, k, v)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    for name, number in {"softcap": softcap, "scale": scale, "dropout": dropout}.items():
-        if number is not None and not hasattr(number, "__float__"):  # models also give tensors of no dimension
-            raise errors.ConfigError(f"{name} is a {type(number).__name__}", where="attend", fix="Give a number.")
-        if isinstance(number, Tensor):
-            _check_number(number, name)
+    factor = max(q.shape[3], 1) ** -0.5 if scale is None else _number(scale, "scale")
+    softcap, dropout = None if softcap is None else _number(softcap, "softcap"), _number(dropout, "dropout")
     for name, given in {"sinks": sinks, "bias": bias}.items():
         if given is not None:
             _check_dense(given, name)
     if softcap is not None and not 0 < softcap < math.inf:
         raise errors.ConfigError(f"softcap is {softcap}", where="attend", fix="Give a positive number, or None for no cap.")
-    if scale is not None and not math.isfinite(scale):
-        raise errors.ConfigError(f"scale is {scale}", where="attend", fix="Give a finite number, or None for 1 / sqrt(D).")
+    if not -math.inf < factor < math.inf:  # math.isfinite knows no symbolic numbers
+        raise errors.ConfigError(f"scale is {factor}", where="attend", fix="Give a finite number, or None for 1 / sqrt(D).")
     if not 0.0 <= dropout < 1.0:
         raise errors.ConfigError(f"dropout is {dropout}", where="attend", fix="Give a probability in [0, 1).")
     if sinks is not None:
@@ -230,8 +227,8 @@ def checked(
         _same_device(q, bias, "bias")
         added = bias if added is None else bias + added
     return Call(
-        q=q, k=k, v=v, mask=seen, scale=max(q.shape[3], 1) ** -0.5 if scale is None else float(scale), softcap=softcap,
-        sinks=sinks, bias=None if added is None else added[(None,) * (4 - added.dim())], dropout=dropout,
+        q=q, k=k, v=v, mask=seen, scale=factor, softcap=softcap, sinks=sinks,
+        bias=None if added is None else added[(None,) * (4 - added.dim())], dropout=dropout,
         seed=torch.randint(2**62, (), dtype=torch.int64) if dropout else None, wants_lse=wants_lse,
     )  # fmt: skip
 
@@ -259,12 +256,26 @@ def _check_dense(given: object, name: str) -> None:
         raise errors.ConfigError(f"{name} is a sparse or nested tensor", where="attend", fix=fix)
 
 
-def _check_number(given: Tensor, name: str) -> None:
-    if given.numel() != 1:
-        raise errors.ConfigError(f"{name} is {_said(given)}", where="attend", fix="Give one number.")
-    if given.requires_grad and torch.is_grad_enabled():
+def _number(given: object, name: str) -> float:
+    """A number of Python; models also give those of numpy, and tensors of one element."""
+    if type(given) is float:
+        return given
+    if isinstance(given, Tensor) and given.numel() == 1 and given.requires_grad and torch.is_grad_enabled():
         fix = f"Give {name}.detach(); a scale that is learned is multiplied into q, with scale=1.0."
         raise errors.ConfigError(f"{name} asks for a gradient, and numbers get none", where="attend", fix=fix)
+    said = f"{_said(given)} on {given.device}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+    wrong = errors.ConfigError(f"{name} is {said}", where="attend", fix="Give one number.")
+    if isinstance(given, bool | str | bytes) or (isinstance(given, Tensor) and (given.numel() != 1 or given.dtype == torch.bool)):
+        raise wrong
+    try:
+        if type(given) is int:
+            return float(given)  # also where it is symbolic, of which complex() knows nothing
+        number: complex = complex(given)  # type: ignore[call-overload]  # float() would drop what is imaginary in a number of numpy
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # tensors without numbers: on meta, or mapped over
+        raise wrong from error
+    if number.imag:
+        raise errors.ConfigError(f"{name} is {number}", where="attend", fix="Give a real number.")
+    return number.real
 
 
 def _mismatch(q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -5,6 +5,7 @@ Only shapes, dtypes and devices are checked, never values: a mask is made once p
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +14,15 @@ import torch
 from torchwrap.attention.masks.dictionary import TileDictionary
 from torchwrap.core.errors import ConfigError
 
-__all__ = ["FIELDS", "TENSOR_FIELDS", "check", "device_of", "inside", "left_of"]
+__all__ = ["FIELDS", "TENSOR_FIELDS", "check", "device_of", "inside", "integer", "left_of"]
 
 TENSOR_FIELDS = ("shift", "kv_start", "kv_end", "key_mask", "q_segments", "k_segments")
 FIELDS = ("right", "left", "chunk", *TENSOR_FIELDS, "dictionary", "q_offset", "kv_offset")
+
+
+def integer(value: Any) -> Any:
+    """An integer of numpy as one of Python; anything else as it is, for `check` to judge."""
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, int | torch.Tensor) else value
 
 
 def check(batch: int, q_length: int, kv_length: int, values: Mapping[str, Any]) -> None:
@@ -82,7 +88,7 @@ def _check_offset(value: Any) -> None:
     if isinstance(value, torch.Tensor):
         if value.dim() != 0 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise ConfigError(f"q_offset is {value.dtype} {list(value.shape)}", where="TileMask q_offset", fix=fix)
-    elif not isinstance(value, int) or isinstance(value, bool):
+    elif value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise ConfigError(f"q_offset = {value!r}", where="TileMask q_offset", fix=fix)
 
 
@@ -120,6 +126,7 @@ def left_of(window: int) -> int:
     Raises:
         ConfigError: no positive integer.
     """
+    window = integer(window)
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ConfigError(f"A window of {window!r} keys", where="TileMask window", fix="Give a positive number of keys.")
     return window - 1

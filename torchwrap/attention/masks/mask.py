@@ -18,7 +18,7 @@ import torch
 from torchwrap.attention.masks import packing
 from torchwrap.attention.masks.block_mask import block_mask
 from torchwrap.attention.masks.dictionary import MaskFunction, compiled, of_dense
-from torchwrap.attention.masks.fields import FIELDS, TENSOR_FIELDS, check, device_of, inside, left_of
+from torchwrap.attention.masks.fields import FIELDS, TENSOR_FIELDS, check, device_of, inside, integer, left_of
 from torchwrap.attention.masks.lazy import LazyMask, made_dense
 from torchwrap.attention.masks.tiles import Spans, Tiles, live_rows, spans, tiles
 from torchwrap.core.errors import ConfigError
@@ -85,10 +85,12 @@ class TileMask(LazyMask):
         if isinstance(q_offset, torch.Tensor):
             # Static caches count on in place, and the mask is read after the cache was written.
             q_offset = q_offset.detach().clone()
-        elif q_offset is None:
-            q_offset = kv_offset + kv_length - q_length
+        batch, q_length, kv_length = integer(batch), integer(q_length), integer(kv_length)
         values = {**dict.fromkeys(FIELDS), **conditions, "q_offset": q_offset, "kv_offset": kv_offset}
+        values = {name: integer(value) for name, value in values.items()}
         check(batch, q_length, kv_length, values)
+        if q_offset is None:
+            values["q_offset"] = values["kv_offset"] + kv_length - q_length
         return cls._of((batch, q_length, kv_length), values, torch.device(device_of(values, device)))
 
     # Making one
@@ -122,17 +124,8 @@ class TileMask(LazyMask):
         Raises:
             ConfigError: a length below 0 or above `kv_length`, or an unknown side.
         """
-        numbers = torch.as_tensor(lengths, device=device)
-        whole = not numbers.is_floating_point() and numbers.dtype != torch.bool and numbers.dim() == 1
-        if side not in ("left", "right") or not whole or bool(((numbers < 0) | (numbers > kv_length)).any()):
-            raise ConfigError(
-                f"Lengths {numbers.tolist()} padded on side {side!r} to {kv_length} keys", where="TileMask.padded",
-                fix='Give one length of 0 ... kv_length per batch row, and side="left" or "right".',
-            )
-        numbers = numbers.int()
-        zero, end = torch.zeros_like(numbers), torch.full_like(numbers, kv_length)
-        start, end = (end - numbers, end) if side == "left" else (zero, numbers)
-        return cls(len(numbers), q_length, kv_length, right=0 if causal else None, kv_start=start, kv_end=end, **options)
+        start, end = packing.of_lengths(lengths, kv_length, side, device)
+        return cls(len(start), q_length, kv_length, right=0 if causal else None, kv_start=start, kv_end=end, **options)
 
     @classmethod
     def from_cu_seqlens(

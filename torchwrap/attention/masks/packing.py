@@ -7,6 +7,7 @@ Letters: B batch, Sq queries, Sk keys, S both, N sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torchwrap.core.errors import ConfigError
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
-__all__ = ["cumulative_lengths", "key_conditions", "of_cumulative", "position_segments", "segments"]
+__all__ = ["cumulative_lengths", "key_conditions", "of_cumulative", "of_lengths", "position_segments", "segments"]
 
 
 def key_conditions(valid: Tensor) -> dict[str, Tensor]:
@@ -52,6 +53,31 @@ def key_conditions(valid: Tensor) -> dict[str, Tensor]:
     if missing:
         found["key_mask"] = valid
     return found
+
+
+def of_lengths(lengths: Sequence[int] | Tensor, kv_length: int, side: str, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+    """Where the keys of rows of such lengths begin and end, of `kv_length` columns padded on one side: int32 [B] each.
+
+    Raises:
+        ConfigError: no list of integers, one below 0 or above `kv_length`, or an unknown side.
+
+    Cost: one read from the device.
+    """
+    try:
+        numbers = torch.as_tensor(lengths, device=device)
+        whole = numbers.dim() == 1 and not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+        fits = whole and not bool(((numbers < 0) | (numbers > kv_length)).any())
+    except (TypeError, ValueError, RuntimeError):  # no numbers at all
+        fits = False
+    if side not in ("left", "right") or not fits:
+        given = lengths.tolist() if isinstance(lengths, Tensor) else lengths
+        raise ConfigError(
+            f"Lengths {given} padded on side {side!r} to {kv_length} keys", where="TileMask.padded",
+            fix='Give one length of 0 ... kv_length per batch row, and side="left" or "right".',
+        )  # fmt: skip
+    numbers = numbers.int()
+    zero, end = torch.zeros_like(numbers), torch.full_like(numbers, kv_length)
+    return (end - numbers, end) if side == "left" else (zero, numbers)
 
 
 def position_segments(positions: Tensor) -> Tensor | None:
