@@ -23,8 +23,8 @@ from torchwrap.attention.cache import ArenaPlan
 from torchwrap.attention.cooperative.planner import Plan
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.masks.mask import TileMask
-from torchwrap.attention.node import is_mapped
 from torchwrap.attention.service import Service
+from torchwrap.attention.transforms import is_mapped
 from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.layer import CallState, Layer, held_back

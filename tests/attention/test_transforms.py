@@ -62,6 +62,51 @@ def test_transforms_are_compiled_around_the_call(name: str) -> None:
     near(torch.compile(transform(ours), backend="aot_eager")(*given), transform(torchs)(*given))
 
 
+MADE: dict[str, Callable[[], TileMask]] = {
+    "of numbers": lambda: TileMask.causal(1, S, S),
+    "of tensors": lambda: TileMask.padded([S], S, S),
+    "of a function": lambda: TileMask.from_function(lambda b, h, q, k: k <= q, 1, S, S),
+    "of a dense mask": lambda: TileMask.from_dense(torch.ones(1, 1, S, S).tril().bool()),
+    "of cumulative lengths": lambda: TileMask.from_cu_seqlens(torch.tensor([0, S])),
+}
+
+
+@pytest.mark.parametrize("make", MADE.values(), ids=MADE.keys())
+def test_a_mask_may_be_made_under_a_transform(make: Callable[[], TileMask]) -> None:
+    masks: list[TileMask] = []
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        masks.append(make())
+        return attend(q, k, v, mask=masks[-1]).square().sum()
+
+    transform, given = TRANSFORMS["gradients of samples"]
+    near(transform(loss)(*given), transform(torchs)(*given))
+    torch._dynamo.reset()
+    near(torch.compile(transform(loss), backend="aot_eager")(*given), transform(torchs)(*given))
+    assert all(torch.equal(mask.rectangle(0, (0, S), (0, S)), torch.ones(1, S, S).tril().bool()) for mask in masks)
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        pytest.param(lambda n: TileMask.padded(n, S, S), torch.full((N, 1), S), id="lengths"),
+        pytest.param(lambda n: TileMask.causal(1, S, S, q_offset=n), torch.zeros(N, dtype=torch.int64), id="offset"),
+        pytest.param(lambda m: TileMask.from_dense(m[None]), torch.ones(N, 1, S, S, dtype=torch.bool), id="dense"),
+    ],
+)
+def test_a_mask_of_numbers_that_are_mapped_over_is_refused_by_name(make: Callable[[Tensor], TileMask], given: Tensor) -> None:
+    q, k, v = inputs()
+    with pytest.raises(errors.UnsupportedModelError, match="maps over"):
+        vmap(lambda part: attend(q, k, v, mask=make(part)))(given)
+
+
+def test_making_a_mask_in_a_graph_that_must_not_be_broken_says_what_to_do_instead() -> None:
+    q, *_ = inputs()
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="make masks before the compiled function"):
+        torch.compile(grad(lambda q: (TileMask.causal(1, S, S), q.sum())[1]), backend="aot_eager", fullgraph=True)(q)
+
+
 def test_a_graph_that_must_not_be_broken_under_a_transform_says_what_to_do_instead() -> None:
     q, k, v = inputs()
     torch._dynamo.reset()  # it remembers where other graphs were broken

@@ -21,6 +21,7 @@ from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.rows import probabilities, row_numbers
 from torchwrap.attention.settings import Settings
+from torchwrap.attention.transforms import is_mapped, transformed
 from torchwrap.core import errors
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def attend(
         >>> attend(q, k, k).shape
         torch.Size([1, 4, 6, 8])
     """
-    if torch.compiler.is_dynamo_compiling() and node.transformed():  # torch 2.13: operators of Python cannot have rules for gradients there
+    if torch.compiler.is_dynamo_compiling() and transformed():  # torch 2.13: operators of Python cannot have rules for gradients there
         from torchwrap.attention.untraced import untraced  # slow
 
         options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
@@ -131,14 +132,14 @@ def attend(
             )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
-    if isinstance(mask, Tensor) and (node.is_mapped(mask) or (type(mask) is Tensor and mask.is_meta)):
+    if isinstance(mask, Tensor) and (is_mapped(mask) or (type(mask) is Tensor and mask.is_meta)):
         mask = node.added(mask, q)
-    wants_lse = return_lse or need_rows is not None or torch.is_grad_enabled() or node.transformed() or torch.compiler.is_compiling()
+    wants_lse = return_lse or need_rows is not None or torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling()
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, wants_lse=wants_lse)
     rows = None if need_rows is None else row_numbers(need_rows, call.q_length)
     if torch.compiler.is_compiling():
         out, lse = operator.apply(call, backend if isinstance(backend, str) else backend.text)
-    elif _needs_grad(call) or node.transformed():
+    elif _needs_grad(call) or transformed():
         out, lse = node.apply(call, backend)
     else:
         with exact_dtypes(call.q):

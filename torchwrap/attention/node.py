@@ -10,31 +10,20 @@ Letters: N elements of a mapped dimension, the others as in `contract`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from torchwrap.attention.autocast import exact_dtypes
 from torchwrap.attention.contract import Call
 from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.settings import Settings
+from torchwrap.attention.transforms import transformed
 from torchwrap.core.errors import UnsupportedModelError
 
-__all__ = ["added", "apply", "is_mapped", "transformed"]
-
-_in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch's own `autograd.Function` asks the same
-
-
-def transformed() -> bool:
-    """Whether the code runs under `torch.func`, or under forward-mode derivatives."""
-    return _in_functorch() or forward_ad._current_level >= 0
-
-
-_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+__all__ = ["added", "apply"]
 
 
 def apply(call: Call, backend: str | Settings) -> tuple[Tensor, Tensor]:
@@ -45,11 +34,6 @@ def apply(call: Call, backend: str | Settings) -> tuple[Tensor, Tensor]:
     node = _Transformed if transformed() else _Attend
     found: tuple[Tensor, Tensor] = node.apply(_without(call), backend, wants_bias, *tensors)  # type: ignore[no-untyped-call]
     return found
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether `torch.func.vmap` maps over the tensor: then nobody can look at its numbers."""
-    return not torch.compiler.is_compiling() and transformed() and _is_batched(tensor)
 
 
 def added(mask: Tensor, q: Tensor) -> Tensor:
@@ -69,6 +53,11 @@ def _with(rest: Call, tensors: tuple[Tensor | None, ...]) -> Call:
 
 
 def _forward(rest: Call, backend: str | Settings, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_dynamo_compiling():  # compiled around a transform, which runs this outside of itself
+        from torchwrap.attention.untraced import untraced  # slow
+
+        found: tuple[Tensor, Tensor] = untraced(_forward, rest, backend, tensors)
+        return found
     call = _with(rest, tensors)
     with exact_dtypes(call.q):
         return attempt(call, backend, lambda found: found.forward(call))
@@ -127,6 +116,12 @@ class _Gradients(torch.autograd.Function):
         rest: Call, backend: str | Settings, wants_bias: bool, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        if torch.compiler.is_dynamo_compiling():  # as in `_forward`
+            from torchwrap.attention.untraced import untraced  # slow
+
+            given = (rest, backend, wants_bias, out, lse, grad_out, grad_lse, *tensors)
+            found: tuple[Tensor | None, ...] = untraced(_Gradients.forward, *given)
+            return found
         call = _with(rest, tensors).for_gradients(wants_bias)
         with exact_dtypes(call.q):
             # Whoever computed the forward: out and lse are the same for all.

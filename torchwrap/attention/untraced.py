@@ -6,11 +6,11 @@ To be imported where such a call is made and Dynamo is at work: importing it cos
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-__all__ = ["untraced"]
+__all__ = ["end_graph", "untraced"]
 
 _WHAT_TO_DO = (
     "no part of a graph: leave fullgraph=True out, or make masks before the compiled function, and take its gradients outside of it, by "
@@ -27,3 +27,14 @@ try:
     untraced: Callable[..., Any] = torch.compiler.disable(_call, reason=_WHAT_TO_DO)
 except ImportError:  # where Dynamo cannot be imported, nothing is traced
     untraced = _call
+
+
+def end_graph() -> NoReturn:
+    """For what Dynamo calls with tensors without numbers, to have it called again with real ones, outside of any graph.
+
+    Raises:
+        Unsupported: Dynamo takes it for the end of the graph.
+    """
+    from torch._dynamo.exc import Unsupported  # there where Dynamo is at work
+
+    raise Unsupported(_WHAT_TO_DO)

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from torchwrap.attention.divert import FunctionLayer
 from torchwrap.attention.masks.mask import TileMask
-from torchwrap.attention.node import is_mapped
 from torchwrap.attention.service import Service
+from torchwrap.attention.transforms import is_mapped
 from torchwrap.core.integration import AttentionRoute
 from torchwrap.core.layer import Layer
 from torchwrap.core.swap import layers_of, original_class

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from torchwrap.attention.transforms import beneath, outside_of_transforms
 from torchwrap.core.errors import ConfigError
 
 __all__ = ["MaskFunction", "TileDictionary", "compiled", "of_dense"]
@@ -216,16 +217,21 @@ def _collected(
     width = max(1, _STRIPE // (max(layers, 1) * bm * bn)) * bn
     known: dict[bytes, int] = {}
     packed: list[Tensor] = [torch.zeros((1, bm, bn // 8), dtype=torch.uint8), torch.full((1, bm, bn // 8), 255, dtype=torch.uint8)]
+
+    def codes_of(*bounds: int) -> Tensor:
+        stripe = beneath(evaluate(*bounds))
+        with outside_of_transforms():
+            return _codes(stripe, (bm, bn), known, packed)
+
     lines = []
     for r0 in range(0, q_length, bm):
         r1 = min(r0 + bm, q_length)
-        parts = [
-            _codes(evaluate(r0, r1, c0, min(c0 + width, kv_length)), (bm, bn), known, packed) for c0 in range(0, kv_length, width)
-        ]
+        parts = [codes_of(r0, r1, c0, min(c0 + width, kv_length)) for c0 in range(0, kv_length, width)]
         lines.append(torch.cat(parts, dim=3) if parts else torch.zeros((1, 1, 1, 0), dtype=torch.int32))
     codes = torch.cat(lines, dim=2) if lines else torch.zeros((1, 1, 0, -(-kv_length // bn)), dtype=torch.int32)
     small = len(known) + 2 <= torch.iinfo(torch.int16).max
-    return TileDictionary(block=(bm, bn), codes=codes.to(device, torch.int16 if small else torch.int32), tiles=torch.cat(packed).to(device))
+    codes, tiles = codes.to(device, torch.int16 if small else torch.int32), torch.cat(packed).to(device)
+    return TileDictionary(block=(bm, bn), codes=beneath(codes), tiles=beneath(tiles))
 
 
 def _codes(stripe: Tensor, block: tuple[int, int], known: dict[bytes, int], packed: list[Tensor]) -> Tensor:

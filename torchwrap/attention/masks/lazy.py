@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from torchwrap.attention.masks.dictionary import TileDictionary
 from torchwrap.attention.masks.fields import FIELDS
+from torchwrap.attention.transforms import beneath
 from torchwrap.core.errors import ConfigError, TorchwrapWarning
 
 __all__ = ["LazyMask", "made_dense"]
@@ -54,7 +55,7 @@ class LazyMask(torch.Tensor):
         shape = (batch, 1 if dictionary is None else dictionary.heads, q_length, kv_length)
         mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
         for name, value in values.items():
-            setattr(mask, name, value)
+            setattr(mask, name, beneath(value) if isinstance(value, torch.Tensor) else value)
         mask._found = {}
         return mask
 

@@ -21,6 +21,7 @@ from torchwrap.attention.masks.dictionary import MaskFunction, compiled, of_dens
 from torchwrap.attention.masks.fields import FIELDS, TENSOR_FIELDS, check, device_of, inside, integer, left_of
 from torchwrap.attention.masks.lazy import LazyMask, made_dense
 from torchwrap.attention.masks.tiles import Spans, Tiles, live_rows, spans, tiles
+from torchwrap.attention.transforms import transformed
 from torchwrap.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ class TileMask(LazyMask):
         cls: type[TileMask], batch: int, q_length: int, kv_length: int, *, q_offset: int | torch.Tensor | None = None, kv_offset: int = 0,
         device: torch.device | str | None = None, **conditions: Any,
     ) -> TileMask:
+        if torch.compiler.is_compiling() and transformed():  # torch 2.13 copies there what its graph made, as no mask can be copied
+            from torchwrap.attention.untraced import end_graph  # slow
+
+            end_graph()
         if isinstance(q_offset, torch.Tensor):
             # Static caches count on in place, and the mask is read after the cache was written.
             q_offset = q_offset.detach().clone()

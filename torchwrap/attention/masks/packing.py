@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchwrap.attention.transforms import beneath
 from torchwrap.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def key_conditions(valid: Tensor) -> dict[str, Tensor]:
         raise ConfigError(
             f"A padding mask is {valid.dtype} {list(valid.shape)}", where="padding", fix="Give bool or integers [B, Sk], True for keys."
         )
-    valid = valid if valid.dtype == torch.bool else valid != 0
+    valid = beneath(valid if valid.dtype == torch.bool else valid != 0)
     length = valid.shape[1]
     if valid.numel() == 0:
         return {}
@@ -63,6 +64,7 @@ def of_lengths(lengths: Sequence[int] | Tensor, kv_length: int, side: str, devic
 
     Cost: one read from the device.
     """
+    lengths = beneath(lengths) if isinstance(lengths, Tensor) else lengths
     try:
         numbers = torch.as_tensor(lengths, device=device)
         whole = numbers.dim() == 1 and not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
@@ -93,6 +95,7 @@ def position_segments(positions: Tensor) -> Tensor | None:
     """
     if positions.dim() != 2 or positions.is_floating_point() or positions.dtype == torch.bool:
         raise ConfigError(f"Positions are {positions.dtype} {list(positions.shape)}", where="position_ids", fix="Give integers [B, S].")
+    positions = beneath(positions)
     begins = torch.zeros_like(positions, dtype=torch.int32)
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
     return begins.cumsum(1, dtype=torch.int32) if bool(begins.any()) else None
@@ -109,6 +112,7 @@ def segments(lengths: Tensor, total: int | None, rest: int) -> Tensor:
     Raises:
         ConfigError: not cumulative lengths, or more tokens than `total`.
     """
+    lengths = beneath(lengths) if isinstance(lengths, Tensor) else lengths
     integers = isinstance(lengths, Tensor) and lengths.dim() == 1 and not lengths.is_floating_point() and lengths.dtype != torch.bool
     ends = lengths.tolist() if integers else []
     if not ends or ends[0] != 0 or sorted(ends) != ends or (total is not None and ends[-1] > total):

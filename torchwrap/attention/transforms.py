@@ -1,0 +1,68 @@
+"""What `torch.func` does to tensors: whether it is at work, and which tensor lies beneath those it hands out.
+
+Under `grad` a tensor is wrapped once for each level, and beneath the wrappers it has its numbers. Under `vmap` a tensor stands for one
+element of a batch, and nobody can look at the numbers of all elements at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from torchwrap.core.errors import UnsupportedModelError
+
+__all__ = ["beneath", "is_mapped", "outside_of_transforms", "transformed"]
+
+_in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch's own `autograd.Function` asks the same
+_is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+_is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+
+
+def transformed() -> bool:
+    """Whether the code runs under `torch.func`, or under forward-mode derivatives."""
+    return _in_functorch() or forward_ad._current_level >= 0
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether `torch.func.vmap` maps over the tensor: then nobody can look at its numbers."""
+    if torch.compiler.is_compiling() or not _in_functorch():
+        return False
+    while _is_wrapped(tensor) and not _is_batched(tensor):
+        tensor = _unwrapped(tensor)
+    return _is_batched(tensor)
+
+
+def beneath(tensor: Tensor) -> Tensor:
+    """The tensor of which `torch.func` made this one: numbers of masks have no gradients, and outlive the transform.
+
+    Raises:
+        UnsupportedModelError: `torch.func.vmap` maps over it.
+    """
+    if not _in_functorch():
+        return tensor
+    if torch.compiler.is_dynamo_compiling():
+        from torchwrap.attention.untraced import untraced  # slow
+
+        found: Tensor = untraced(beneath, tensor)
+        return found
+    if is_mapped(tensor):
+        raise UnsupportedModelError(
+            "a mask cannot be made of numbers that torch.func.vmap maps over",
+            where="TileMask",
+            fix="Give attend a tensor of booleans, which may be mapped over, or map in_dims=None for what the mask is made of.",
+        )
+    while _is_wrapped(tensor):
+        tensor = _unwrapped(tensor)
+    return tensor
+
+
+def outside_of_transforms() -> AbstractContextManager[object]:
+    """A region in which `torch.func` does nothing to tensors; those that go in must come from `beneath`."""
+    region: AbstractContextManager[object] = torch._C._DisableFuncTorch() if _in_functorch() else contextlib.nullcontext()
+    return region
