@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import checked
+from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core import errors
 
 
@@ -66,6 +67,7 @@ def call(**changed: Any) -> Any:
         pytest.param({"mask": torch.zeros(5, 3, dtype=torch.bool)}, r"mask is \[5, 3\]", id="mask"),
         pytest.param({"mask": torch.zeros(3, 5, dtype=torch.int64)}, "mask is .*int64", id="mask dtype"),
         pytest.param({"k": torch.zeros(2, 2, 5, 8, device="meta"), "v": torch.zeros(2, 2, 5, 6, device="meta")}, "k on meta", id="device"),
+        pytest.param({"mask": TileMask.causal(2, 3, 5, device="meta")}, "the mask on meta", id="device of a mask that is a rule"),
         pytest.param({"mask": torch.zeros(3, 5, dtype=torch.bool, device="meta")}, "the mask on meta", id="device of the mask"),
     ],
 )
@@ -132,3 +134,16 @@ def test_a_learned_scale_is_a_number_where_nothing_is_learned() -> None:
 def test_a_mask_without_numbers_is_passed_on_with_tensors_without_numbers() -> None:
     q = torch.zeros(2, 4, 3, 8, device="meta")
     assert attend(q, q, q, mask=torch.ones(3, 3, dtype=torch.bool, device="meta")).shape == q.shape
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize(
+    "mask", [TileMask.causal(2, 3, 3), TileMask.padded([1, 3], 3, 3), TileMask.from_dense(torch.eye(3).bool()[None, None])], ids=str
+)
+def test_a_mask_with_numbers_serves_tensors_without_numbers(mask: TileMask, trains: bool) -> None:
+    q = torch.zeros(2, 4, 3, 8, device="meta", requires_grad=trains)
+    out, lse = attend(q, q, q, mask=mask, return_lse=True)
+    assert (out.shape, out.device.type, lse.shape) == (q.shape, "meta", q.shape[:3])
+    if trains:
+        out.sum().backward()
+        assert q.grad is not None and q.grad.shape == q.shape

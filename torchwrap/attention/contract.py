@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -306,7 +306,9 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
             raise errors.ConfigError(
                 f"the mask is {tuple(mask.shape)} and the scores are {shape}", where="attend", fix="Build the mask for these lengths."
             )
-        return mask, None
+        if mask.is_meta:
+            _same_device(q, mask, "the mask")
+        return (mask if q.is_meta == mask.is_meta else cast("TileMask", mask.to(q.device))), None  # shapes need no numbers of it
     _check_dense(mask, "the mask")
     _check_added(mask, shape, "mask")
     _same_device(q, mask, "the mask")
