@@ -11,9 +11,10 @@ from torch import nn
 
 import torchwrap as tw
 
-__all__ = ["Net", "batch", "differences", "pair", "trained"]
+__all__ = ["ADAM", "Net", "batch", "differences", "pair", "stepped", "trained"]
 
 VOCABULARY = 8192
+ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": 65536}
 
 
 class _Block(nn.Module):
@@ -102,3 +103,11 @@ def differences(
             if not (same and (torch.is_tensor(value) or value == other)):
                 found.append(f"state {number}.{key}")
     return [name for name in found if name not in tolerated]
+
+
+def stepped(**options: Any) -> tuple[nn.Module, tw.OffloadedOptimizer]:
+    """After a backward, before the step."""
+    _, model = pair()
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, **ADAM, **options)
+    loss_of(model, 0).backward()
+    return model, optimizer
