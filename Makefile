@@ -58,7 +58,7 @@ imports: $(STAMP)
 	$(BIN)/lint-imports
 
 types: $(STAMP)
-	$(BIN)/mypy -p torchwrap.core -p torchwrap.storage -p torchwrap.stream -p torchwrap.activations -p torchwrap.weights -p torchwrap.optimizer -p torchwrap.offload -p torchwrap.superpipeline -p torchwrap.native -p torchwrap.attention -p torchwrap.fast_attention -p torchwrap.trace -p torchwrap.cli -p torchwrap.demo
+	$(BIN)/mypy -p torchwrap.core -p torchwrap.storage -p torchwrap.stream -p torchwrap.activations -p torchwrap.weights -p torchwrap.optimizer -p torchwrap.offload -p torchwrap.superpipeline -p torchwrap.native -p torchwrap.attention -p torchwrap.fast_attention -p torchwrap.trace -p torchwrap.cli -p torchwrap.demo -p torchwrap.integrations
 	$(BIN)/python .ci/public_types.py
 
 docs: $(STAMP)

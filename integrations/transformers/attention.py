@@ -142,7 +142,7 @@ class ModelLayer(Layer):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         layers, asked = _calls.peek(_NO_CALL)
-        if kwargs.get("output_attentions") and module.config._attn_implementation_internal == NAME:
+        if kwargs.get("output_attentions") and getattr(module.config, "_attn_implementation_internal", None) == NAME:
             self.service.leave(
                 self.fqn, "it returns the weights of attention (output_attentions=True)",
                 "Leave output_attentions out to have it served.",
@@ -322,10 +322,9 @@ def attention_mask(**kwargs: Any) -> Tensor | None:
             where="attention_mask",
             fix="Leave attention_mask out where nothing is padded, or call the model for one sample after the other.",
         )
-    if own is None:
-        return tile_mask(**kwargs)
-    function = ALL_MASK_ATTENTION_FUNCTIONS.get(own, None)
-    return None if function is None else function(**kwargs)
+    function = tile_mask if own is None else ALL_MASK_ATTENTION_FUNCTIONS.get(own, None)
+    mask: Tensor | None = None if function is None else function(**kwargs)
+    return mask
 
 
 def _own_implementation(config: object, layer: AttentionLayer | None) -> str | None:

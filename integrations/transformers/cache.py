@@ -6,7 +6,7 @@ layers keep theirs in an `Arena`, take over what a plain layer holds without cop
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,10 +51,11 @@ class _InArena(DynamicLayer):
     def _append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.keys is not self.arena.keys:  # set from outside: by the plain update, a copy to another device, a choice of rows
+        keys, values = self.keys, self.values
+        if keys is not self.arena.keys:  # set from outside: by the plain update, a copy to another device, a choice of rows
             self.arena.clear()
-            if self.keys.numel():
-                self.arena.hold(self.keys, self.values)
+            if keys is not None and values is not None and keys.numel():
+                self.arena.hold(keys, values)
         whole = self.arena.append(key_states, value_states)
         self.keys, self.values = self.arena.keys, self.arena.values
         return whole
@@ -62,7 +63,7 @@ class _InArena(DynamicLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows exchanged in place."""
         if self.keys is None or self.keys is not self.arena.keys or not _growable():
-            super().reorder_cache(beam_idx)
+            super().reorder_cache(cast("torch.LongTensor", beam_idx))
             return
         self.arena.reorder(beam_idx.to(self.keys.device))
         self.keys, self.values = self.arena.keys, self.arena.values

@@ -149,7 +149,7 @@ class CooperativeLayer(DynamicLayer):
     supports_early_init = False
 
     def __init__(self, store: TieredCache, place: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.store, self.place = store, place
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -205,10 +205,10 @@ class CooperativeLayer(DynamicLayer):
             self._handles()
 
     def _handles(self) -> tuple[Tensor, Tensor]:
+        keys, values = TieredTensor(self.store, self.place, "keys"), TieredTensor(self.store, self.place, "values")
         if self.is_initialized:
-            self.keys = TieredTensor(self.store, self.place, "keys")
-            self.values = TieredTensor(self.store, self.place, "values")
-        return self.keys, self.values
+            self.keys, self.values = keys, values
+        return keys, values
 
 
 def _storage(wanted: torch.dtype | None, dtype: torch.dtype) -> torch.dtype | None:
@@ -233,7 +233,7 @@ def _for_prompts(model: Any, device: torch.device, budget: int, shape: CacheShap
     free = max(0, free_on(device) - budget) if budget else free_on(device) // 9  # of the tenth that is left alone
     wide = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     others = shape.batch * wide * shape.itemsize
-    return free * shape.prompt_bytes // (shape.prompt_bytes + others)
+    return int(free * shape.prompt_bytes // (shape.prompt_bytes + others))
 
 
 def shape_of_cache(model: Any, layers: int, batch: int, dtype: torch.dtype, storage: torch.dtype | None = None) -> CacheShape:

@@ -135,7 +135,7 @@ def _load_on_meta(kind: Any, stored: Checkpoint, dtype: torch.dtype | None) -> t
         model.config._name_or_path = model.name_or_path = folder
         if model.can_generate():
             own = (stored.folder / "generation_config.json").is_file()
-            source = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
+            source: dict[str, Any] = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True, **source)
     except (ValueError, RuntimeError, OSError, ImportError, KeyError, AttributeError, TypeError) as error:
         raise UnsupportedModelError(
