@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call
 from torchwrap.attention.cpu import kernel
 from torchwrap.attention.masks.mask import TileMask
@@ -106,3 +107,24 @@ def test_lse_and_gradients_may_have_any_strides() -> None:
     expected = kernel.backward(grad.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), 0.3)
     other = lse.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     torch.testing.assert_close(kernel.backward(grad, q, k, v, out, other, 0.3), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_torchs_lse_of_half_inputs_is_approximate_but_better_than_the_definition(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 96, 64).to(dtype) for heads in (4, 2, 2))
+    visible = torch.rand(2, 96) > 0.3
+    visible[:, 0] = True
+    mask = TileMask.causal(2, 96, 96, key_mask=visible)  # padding with holes, which the native kernels leave to torch's
+
+    def by_definition(as_dtype: torch.dtype) -> Tensor:
+        scores = (q.to(as_dtype) @ k.to(as_dtype).repeat_interleave(2, 1).transpose(-1, -2) * 0.125).double()
+        return scores.masked_fill(~mask.rectangles((0, 96), (0, 96)), -math.inf).logsumexp(-1)
+
+    _, lse = attend(q, k, v, mask=mask, return_lse=True, backend="cpu")
+    torchs = kernel.forward(q, k, v, 0.125)[1]
+    reference, own = by_definition(torch.float64), (by_definition(dtype) - by_definition(torch.float64)).abs().max()
+    error = (lse - reference).abs().max()
+    assert error <= 2 * own and error < 1e-4
+    full = (q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 0.125).logsumexp(-1)
+    assert (torchs - full).abs().max() < 1e-4
