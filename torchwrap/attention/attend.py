@@ -8,8 +8,8 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torchwrap.attention.rows import probabilities, row_numbers
 from torchwrap.attention.settings import Settings
 from torchwrap.attention.transforms import is_mapped, transformed
 from torchwrap.core import errors
+from torchwrap.native.threads import one_thread, stuck
 
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
@@ -108,6 +109,8 @@ def attend(
     Exactness: no farther from float64 than twice torch's own error in the same dtype, gradients included. lse is within 1e-5 of it for
         scores of ordinary size, and within 1e-4 in float16 and bfloat16 where torch's fused CPU kernel computes it (`cpu.kernel`).
 
+    Processes: a forked child computes on one thread, as torch's own threads do not outlive fork().
+
     Cost: memory grows with Sq + Sk, forward and backward, unless the back end is "eager" or "sdpa"; R rows take R * Sk more for each head.
 
     Source: Tri Dao, "FlashAttention-2", 2023; H. Lin et al., "FastAttention", 2024.
@@ -123,6 +126,10 @@ def attend(
         options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
         found: Tensor | tuple[Tensor, ...] = untraced(attend, q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
         return found
+    if not torch.compiler.is_compiling() and stuck():
+        options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
+        with one_thread():
+            return cast(Callable[..., Tensor], attend)(q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
     if isinstance(k, TieredTensor):  # part of the keys is on the host
         out, lse = k.attend(q, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
         if need_rows is not None:

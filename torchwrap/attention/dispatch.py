@@ -27,6 +27,7 @@ from torchwrap.attention.tuning.kinds import Doing, Kind, kind_of
 from torchwrap.attention.tuning.store import Measurements, measurements
 from torchwrap.attention.tuning.table import CANDIDATES, MASK_BYTES, first_choices
 from torchwrap.core import errors
+from torchwrap.native.threads import one_thread, stuck
 
 __all__ = ["BACKENDS", "SHARING", "Choice", "attempt", "backend", "choose", "compare", "order", "revision", "sharing"]
 
@@ -118,6 +119,9 @@ def attempt(call: Call, given: str | Settings, work: Callable[[Backend], R], doi
         ConfigError, UnsupportedModelError: as in `choose`.
         KernelError: the kernel of the back end that was asked for cannot run.
     """
+    if stuck():
+        with one_thread():
+            return attempt(call, given, work, doing)
     settings = settings_of(given)
     if settings.tune == "measure" and settings.backend == "auto":
         compare(call, settings, work, doing)
