@@ -128,3 +128,19 @@ def test_torchs_lse_of_half_inputs_is_approximate_but_better_than_the_definition
     assert error <= 2 * own and error < 1e-4
     full = (q.double() @ k.double().repeat_interleave(2, 1).transpose(-1, -2) * 0.125).logsumexp(-1)
     assert (torchs - full).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_torch_shows_hidden_keys_where_the_scale_is_not_positive(dtype: torch.dtype, scale: float) -> None:
+    q, k, v = (part.to(dtype).requires_grad_() for part in inputs(40, 40))
+    assert raw(q, k, v, is_causal=True, scale=scale)[0].isnan().any()
+    out, lse = kernel.forward(q, k, v, scale, causal=True)
+    call = Call(q=q.double(), k=k.double(), v=v.double(), scale=scale, mask=TileMask.causal(1, 40, 40))
+    true, true_lse = attention(call)
+    close = {"atol": 3e-2, "rtol": 3e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(out.double(), true, **close)
+    torch.testing.assert_close(lse.double(), true_lse, atol=1e-4, rtol=1e-5)
+    found = kernel.backward(torch.ones_like(out), q, k, v, out, lse, scale, causal=True)
+    for ours, exactly in zip(found, torch.autograd.grad(true.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(ours, exactly, **close)

@@ -7,6 +7,7 @@ to its caller, each with a test that fails when it changes (tests/attention/test
 * rows that see no key get lse 0.0, and any part of one would change a merge: `live` says which rows are real;
 * no query or no key at all divides by zero and ends the process;
 * a last stride other than 1 is ignored, and the result is wrong;
+* of a causal square it hides keys before it multiplies by the scale: one that is not positive shows them, and rows become NaN;
 * keys and values must have one width; zeros in the missing columns change nothing;
 * with fewer than 16 keys, a NaN among the scores gives zeros: keys that nobody sees make up the number;
 * in float16 and bfloat16 its exponentials are approximate, which moves lse by up to 7e-5 (float32: 1e-6): a hundredth of what the
@@ -54,6 +55,8 @@ def forward(
     if k.shape[2] < _FEWEST:
         k, v, added = _made_up(q, k, v, causal, added)
         causal = False
+    if causal and scale <= 0:
+        q, scale = (-q, -scale) if scale else (q * 0, 1.0)
     out, lse = _forward(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
     if out.dtype == torch.bfloat16 and not bool((lse < math.inf).all()):
         out = out.masked_fill(~(lse < math.inf)[..., None], math.nan)
