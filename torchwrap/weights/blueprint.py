@@ -70,7 +70,7 @@ def refuse_uninitialised(model: nn.Module) -> None:
 
 
 def device_of(model: nn.Module, config: Streaming, *, from_folder: bool) -> torch.device:
-    """The device that computes: the one asked for, else the one the model is on.
+    """The device that computes, as tensors on it name it: the one asked for, else the one the model is on.
 
     Raises:
         ConfigError: the device asked for is none, or not there.
@@ -94,9 +94,9 @@ def device_of(model: nn.Module, config: Streaming, *, from_folder: bool) -> torc
             raise errors.ConfigError(f"{name}: computing on {asked} is not supported", where="device", fix='Use "cpu" or "cuda".')
         if asked.type == "cuda" and not torch.cuda.is_available():
             raise errors.ConfigError(f"{name}: there is no {asked}", where="device", fix='Leave device out, or use device="cpu".')
-        return asked
+        return _named_by_tensors(asked)
     if from_folder:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _named_by_tensors(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if len(devices) > 1:
         raise errors.UnsupportedModelError(
             f"{name}: the parameters are on {', '.join(sorted(map(str, devices)))}",
@@ -104,6 +104,13 @@ def device_of(model: nn.Module, config: Streaming, *, from_folder: bool) -> torc
             fix='Say which device computes: device="cuda".',
         )
     return next(iter(devices), torch.device("cpu"))
+
+
+def _named_by_tensors(device: torch.device) -> torch.device:
+    """`cuda` is the current one, and `cpu:0` is `cpu`: two names of one device are not equal."""
+    if device.type == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
 
 
 def blocks_of(model: nn.Module, config: Streaming, integration: Integration) -> list[tuple[str, nn.Module]]:

@@ -90,7 +90,15 @@ def reduce(handle: WeightsHandle, module: nn.Module) -> tuple[Any, ...]:
 def convert(
     handle: WeightsHandle, module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool, original: Callable[..., nn.Module]
 ) -> nn.Module:
-    """`module.to(...)`, `.half()`, `.cuda()`: stored weights are converted one by one, where they are."""
+    """`module.to(...)`, `.half()`, `.cuda()`: stored weights are converted one by one, where they are.
+
+    What is shown in their place is left alone: torch copies a tensor on "cpu" that is to go to "cpu:0", and a placeholder to full size.
+    """
+
+    def present(tensor: torch.Tensor) -> torch.Tensor:
+        piece = handle.piece_of(tensor)
+        return fn(tensor) if piece is None or piece.resident else tensor
+
     with handle.lock:
         owned = [piece for piece in (handle.piece_of(p) for p in module.parameters()) if piece is not None]
         absent = [piece for piece in owned if not piece.resident]
@@ -103,6 +111,7 @@ def convert(
                     where=type(module).__name__,
                     fix="Call torchwrap.unwrap(model) first.",
                 )
+        _check_format(handle, module, fn, absent)
         _check_growth(handle, {dtype: result.dtype for dtype, result in after.items()})
         for dtype in {piece.parameter.dtype for piece in owned}:
             if (wanted := fn(torch.empty(0, dtype=dtype, device=handle.device)).dtype) != dtype:
@@ -124,10 +133,21 @@ def convert(
                 piece.absent = placeholder(piece.shape, dtype, handle.device)
                 handle.set_value(piece, value)
                 bind(piece.parameter, piece.absent)
-        result = original(fn, recurse)
+        result = original(present, recurse)
         if any(result.dtype != dtype for dtype, result in after.items()):
             handle.replan()
         return result
+
+
+def _check_format(handle: WeightsHandle, module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], absent: list[Piece]) -> None:
+    """Refuse another memory format, which stored weights do not have."""
+    for dims in {len(piece.shape) for piece in absent}:
+        if not fn(torch.empty((2,) * dims, device=handle.device)).is_contiguous():
+            raise errors.UnsupportedModelError(
+                f"{handle.config.technique}: streamed weights of {dims} dimensions cannot take on another memory format",
+                where=type(module).__name__,
+                fix="Unwrap, convert the model, and wrap it again.",
+            )
 
 
 def _check_undriven(handle: WeightsHandle, module: nn.Module, before: torch.dtype, after: torch.dtype) -> None:

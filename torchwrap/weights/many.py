@@ -249,8 +249,7 @@ class _Draws:
     def __init__(self, device: torch.device) -> None:
         self._generators = [torch.default_generator]
         if device.type == "cuda":
-            index = torch.cuda.current_device() if device.index is None else device.index
-            self._generators.append(torch.cuda.default_generators[index])
+            self._generators.append(torch.cuda.default_generators[device.index])
         self._before = self._after = self.now()
 
     def seeds(self, count: int) -> list[int]:
