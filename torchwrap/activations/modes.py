@@ -83,8 +83,7 @@ class Activations:
         self.choices: dict[int, Choice] = {}
         self.buffers: Buffers = Buffers()
         self.allowed: int = 0
-        moves = config.activations not in ("keep", "recompute")
-        self.timeline: Timeline | None = timeline or (Timeline() if config.record and moves else None)
+        self._timeline = timeline
         self._swap: Swap | None = None
         self._costs: list[Measured] | None = [] if config.activations == "auto" else None
         self._uses: list[Cost] = []  # what was measured
@@ -99,7 +98,7 @@ class Activations:
     def swap(self) -> Swap:
         """What is moved out; made when first needed."""
         if self._swap is None:
-            self._swap = Swap(self._tier, self.device, self.config.io_timeout_s, self.timeline)
+            self._swap = Swap(self._tier, self.device, self.config.io_timeout_s, self._timeline)
         return self._swap
 
     def _tier(self) -> Tier:

@@ -24,6 +24,7 @@ from torchwrap.storage.pool import Buffer, allocate
 from torchwrap.storage.spillfile import SpillFile
 from torchwrap.storage.workers import mismatch
 from torchwrap.stream.pieces import part_of
+from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Home
 
 __all__ = ["Chunk", "Chunks", "Parked", "Update"]
@@ -113,14 +114,22 @@ class Chunks:
         store: where state, and weights that are not in memory, are written.
         reader: reads.
         done: called when a target got its new values; with their home, if they are in the store.
+        timeline: where chunks read ("state"), updated and written are recorded, if anywhere.
 
     Attributes:
         seconds: spent in the optimizer class.
         writing_s: spent writing.
     """
 
-    def __init__(self, rule: Rule, store: GenerationStore, reader: aio.Reader, done: Callable[[Target, Home | None], None]) -> None:
-        self._rule, self._store, self._reader, self._done = rule, store, reader, done
+    def __init__(
+        self,
+        rule: Rule,
+        store: GenerationStore,
+        reader: aio.Reader,
+        done: Callable[[Target, Home | None], None],
+        timeline: Timeline | None = None,
+    ) -> None:
+        self._rule, self._store, self._reader, self._done, self._timeline = rule, store, reader, done, timeline
         self.seconds: float = 0.0
         self.writing_s: float = 0.0
 
@@ -220,7 +229,12 @@ class Chunks:
             after = run(self._rule, update.settings, whole, span, there[""], there["/"], kept, numbers, begun=update.begun)
             for name, tensor in {"": weight, **state}.items():
                 tensor[: last - first].copy_(there[name])
-        self.seconds += time.monotonic() - began
+        ended = time.monotonic()
+        self.seconds += ended - began
+        if self._timeline is not None:
+            if chunk.ticket is not None:
+                self._timeline.add("state", target.name, *chunk.ticket.interval, chunk.ticket.nbytes)
+            self._timeline.add("update", target.name, began, ended, 0)
         update.numbers = after
         if update.values is not None:
             update.values[first:last].copy_(weight[: last - first])
@@ -230,10 +244,13 @@ class Chunks:
 
     def write(self, chunk: Chunk) -> bool:
         """Write what changed; True if that was the last chunk of the parameter, whose new values are the present ones then."""
-        update, began = chunk.update, time.monotonic()
+        update, began, before = chunk.update, time.monotonic(), self._store.bytes_written
         for name, draft in update.drafts.items():
             self._store.write(draft, chunk.index, chunk.buffers[name.rpartition(":")[2]].memory)
-        self.writing_s += time.monotonic() - began
+        ended = time.monotonic()
+        self.writing_s += ended - began
+        if self._timeline is not None and update.drafts:
+            self._timeline.add("write", update.target.name, began, ended, self._store.bytes_written - before)
         update.left -= 1
         if not update.left:
             self._finish(update)

@@ -9,6 +9,7 @@ clipping by total norm works on what is parked.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -243,9 +244,11 @@ class Gradients:
         assert gradient is not None
         # On the whole tensor and by the same call, because a sum of parts has other last bits.
         self.norms[target] = torch.nn.utils.get_total_norm([gradient.detach()])
-        if self._store is None:
-            self._store = SpillStore.create(self.timing.beside, needed=0)
+        self._store = self._store or SpillStore.create(self.timing.beside, needed=0)
+        began = time.monotonic()
         self._store.put(target.name, gradient.detach())
+        if self._handle is not None and self._handle.timeline is not None:
+            self._handle.timeline.add("write", target.name, began, time.monotonic(), gradient.numel() * gradient.element_size())
         self._parked[target] = Parked(self._store.file, target.name)
         target.take_gradient(self.norms[target], parked=True)
 

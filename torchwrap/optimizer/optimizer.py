@@ -306,7 +306,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if self._durability == "none":
             raise errors.ConfigError("OffloadedOptimizer: there is nothing to commit to", where="path", fix="Pass path= (and durability).")
         self._refuse_half_done("commit")
-        self._works.run.commit(self.param_groups, self.steps)
+        self._works.commit(self.param_groups, self.steps)
 
     def rollback(self) -> None:
         """Go back to the last commit: weights, state, settings and `steps`.

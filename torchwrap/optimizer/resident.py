@@ -5,6 +5,7 @@ It is of the same class, with the same groups less the streamed parameters, and 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from torchwrap.optimizer.elementwise import Rule, settings_of, step_of
 from torchwrap.optimizer.targets import Target
+from torchwrap.stream.timeline import Timeline
 
 __all__ = ["Resident"]
 
@@ -21,10 +23,11 @@ class Resident:
 
     Args:
         rule: the wrapped class.
+        timeline: where its steps are recorded, if anywhere.
     """
 
-    def __init__(self, rule: Rule) -> None:
-        self._rule = rule
+    def __init__(self, rule: Rule, timeline: Timeline | None = None) -> None:
+        self._rule, self._timeline = rule, timeline
         self._whole: torch.optim.Optimizer | None = None
         self._numbers: list[int] = []  # of the groups that have such parameters
 
@@ -43,7 +46,10 @@ class Resident:
             return
         for number, group in zip(self._numbers, self._whole.param_groups, strict=True):
             group.update(settings_of(groups[number]))
+        began = time.monotonic()
         step_of(self._whole)()
+        if self._timeline is not None:
+            self._timeline.add("update", "in memory", began, time.monotonic(), 0)
         for target in targets:
             if not target.streamed and target.parameter.grad is not None:
                 target.changed = True

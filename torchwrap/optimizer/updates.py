@@ -24,6 +24,7 @@ from torchwrap.optimizer.chunks import Chunk, Chunks, Update
 from torchwrap.storage.pool import Buffer
 from torchwrap.storage.priority import give_way
 from torchwrap.stream.engine import Engine
+from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Piece
 from torchwrap.weights.training import IN_FLIGHT
 
@@ -52,14 +53,15 @@ class Updater:
         chunks: what a chunk is.
         engine: withholds units; `None` where no weight is streamed.
         timeout_s: longest time without progress.
+        timeline: where the trainer's waiting is recorded, if anywhere.
 
     Attributes:
         unfinished: updates that did not happen because of an error.
         waited_s: seconds that the trainer spent in `wait` and `wait_for_room`.
     """
 
-    def __init__(self, chunks: Chunks, engine: Engine | None, timeout_s: float) -> None:
-        self._chunks, self._engine, self._timeout_s = chunks, engine, timeout_s
+    def __init__(self, chunks: Chunks, engine: Engine | None, timeout_s: float, timeline: Timeline | None = None) -> None:
+        self._chunks, self._engine, self._timeout_s, self._timeline = chunks, engine, timeout_s, timeline
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
         self._writes: deque[_Step] = deque()
@@ -143,6 +145,7 @@ class Updater:
             return
         begin = time.monotonic()
         with self._changed:
+            waits = busy()
             while busy():
                 quiet = time.monotonic() - max(begin, self._moved)
                 if quiet >= self._timeout_s:
@@ -151,7 +154,10 @@ class Updater:
                         fix="Check the disk, or raise io_timeout_s.",
                     )
                 self._changed.wait(self._timeout_s - quiet)
-            self.waited_s += time.monotonic() - begin
+            end = time.monotonic()
+            self.waited_s += end - begin
+        if waits and self._timeline is not None:
+            self._timeline.add("stall", "optimizer", begin, end, 0)
 
     # -- worker ------------------------------------------------------------------------------------------------------------------------
 

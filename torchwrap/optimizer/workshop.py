@@ -8,6 +8,7 @@ goes into state dicts and commits through run.py. Nothing here refers to the opt
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +93,11 @@ class Workshop:
             mode = handle.reader.mode if handle is not None else "auto"
             self.reader: aio.Reader = aio.Reader(chunk=_READ, timeout_s=timeout_s, mode=mode, background=True)
             values = Values(self.store, handle)
-            self.resident: Resident = Resident(rule)
+            self._timeline = timeline = handle.timeline if handle is not None else None
+            self.resident: Resident = Resident(rule, timeline)
             self.run: Run = Run(rule, targets, self.store, values, self.resident, site.chunk)
-            self.chunks: Chunks = Chunks(rule, self.store, self.reader, values.landed)
-            self.updater: Updater = Updater(self.chunks, handle.engine if handle is not None else None, timeout_s)
+            self.chunks: Chunks = Chunks(rule, self.store, self.reader, values.landed, timeline)
+            self.updater: Updater = Updater(self.chunks, handle.engine if handle is not None else None, timeout_s, timeline)
             self.pace: Pace = Pace(handle, self.updater, self.chunks)
             self.gradients: Gradients = Gradients(groups, handle, self.updater, self.timing(asked))
             self.step: Step = Step(targets, self.gradients, self.updater, max_grad_norm)
@@ -132,6 +134,13 @@ class Workshop:
         """Room on the disk for what is trained by now, and hooks on it."""
         self.run.reserve(whole=self.site.kept is not None)
         self.gradients.watch(self.parameters.streamed, [t for t in self.parameters.targets if not t.streamed])
+
+    def commit(self, groups: Sequence[Mapping[str, Any]], steps: int) -> None:
+        """See `Run.commit`."""
+        began = time.monotonic()
+        self.run.commit(groups, steps)
+        if self._timeline is not None:
+            self._timeline.add("write", "commit", began, time.monotonic(), 0)
 
     def close(self) -> None:
         """End the threads, let the folder and the parameters go; all of that also where a part cannot end, whose error is raised then."""

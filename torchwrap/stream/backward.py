@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -51,6 +52,8 @@ class Backward:
     def __init__(self, engine: Engine | None) -> None:
         self.listeners: list[BackwardListener] = []
         self._engine = engine
+        self._timeline = engine.timeline if engine is not None else None
+        self._since: dict[int, float] = {}  # of open units, if that is recorded
         self._open: list[Unit] = []  # units whose nodes are running: a block, and the expert inside it
         self._run: Run | None = None
         self._begun = threading.Lock()
@@ -103,6 +106,8 @@ class Backward:
         # With create_graph=True what is saved becomes part of a new graph: private copies.
         if self._engine is not None and not torch.is_grad_enabled():
             self._engine.hold(unit)
+        if self._timeline is not None:
+            self._since.setdefault(unit.index, time.monotonic())
 
     def _begin(self) -> None:
         self._ours()
@@ -123,6 +128,8 @@ class Backward:
         for other in reversed(done):
             if self._engine is not None:
                 self._engine.unhold(other)
+            if self._timeline is not None and (since := self._since.pop(other.index, None)) is not None:
+                self._timeline.add("backward", other.name, since, time.monotonic(), 0)
         for other in reversed(done):
             for listener in self.listeners:
                 listener.unit_done(other)
@@ -140,6 +147,8 @@ class Backward:
                 return
             self._run = None
             left, self._open = self._open, ([] if error is not None else self._open)
+            if error is not None:
+                self._since.clear()
         if error is None:
             self._leave(None)
         elif self._engine is not None:

@@ -104,6 +104,8 @@ class Engine(Window):
                 if roomy and not self.arena.separate:
                     self._make_room(unit)
                 self._acquire(unit, whole)
+            if self.timeline is not None:
+                self.timeline.begin("compute", unit.name)
         except BaseException:
             self._making_room = False
             if turns is not None:
@@ -183,8 +185,6 @@ class Engine(Window):
                 fetch.held = False
                 if not fetch.users:
                     self._retire(fetch)
-            if self.timeline is not None:
-                self.timeline.end("compute", unit.name)
             self.state.notify_all()
 
     def _acquire(self, unit: Unit, whole: bool) -> None:
@@ -194,8 +194,6 @@ class Engine(Window):
         if whole and fetch is not None and fetch.bound:
             self._complete(fetch)
         if self.turns is not None and self.turns.take_over(unit.index):
-            if self.timeline is not None:
-                self.timeline.begin("compute", unit.name)
             return
         if fetch is not None and fetch.bound:  # the inner of its two layers, a unit inside itself, or recomputed within a backward
             fetch.users += 1
@@ -216,8 +214,6 @@ class Engine(Window):
                 brought.users = 0
                 self._retire(brought)
             raise
-        if self.timeline is not None:
-            self.timeline.begin("compute", unit.name)
 
     # -- updates -------------------------------------------------------------------------------------------------------------------
 
@@ -278,7 +274,10 @@ class Engine(Window):
 
     def _await_update(self, pieces: Sequence[Piece]) -> None:
         if self._updated_now(pieces):
+            began = time.monotonic()
             self._await(lambda: not self._updated_now(pieces), f"an update of {pieces[0].name}", pieces[0].name)
+            if self.timeline is not None:
+                self.timeline.add("stall", pieces[0].name, began, time.monotonic(), 0)
 
     def _await(self, over: Callable[[], bool], what: str, where: str) -> None:
         end = time.monotonic() + self._timeout_s

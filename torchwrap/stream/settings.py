@@ -72,7 +72,7 @@ class Streaming(Config):
     io_timeout_s: float = option(
         60.0, doc="Time after which a read that does not finish is an error.", unit="seconds", low=0.001, high=86400.0
     )
-    record: bool = option(False, doc="Record a timeline of reads, computation and stalls for pictures.")
+    record: bool = option(False, doc="Record a timeline of reads, computation, updates and stalls for pictures.")
     keep: bool = option(False, doc="Keep the files in `path` after unwrap.")
 
     def validate(self) -> None:

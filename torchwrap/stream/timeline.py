@@ -1,6 +1,7 @@
-"""What happened when: intervals of reading, computing and waiting, and the bytes of weights present, for pictures and explanations.
+"""What happened when: intervals of moving bytes, computing, updating and waiting, and the bytes of weights present, for pictures.
 
-Times are `time.monotonic()` seconds relative to the first event. Recording is off unless asked for: it grows by a few entries per unit.
+Times are `time.monotonic()` seconds relative to the timeline's own zero. Recording is off unless asked for: it grows by a few entries per
+unit and pass, and by three per chunk of an `OffloadedOptimizer`'s step. Any thread may add to it.
 """
 
 from __future__ import annotations
@@ -8,18 +9,31 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-__all__ = ["Event", "Timeline"]
+if TYPE_CHECKING:
+    from torchwrap.stream.planner import ResidencyPlan
+    from torchwrap.stream.settings import Streaming
 
-Lane = Literal["read", "compute", "stall", "save", "load"]
+__all__ = ["Event", "Lane", "Timeline", "timeline_of"]
+
+Lane = Literal["read", "compute", "backward", "stall", "save", "load", "state", "update", "write"]
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One interval: seconds since the timeline began, which lane, which unit, bytes moved (0 where none are).
+    """One interval: seconds since the timeline began, which lane, which unit or parameter, bytes moved (0 where none are).
 
-    "save" and "load" are activations leaving and coming back, "read" is weights.
+    | lane | what |
+    |---|---|
+    | read | weights of a unit come for a forward or a backward |
+    | compute | a forward of a unit; where a backward computes it again, that lies within the interval of its backward |
+    | backward | a backward of a unit, from its outputs' gradient on |
+    | stall | the thread that computes waits for one of the others |
+    | save, load | activations leave and come back |
+    | state | an optimizer reads a chunk: its state, with weight and gradient where those are on the disk |
+    | update | the optimizer class runs on a chunk, or on all that stays in memory |
+    | write | an optimizer writes a chunk of weight and state, a gradient that waits, or a commit |
     """
 
     start: float
@@ -34,7 +48,7 @@ class Timeline:
     """Recorded events and samples.
 
     Attributes:
-        events: intervals, in order of their ends.
+        events: intervals, in the order in which threads noted them.
         samples: (seconds, bytes of weights present from then on).
         zero: `time.monotonic()` at the timeline's own zero.
     """
@@ -43,7 +57,7 @@ class Timeline:
     events: list[Event] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
     zero: float = field(default_factory=time.monotonic)
-    _open: dict[tuple[int, str], float] = field(default_factory=dict)
+    _open: dict[tuple[int, str, str], list[float]] = field(default_factory=dict)
     _present: int = 0
 
     def add(self, lane: Lane, unit: str, start: float, end: float, nbytes: int) -> None:
@@ -51,16 +65,25 @@ class Timeline:
         self.events.append(Event(start - self.zero, end - self.zero, lane, unit, nbytes))
 
     def begin(self, lane: Lane, unit: str) -> None:
-        """Start an interval of this thread."""
-        self._open[(threading.get_ident(), unit)] = time.monotonic()
+        """Start an interval of this thread; one within another of the same lane and unit is part of that."""
+        self._open.setdefault((threading.get_ident(), lane, unit), []).append(time.monotonic())
 
     def end(self, lane: Lane, unit: str) -> None:
         """End the interval that this thread began; nothing if it began none."""
-        start = self._open.pop((threading.get_ident(), unit), None)
-        if start is not None:
-            self.add(lane, unit, start, time.monotonic(), 0)
+        key = (threading.get_ident(), lane, unit)
+        starts = self._open.get(key)
+        if starts:
+            start = starts.pop()
+            if not starts:
+                del self._open[key]
+                self.add(lane, unit, start, time.monotonic(), 0)
 
     def present(self, change: int) -> None:
         """Bytes of weights came (positive) or went (negative)."""
         self._present += change
         self.samples.append((time.monotonic() - self.zero, self.base_bytes + self._present))
+
+
+def timeline_of(config: Streaming, plan: ResidencyPlan) -> Timeline | None:
+    """A new timeline for a model with these settings, if they ask for one."""
+    return Timeline(plan.fixed_bytes + plan.resident_bytes) if config.record else None

@@ -31,7 +31,7 @@ from torchwrap.stream.engine import Engine
 from torchwrap.stream.pieces import copy_of, put_away
 from torchwrap.stream.planner import ResidencyPlan, region_bytes
 from torchwrap.stream.tiles import copy_tiles, parts, share
-from torchwrap.stream.timeline import Timeline
+from torchwrap.stream.timeline import timeline_of
 from torchwrap.stream.units import Home, Piece
 from torchwrap.weights.layers import RootLayer
 from torchwrap.weights.state import unhook_states
@@ -219,7 +219,7 @@ def twin(handle: WeightsHandle, parameters: dict[int, nn.Parameter]) -> WeightsH
             reader,
             verify=handle.config.verify != "header",
             timeout_s=handle.config.io_timeout_s,
-            timeline=Timeline() if handle.config.record else None,
+            timeline=timeline_of(handle.config, handle.plan),
         )
         engine.route(handle.engine.groups)
     return type(handle)(

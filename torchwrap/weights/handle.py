@@ -31,7 +31,7 @@ from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.settings import CRC, Streaming
 from torchwrap.stream.tiles import known_sum, share
-from torchwrap.stream.timeline import Event, Timeline
+from torchwrap.stream.timeline import Event, Timeline, timeline_of
 from torchwrap.stream.units import Crc, Piece, Unit
 from torchwrap.weights import copying
 from torchwrap.weights.budget import RESERVE_TOKENS
@@ -54,6 +54,7 @@ class WeightsHandle(ManyCalls):
         plan: how the budget was divided.
         engine: streams the units; None when everything is resident.
         backward: the backward running through the model; tells listeners which units it is done with.
+        timeline: recorded events and samples, if the config has `record=True`.
         activations: what becomes of what blocks save for the backward.
         tables: row tables by unit index.
         passes: completed forward passes through the root.
@@ -97,6 +98,7 @@ class WeightsHandle(ManyCalls):
         self.hooked: list[nn.Module] = []  # modules with our state hooks, also those the user took out of the model since
         self.is_inert: bool = False
         self.on_close: Callable[[], object] = _nothing
+        self.timeline: Timeline | None = engine.timeline if engine is not None else timeline_of(config, plan)
         self.activations: Activations = self._activations()
         self.optimizer: Callable[[], OffloadedOptimizer | None] = _nothing  # a weak reference, once there is one
         self.stepping: set[object] = set()
@@ -164,11 +166,6 @@ class WeightsHandle(ManyCalls):
             bandwidth seen so far, and after the first step from its computing time.
         """
         return predict_step(self, batch=batch, tokens=tokens)
-
-    @property
-    def timeline(self) -> Timeline | None:
-        """Recorded events and samples, if the config has `record=True`."""
-        return self.engine.timeline if self.engine is not None else self.activations.timeline
 
     @property
     def events(self) -> list[Event]:
@@ -252,8 +249,7 @@ class WeightsHandle(ManyCalls):
         self.activations = self._activations()
 
     def _activations(self) -> Activations:
-        timeline = self.engine.timeline if self.engine is not None else None
-        return Activations(self.config, self.units, self.device, timeline, self.plan, partial(self.activation, 1, RESERVE_TOKENS))
+        return Activations(self.config, self.units, self.device, self.timeline, self.plan, partial(self.activation, 1, RESERVE_TOKENS))
 
     @property
     def crc(self) -> Crc:

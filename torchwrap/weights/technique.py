@@ -25,7 +25,7 @@ from torchwrap.stream.arena import arena_for
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.settings import Streaming
 from torchwrap.stream.tiles import parts
-from torchwrap.stream.timeline import Timeline
+from torchwrap.stream.timeline import timeline_of
 from torchwrap.stream.units import Unit
 from torchwrap.weights.blueprint import Blueprint, Working
 from torchwrap.weights.budget import check_room, process_bytes
@@ -73,7 +73,6 @@ class StreamingTechnique(Technique[S], Generic[S]):
             arena = arena_for(device)
             engine = None
             if any(not piece.resident for piece in pieces):
-                timeline = Timeline(plan.fixed_bytes + plan.resident_bytes) if config.record else None
                 engine = Engine(
                     blueprint.division.units,
                     plan,
@@ -81,7 +80,7 @@ class StreamingTechnique(Technique[S], Generic[S]):
                     reader,
                     verify=config.verify != "header",
                     timeout_s=config.io_timeout_s,
-                    timeline=timeline,
+                    timeline=timeline_of(config, plan),
                 )
                 engine.route(blueprint.groups)
             handle = self.handle_class(

@@ -103,12 +103,16 @@ class TiledLayer(WeightsLayer):
             # Held and not acquired: on a separate device the backward runs in a thread that must not wait for the model's lock.
             held = not whole.resident and not tile.resident and engine.hold(unit)
             try:
+                if engine.timeline is not None:
+                    engine.timeline.begin("backward", unit.name)
                 weight = data_of(whole.parameter)[rows] if whole.resident else self._tile(engine, tile)
                 part = outer[..., rows] @ weight.to(outer.dtype)
                 del weight  # a view that is alive at the end of the hold would keep the slot's memory
             finally:
                 if held:
                     engine.unhold(unit)
+                if engine.timeline is not None:
+                    engine.timeline.end("backward", unit.name)
             total = part.to(torch.promote_types(part.dtype, torch.float32)) if total is None else total.add_(part)
         assert total is not None
         return total
