@@ -8,6 +8,7 @@ they are the inside of one (`torchwrap.attention.attend`), which knows about aut
 from __future__ import annotations
 
 import ctypes
+import struct
 
 import torch
 from torch import Tensor
@@ -15,19 +16,19 @@ from torch import Tensor
 from torchwrap.core.errors import BudgetError, UnsupportedModelError
 from torchwrap.native.library import instruction_sets, library
 
-__all__ = ["gradients", "in_memory", "prefill"]
+__all__ = ["Backward", "Forward", "gradients", "in_memory", "prefill"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_READ = ("q", "k", "v", "out", "grad_out")
-_WRITTEN = ("dq", "dk", "dv")
+_POINTERS = ("q", "k", "v", "out", "lse", "limits", "sinks", "grad_out", "grad_lse", "dq", "dk", "dv", "delta")
+_STRIDED = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
 
 
 class _Call(ctypes.Structure):
     """`PrefillCall` of src/call.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "limits", "sinks", "grad_out", "grad_lse", *_WRITTEN, "delta")),
-        *((f"{name}_strides", ctypes.c_int64 * 3) for name in (*_READ, *_WRITTEN)),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in _STRIDED),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "q_length", "k_length", "width", "value_width")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
         *((name, ctypes.c_int32) for name in ("limits_shared", "threads", "instruction_set", "dtype")),
@@ -80,13 +81,9 @@ def prefill(
 
     Source: Tri Dao, "FlashAttention-2", 2023, algorithm 1.
     """
-    out = _like(q, v.shape[3])
-    lse = torch.empty(q.shape[:3], dtype=torch.float32)
-    if sinks is not None:
-        sinks = sinks.detach().float()
-    tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "limits": limits, "sinks": sinks}
-    _run("prefill", tensors, scale, softcap, instruction_set, threads)
-    return out, lse
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    work = Forward(q, k, v, limits, scale=scale, softcap=softcap, instruction_set=instruction_set, threads=threads)
+    return work(q, k, v, None if sinks is None else in_memory(sinks.detach().float().contiguous()))
 
 
 def gradients(
@@ -138,11 +135,9 @@ def gradients(
 
     Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2.
     """
-    tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "limits": limits, "grad_out": grad_out, "grad_lse": grad_lse}
-    found = _like(q, q.shape[3]), _like(k, k.shape[3]).zero_(), _like(v, v.shape[3]).zero_()
-    delta = torch.empty(q.shape[:3], dtype=torch.float32)
-    _run("gradients", tensors | dict(zip(_WRITTEN, found, strict=True), delta=delta), scale, softcap, instruction_set, threads)
-    return *found, delta
+    q, k, v, out, grad_out = (_rows(tensor) for tensor in (q, k, v, out, grad_out))
+    work = Backward(q, k, v, out, grad_out, limits, scale=scale, softcap=softcap, instruction_set=instruction_set, threads=threads)
+    return work(q, k, v, out, in_memory(lse.contiguous()), grad_out, None if grad_lse is None else in_memory(grad_lse.contiguous()))
 
 
 def _like(tensor: Tensor, width: int) -> Tensor:
@@ -156,36 +151,111 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
 
 
-def _run(
-    name: str, given: dict[str, Tensor | None], scale: float, softcap: float | None, instruction_set: str | None, threads: int | None
-) -> None:
-    # Held in a dictionary until the call is over: a copy made here has no other owner.
-    tensors = {
-        key: tensor if key in _WRITTEN or (key in _READ and tensor.stride(3) == 1) else tensor.contiguous()
-        for key, tensor in ((key, in_memory(tensor)) for key, tensor in given.items() if tensor is not None)
-    }
-    q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    call = _Call(
-        **{key: tensor.data_ptr() for key, tensor in tensors.items()},
-        **{f"{key}_strides": tensor.stride()[:3] for key, tensor in tensors.items() if key in (*_READ, *_WRITTEN)},
-        **dict(zip(("batch", "heads", "q_length", "width"), q.shape, strict=True)),
-        **dict(zip(("kv_heads", "k_length", "value_width"), (*k.shape[1:3], v.shape[3]), strict=True)),
-        scale=scale,
-        softcap=softcap or 0.0,
-        limits_shared="limits" not in tensors or tensors["limits"].shape[0] == 1,
-        threads=threads or torch.get_num_threads(),
-        instruction_set=-1 if instruction_set is None else instruction_sets()[instruction_set],
-        dtype=_DTYPES[q.dtype],
-    )
-    status = getattr(library(), f"torchwrap_{name}")(ctypes.addressof(call))
-    if status == 1:
-        needed = 4 * (k.numel() + v.numel())
-        raise BudgetError(
-            f"no memory for sums over {tuple(k.shape)} keys, about {needed} bytes",
-            needed=needed,
-            available=0,
-            where=f"torchwrap.native.{name}",
-            fix="Free memory, or use a smaller batch or a shorter sequence.",
+def _rows(tensor: Tensor) -> Tensor:
+    """The numbers in memory, rows contiguous."""
+    tensor = in_memory(tensor)
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+class _Prepared:
+    """One of the two functions for tensors of one layout: everything but addresses is put together once.
+
+    Args:
+        tensors: that have strides, by their names in `_Call`.
+        limits: intervals of columns; kept.
+        scale: as in `prefill`, and so softcap, instruction_set, threads.
+        softcap: bound of the scores.
+        instruction_set: for tests.
+        threads: how many.
+    """
+
+    __slots__ = ("_limits", "_limits_at", "_rest", "_rows", "_set", "_sizes")
+    _pack = struct.Struct(f"{len(_POINTERS)}P").pack
+    _name = ""
+
+    def __init__(
+        self, tensors: dict[str, Tensor], limits: Tensor | None, scale: float, softcap: float | None, instruction_set: str | None,
+        threads: int | None,
+    ) -> None:  # fmt: skip
+        q, k, v = tensors["q"], tensors["k"], tensors["v"]
+        self._limits = None if limits is None else in_memory(limits).contiguous()
+        self._limits_at = 0 if self._limits is None else self._limits.data_ptr()
+        self._set, self._rows, self._sizes = instruction_set, q.shape[:3], (tuple(k.shape), k.numel() + v.numel())
+        call = _Call(
+            **{f"{key}_strides": tensor.stride()[:3] for key, tensor in tensors.items()},
+            **dict(zip(("batch", "heads", "q_length", "width"), q.shape, strict=True)),
+            **dict(zip(("kv_heads", "k_length", "value_width"), (*k.shape[1:3], v.shape[3]), strict=True)),
+            scale=scale,
+            softcap=softcap or 0.0,
+            limits_shared=limits is None or limits.shape[0] == 1,
+            threads=threads or torch.get_num_threads(),
+            instruction_set=-1 if instruction_set is None else instruction_sets()[instruction_set],
+            dtype=_DTYPES[q.dtype],
         )
-    if status:
-        raise UnsupportedModelError(f"this processor cannot run {instruction_set}", where=f"torchwrap.native.{name}")
+        self._rest = bytes(call)[ctypes.sizeof(ctypes.c_void_p) * len(_POINTERS) :]
+
+    def _failed(self, status: int) -> Exception:
+        where = f"torchwrap.native.{self._name}"
+        if status == 1:
+            keys, numbers = self._sizes
+            return BudgetError(
+                f"no memory for sums over {keys} keys, about {4 * numbers} bytes", needed=4 * numbers, available=0, where=where,
+                fix="Free memory, or use a smaller batch or a shorter sequence.",
+            )  # fmt: skip
+        return UnsupportedModelError(f"this processor cannot run {self._set}", where=where)
+
+
+class Forward(_Prepared):
+    """`prefill` for tensors of one layout, with rows contiguous and numbers in memory."""
+
+    __slots__ = ("_run", "_width")
+    _name = "prefill"
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, limits: Tensor | None = None, *, scale: float, softcap: float | None = None,
+        instruction_set: str | None = None, threads: int | None = None,
+    ) -> None:  # fmt: skip
+        self._width = v.shape[3]
+        super().__init__({"q": q, "k": k, "v": v, "out": _like(q, self._width)}, limits, scale, softcap, instruction_set, threads)
+        self._run = library().torchwrap_prefill
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `prefill`; sinks are contiguous, in float32."""
+        out, lse = _like(q, self._width), torch.empty(self._rows, dtype=torch.float32)
+        addresses = self._pack(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), self._limits_at,
+            0 if sinks is None else sinks.data_ptr(), 0, 0, 0, 0, 0, 0,
+        )  # fmt: skip
+        if status := self._run(addresses + self._rest):
+            raise self._failed(status)
+        return out, lse
+
+
+class Backward(_Prepared):
+    """`gradients` for tensors of one layout, with rows contiguous and numbers in memory."""
+
+    __slots__ = ("_run",)
+    _name = "gradients"
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_out: Tensor, limits: Tensor | None = None, *, scale: float,
+        softcap: float | None = None, instruction_set: str | None = None, threads: int | None = None,
+    ) -> None:  # fmt: skip
+        read = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out}
+        found = {f"d{name}": _like(read[name], read[name].shape[3]) for name in ("q", "k", "v")}
+        super().__init__(read | found, limits, scale, softcap, instruction_set, threads)
+        self._run = library().torchwrap_gradients
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `gradients`; lse and its gradient are contiguous."""
+        dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]).zero_(), _like(v, v.shape[3]).zero_()
+        delta = torch.empty(self._rows, dtype=torch.float32)
+        addresses = self._pack(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), self._limits_at, 0, grad_out.data_ptr(),
+            0 if grad_lse is None else grad_lse.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), delta.data_ptr(),
+        )  # fmt: skip
+        if status := self._run(addresses + self._rest):
+            raise self._failed(status)
+        return dq, dk, dv, delta
