@@ -1,4 +1,4 @@
-"""Fixtures of tests that measure back ends."""
+"""Fixtures of tests that measure back ends, or put something else in their place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import torch
 
 from tests.attention.tuning_cases import Timed
 from torchwrap.attention import dispatch
+from torchwrap.attention.prepared import forget
 from torchwrap.attention.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def nothing_prepared() -> None:
+    """What an earlier test has prepared does not serve what stands in the place of a back end."""
+    forget()
 
 
 @pytest.fixture

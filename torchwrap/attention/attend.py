@@ -19,6 +19,7 @@ from torchwrap.attention.autocast import autocast, exact_dtypes
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cooperative.tensors import TieredTensor
 from torchwrap.attention.dispatch import attempt
+from torchwrap.attention.prepared import prepared
 from torchwrap.attention.rows import probabilities, row_numbers
 from torchwrap.attention.settings import Settings
 from torchwrap.attention.transforms import is_mapped, transformed
@@ -140,6 +141,11 @@ def attend(
             )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
+    if not torch.compiler.is_compiling() and sinks is bias is need_rows is None:
+        known = prepared(q, k, v, mask, scale, softcap, dropout, backend)
+        if known is not None:
+            found, of_rows = node.prepared(known, q, k, v, mask, return_lse)
+            return found if of_rows is None or not return_lse else (found, of_rows)
     if isinstance(mask, Tensor) and (is_mapped(mask) or (type(mask) is Tensor and mask.is_meta)):
         mask = node.added(mask, q)
     wants_lse = return_lse or need_rows is not None or torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling()

@@ -23,8 +23,10 @@ from torchwrap.core import errors
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
-__all__ = ["Backend", "Call", "Gradients", "Mode", "checked"]
+__all__ = ["SMALL", "Backend", "Call", "Gradients", "Mode", "Prepared", "checked"]
 
+SMALL = 1 << 14
+"""Pairs of rows and columns up to which a mask is dealt with whole: finding out what it hides costs more than computing that (measured)."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Mode = Literal["decode", "chunked", "prefill"]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -172,6 +174,28 @@ class Backend(Protocol):
         """
 
 
+class Prepared(Protocol):
+    """What computes calls of one layout of tensors: shapes, strides, dtype, mask and numbers are known.
+
+    Attributes:
+        name: of the back end.
+        trains: whether gradients are wanted, and `backward` can be called.
+        kind: what calls of this kind are called in records; empty until somebody says it.
+    """
+
+    name: str
+    trains: bool
+    kind: str
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """As `Backend.forward`; an lse that is not wanted may be None. Only masks that are no `TileMask` are looked at again."""
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v, as `Backend.backward`."""
+
+
 def checked(
     q: Tensor,
     k: Tensor,
@@ -313,7 +337,11 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
     _check_added(mask, shape, "mask")
     _same_device(q, mask, "the mask")
     mask = mask[(None,) * (4 - mask.dim())]
-    return (TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None) if mask.dtype == torch.bool else (None, mask)
+    if mask.dtype != torch.bool:
+        return None, mask
+    if mask.is_cpu and shape[2] * shape[3] <= SMALL and not torch.compiler.is_compiling():
+        return None, torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+    return TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None
 
 
 def _check_added(given: Tensor, shape: tuple[int, int, int, int], name: str) -> None:

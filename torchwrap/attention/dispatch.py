@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from torchwrap.attention.contract import Backend, Call
+from torchwrap.attention.contract import Backend, Call, Prepared
 from torchwrap.attention.settings import Settings, settings_of
 from torchwrap.attention.tuning.clock import median_seconds
 from torchwrap.attention.tuning.kinds import Doing, Kind, kind_of
@@ -29,7 +29,7 @@ from torchwrap.attention.tuning.table import CANDIDATES, MASK_BYTES, first_choic
 from torchwrap.core import errors
 from torchwrap.native.threads import one_thread, stuck
 
-__all__ = ["BACKENDS", "SHARING", "Choice", "attempt", "backend", "choose", "compare", "order", "revision", "sharing"]
+__all__ = ["BACKENDS", "SHARING", "Choice", "attempt", "backend", "choose", "compare", "order", "prepare", "revision", "sharing"]
 
 R = TypeVar("R")
 
@@ -141,6 +141,28 @@ def attempt(call: Call, given: str | Settings, work: Callable[[Backend], R], doi
                     errors.TorchwrapWarning,
                     stacklevel=3,
                 )
+
+
+def prepare(call: Call, given: str | Settings, trains: bool) -> Prepared | None:
+    """What computes calls like this one from now on, if the back end for them has it ready, until `revision` says otherwise.
+
+    Args:
+        call: the call.
+        given: as in `choose`.
+        trains: with gradients, which the same back end has to be the choice for.
+    """
+    settings = settings_of(given)
+    doings: tuple[Doing, ...] = ("forward", "backward") if trains else ("forward",)
+    if settings.tune == "measure" and settings.backend == "auto":
+        known = measurements(call.q.device, settings.tune_dir).orders
+        if any(kind_of(call, doing) not in known for doing in doings):
+            return None  # `attempt` measures
+    found = choose(call, settings).backend
+    make = getattr(found, "prepare", None)
+    if make is None or (trains and choose(call, settings, "backward").backend is not found):
+        return None
+    made: Prepared | None = make(call, trains)
+    return made
 
 
 def compare(

@@ -105,6 +105,12 @@ def _no(*_: Any) -> bool:
     return False
 
 
+@functools.lru_cache(maxsize=64)
+def _causal(rows: int, columns: int, device: torch.device) -> TileMask:
+    """torch's `is_causal`; the same one for all layers."""
+    return TileMask.causal(1, rows, columns, q_offset=0, device=device)
+
+
 def _attend(
     where: str, service: Service, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
@@ -124,18 +130,20 @@ def _attend(
         return own(*_BROADCAST)
     lead = query.shape[:-3]
     try:
-        q, k, v = (x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())] for x in (query, key, value))
+        q, k, v = (x if x.dim() == 4 else x.flatten(0, -4) if x.dim() > 4 else x[None] for x in (query, key, value))
         rows = max(q.shape[0], k.shape[0])
-        q, k, v = (x.expand(rows, -1, -1, -1) for x in (q, k, v))
+        q, k, v = (x if x.shape[0] == rows else x.expand(rows, -1, -1, -1) for x in (q, k, v))
         mask: TileMask | Tensor | None = attn_mask
         if attn_mask is not None and attn_mask.dim() > 4:
             mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
     except RuntimeError:
         return own(*_BROADCAST)
     if is_causal:
-        mask = TileMask.causal(1, q.shape[2], k.shape[2], q_offset=0, device=q.device)
+        mask = _causal(q.shape[2], k.shape[2], q.device)
     try:
         out = service.attend(where, q, k, v, mask=mask, scale=scale, dropout=dropout_p)
     except ConfigError:
         return own(*_BROADCAST)
+    if query.dim() == 4 and lead[0] == rows:
+        return out
     return out.reshape(*(lead or (() if query.dim() == 3 and rows == 1 else (rows,))), *out.shape[1:])

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.autocast import exact_dtypes
-from torchwrap.attention.contract import Call
+from torchwrap.attention.contract import Call, Prepared
 from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.settings import Settings
 from torchwrap.attention.transforms import transformed
 from torchwrap.core.errors import UnsupportedModelError
 
-__all__ = ["added", "apply"]
+__all__ = ["added", "apply", "prepared"]
 
 
 def apply(call: Call, backend: str | Settings) -> tuple[Tensor, Tensor]:
@@ -87,6 +87,56 @@ class _Attend(torch.autograd.Function):
         # A node of its own only where somebody may ask for its gradient: then it says that there is none.
         gradients = _Gradients.apply if torch.is_grad_enabled() or transformed() else _Gradients.forward
         return None, None, None, *gradients(*ctx.rest, out, lse, grad_out, grad_lse, *tensors), None
+
+
+def prepared(
+    work: Prepared, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool = False
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Out and, if it is wanted, lse of a call that was prepared, with gradients for what asks for them."""
+    if not work.trains:
+        return work.forward(q, k, v, mask, wants_lse)
+    found: Any = _Prepared.apply(work, wants_lse, q, k, v)  # type: ignore[no-untyped-call]
+    return found if wants_lse else (found, None)
+
+
+class _Prepared(torch.autograd.Function):
+    """(what computes the call, is lse wanted, q, k, v) -> (out, lse) or out."""
+
+    @staticmethod
+    def forward(ctx: Any, work: Prepared, wants_lse: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        out, lse = work.forward(q, k, v, None, True)
+        assert lse is not None
+        ctx.work = work
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        return (out, lse) if wants_lse else out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
+        if grad_out is None and grad_lse is None:
+            return (None,) * 5
+        q, k, v, out, lse = ctx.saved_tensors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        gradients = _PreparedGradients.apply if torch.is_grad_enabled() or transformed() else _PreparedGradients.forward
+        return None, None, *gradients(ctx.work, q, k, v, out, lse, grad_out, grad_lse)
+
+
+class _PreparedGradients(torch.autograd.Function):
+    """The backward of `_Prepared`, for who may ask for its gradient: to say that there is none."""
+
+    @staticmethod
+    def forward(
+        work: Prepared, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return work.backward(q, k, v, out, lse, grad_out, grad_lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        _refuse("derivatives of derivatives")
 
 
 class _Transformed(torch.autograd.Function):

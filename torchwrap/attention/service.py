@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from torchwrap.attention import pages
+from torchwrap.attention import node, pages
 from torchwrap.attention.attend import attend
 from torchwrap.attention.autocast import autocast
 from torchwrap.attention.contract import Call, checked
@@ -29,6 +29,7 @@ from torchwrap.attention.distributed.deferred import Deferred
 from torchwrap.attention.distributed.sequence import DividedSequence
 from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.prepared import prepared
 from torchwrap.attention.settings import Settings, settings_of
 from torchwrap.core.config import format_bytes
 from torchwrap.core.errors import KernelError, TorchwrapWarning, UnsupportedModelError
@@ -131,6 +132,17 @@ class Service:
                     self._lossy.add(k.cache)
         else:
             q, k, v = autocast(q, k, v)  # here too: the record is of what is computed
+        if sinks is bias is None and not torch.compiler.is_compiling():
+            known = prepared(q, k, v, mask, scale, softcap, dropout, self.backend)
+            if known is not None:
+                found, _ = node.prepared(known, q, k, v, mask)
+                known.kind = kind = known.kind or _kind(q, k, mask, softcap, sinks, bias, dropout)
+                if (known.name, kind) not in self.reasons:
+                    call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap)
+                    self.reasons[known.name, kind] = choose(call, self.backend).reason + _mask_memory(call, mask)
+                with _lock:
+                    self.served[where, known.name, kind] += 1
+                return found
         out: Tensor = attend(
             q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=self.backend
         )
@@ -272,7 +284,8 @@ def _mask_memory(call: Call, given: TileMask | Tensor | None) -> str:
         tiles = call.mask.dictionary
         return f"; a mask without a rule, kept as {len(tiles.tiles)} tiles in {format_bytes(tiles.codes.nbytes + tiles.tiles.nbytes)}"
     if given is not None and call.mask is None:
-        return f"; a mask of floats, {format_bytes(given.nbytes)} as it was given"
+        what = "small mask" if given.dtype == torch.bool else "mask of floats"
+        return f"; a {what}, {format_bytes(given.nbytes)} as it was given"
     return ""
 
 

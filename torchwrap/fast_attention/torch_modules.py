@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchwrap.attention.contract import SMALL
 from torchwrap.attention.divert import FunctionLayer
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.service import Service
@@ -58,6 +59,18 @@ def route(model: nn.Module, service: Service, taken: set[int]) -> AttentionRoute
     return found
 
 
+def _parameters(forward: Callable[..., Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the parameters behind `self`, and what those are that may be left out."""
+    found = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(one.name for one in found), {one.name: one.default for one in found if one.default is not inspect.Parameter.empty}
+
+
+_PARAMETERS = {
+    forward: _parameters(forward)
+    for forward in (nn.MultiheadAttention.forward, nn.TransformerEncoderLayer.forward, nn.TransformerEncoder.forward)
+}
+
+
 class _Replacing(Layer):
     """A layer in place of a module's code."""
 
@@ -67,9 +80,12 @@ class _Replacing(Layer):
 
     def _named(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name, defaults filled in; the user's own mistakes raise as they would."""
-        bound = inspect.signature(forward).bind(None, *args, **kwargs)
-        bound.apply_defaults()
-        return bound.arguments
+        names, defaults = _PARAMETERS[forward]
+        positional = dict(zip(names, args, strict=False))
+        given = {**defaults, **positional, **kwargs}
+        if len(given) != len(names) or len(args) > len(names) or positional.keys() & kwargs.keys():
+            inspect.signature(forward).bind(None, *args, **kwargs)  # raises
+        return given
 
 
 class MultiheadLayer(_Replacing):
@@ -136,15 +152,19 @@ def _is_mask(mask: Tensor) -> bool:
 
 def _projected(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, H, T, D), k and v (B, H, S, D)."""
+    if query is key is value and module.in_proj_weight is not None:
+        qkv = F.linear(query, module.in_proj_weight, module.in_proj_bias)
+        qkv = qkv.view(*qkv.shape[:-1], 3, module.num_heads, module.head_dim)
+        if query.dim() == 2:
+            qkv = qkv.unsqueeze(0)
+        q, k, v = qkv.permute((2, 0, 3, 1, 4) if module.batch_first or query.dim() == 2 else (2, 1, 3, 0, 4)).unbind(0)
+        return q, k, v
     if module.in_proj_weight is not None:
         weights = module.in_proj_weight.chunk(3)
     else:
         weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     biases = (None, None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    if query is key is value and module.in_proj_weight is not None:
-        parts = F.linear(query, module.in_proj_weight, module.in_proj_bias).chunk(3, -1)
-    else:
-        parts = tuple(F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases, strict=True))
+    parts = tuple(F.linear(x, weight, bias) for x, weight, bias in zip((query, key, value), weights, biases, strict=True))
     heads = []
     for part in parts:
         if part.dim() == 2:
@@ -165,6 +185,9 @@ def _masks(
     conditions: dict[str, Any] = {}
     if padding is not None:
         padding = padding.view(-1, columns)
+        small = padding.is_cpu and rows * columns <= SMALL and not torch.compiler.is_compiling()  # a graph takes a rule as one input
+        if padding.dtype == torch.bool and mask is None and small:
+            return ~padding[:, None, None, :], None
         if padding.dtype == torch.bool:
             conditions["key_mask"] = ~padding
         else:

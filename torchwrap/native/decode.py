@@ -6,7 +6,7 @@ from memory once. The keys are cut into pieces that depend on the sizes alone; p
 
 from __future__ import annotations
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torchwrap.native.library import instruction_sets, library
 from torchwrap.native.prefill import in_memory
 from torchwrap.native.reference import decode_reference
 
-__all__ = ["MAX_ROWS", "MAX_WIDTH", "decode", "decode_runs", "run"]
+__all__ = ["MAX_ROWS", "MAX_WIDTH", "Prepared", "decode", "decode_runs", "run"]
 
 MAX_ROWS, MAX_WIDTH = 64, 512
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -160,16 +160,62 @@ def _check(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, end: Tensor | 
             )
 
 
-class _Call(ctypes.Structure):
-    """`DecodeCall` of src/call.h."""
+class Prepared:
+    """`decode` for tensors of one layout, unchecked: everything but addresses is put together once.
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "first", "end", "limits", "runs", "run_of", "out", "lse")),
-        *((name, ctypes.c_int64 * 3) for name in ("q_strides", "k_strides", "v_strides")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "keys", "width", "value_width")),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, ctypes.c_int32) for name in ("dtype", "threads", "instruction_set")),
-    )
+    Args:
+        batch: B.
+        heads: Hkv.
+        rows: R.
+        keys: S.
+        width: D.
+        value_width: Dv.
+        strides: of q, k and v, but for the last, which is 1.
+        dtype: of q, k and v.
+        scale: factor of the scores.
+        softcap: 0 for none.
+        instruction_set: one of `instruction_sets()`, for tests; None: the best.
+        threads: None: as torch.get_num_threads().
+    """
+
+    __slots__ = ("_rest", "_run", "_set", "_sizes")
+    # `DecodeCall` of src/call.h: addresses, then the rest.
+    _addresses = struct.Struct("10P").pack
+    _others = struct.Struct("9q6q2f3i4x").pack
+
+    def __init__(
+        self, batch: int, heads: int, rows: int, keys: int, width: int, value_width: int, *, strides: tuple[int, ...], dtype: torch.dtype,
+        scale: float, softcap: float, instruction_set: str | None = None, threads: int | None = None,
+    ) -> None:  # fmt: skip
+        number = -1 if instruction_set is None else instruction_sets()[instruction_set]
+        how = _DTYPES[dtype], threads or torch.get_num_threads(), number
+        self._rest = self._others(*strides, batch, heads, rows, keys, width, value_width, scale, softcap, *how)
+        self._sizes, self._set = (batch, heads, rows, value_width, keys), instruction_set
+        self._run = library().torchwrap_decode
+
+    def __call__(
+        self, q: int, k: int, v: int, out: int, lse: int, first: int = 0, end: int = 0, limits: int = 0, runs: int = 0, run_of: int = 0
+    ) -> None:
+        """Write out and lse, float32 and contiguous. All are addresses, of what `decode` and `decode_runs` say, or 0.
+
+        Raises:
+            BudgetError: no memory for partial results.
+            UnsupportedModelError: the processor does not have the instruction set.
+        """
+        status = self._run(self._addresses(q, k, v, first, end, limits, runs, run_of, out, lse) + self._rest)
+        if status == 1:
+            batch, heads, rows, value_width, keys = self._sizes
+            needed = batch * heads * rows * (value_width + 2) * 4
+            raise BudgetError(
+                f"no memory for partial results of {batch} x {heads} x {rows} rows of {value_width} over {keys} keys, at least {needed} "
+                "bytes",
+                needed=needed,
+                available=0,
+                where="torchwrap.native.decode",
+                fix="Free memory, or use a smaller batch or a shorter cache.",
+            )
+        if status:
+            raise UnsupportedModelError(f"this processor cannot run {self._set}", where="torchwrap.native.decode")
 
 
 def run(
@@ -204,38 +250,18 @@ def run(
         UnsupportedModelError: the library is not available.
         BudgetError: no memory for partial results.
     """
-    loaded = library()
     q, k, v = in_memory(q), in_memory(k), in_memory(v)
     batch, heads, rows, width = q.shape
     keys, value_width = k.shape[2], v.shape[3]
-    out = torch.empty(batch, heads, rows, value_width)
-    lse = torch.empty(batch, heads, rows)
+    work = Prepared(
+        batch, heads, rows, keys, width, value_width, strides=(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), dtype=q.dtype,
+        scale=scale, softcap=softcap, instruction_set=instruction_set, threads=threads,
+    )  # fmt: skip
+    out, lse = (q.new_empty(shape, dtype=torch.float32) for shape in ((batch, heads, rows, value_width), (batch, heads, rows)))
     # Held in a list until the call is over: a copy made here has no other owner.
     ranges = [None if tensor is None else tensor.contiguous() for tensor in (first, end, limits, *runs)]
-    call = _Call(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        *(None if tensor is None else tensor.data_ptr() for tensor in ranges),
-        out.data_ptr(),
-        lse.data_ptr(),
-        *(tensor.stride()[:3] for tensor in (q, k, v)),
-        *(batch, heads, rows, keys, width, value_width),
-        *(scale, softcap),
-        *(_DTYPES[q.dtype], threads or torch.get_num_threads(), -1 if instruction_set is None else instruction_sets()[instruction_set]),
-    )
-    status = loaded.torchwrap_decode(ctypes.addressof(call))
-    if status == 1:
-        needed = batch * heads * rows * (value_width + 2) * 4
-        raise BudgetError(
-            f"no memory for partial results of {batch} x {heads} x {rows} rows of {value_width} over {keys} keys, at least {needed} bytes",
-            needed=needed,
-            available=0,
-            where="torchwrap.native.decode",
-            fix="Free memory, or use a smaller batch or a shorter cache.",
-        )
-    if status:
-        raise UnsupportedModelError(f"this processor cannot run {instruction_set}", where="torchwrap.native.decode")
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in ranges)
+    work(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), *addresses)
     return out, lse
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchwrap.core.errors import BudgetError, UnsupportedModelError
 from torchwrap.native.library import instruction_sets, library
 
-__all__ = ["Backward", "Forward", "gradients", "in_memory", "prefill"]
+__all__ = ["Backward", "Forward", "gradients", "in_memory", "prefill", "unread"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _POINTERS = ("q", "k", "v", "out", "lse", "limits", "sinks", "grad_out", "grad_lse", "dq", "dk", "dv", "delta")
@@ -83,7 +83,9 @@ def prefill(
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
     work = Forward(q, k, v, limits, scale=scale, softcap=softcap, instruction_set=instruction_set, threads=threads)
-    return work(q, k, v, None if sinks is None else in_memory(sinks.detach().float().contiguous()))
+    out, lse = work(q, k, v, None if sinks is None else in_memory(sinks.detach().float().contiguous()))
+    assert lse is not None
+    return out, lse
 
 
 def gradients(
@@ -157,6 +159,14 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
+_UNREAD = (ctypes.c_float * 4096)()
+
+
+def unread(rows: int) -> int:
+    """Address of memory for the lse of some rows that nobody will read, and any thread may write; 0: too many rows."""
+    return ctypes.addressof(_UNREAD) if rows <= len(_UNREAD) else 0
+
+
 class _Prepared:
     """One of the two functions for tensors of one layout: everything but addresses is put together once.
 
@@ -208,7 +218,7 @@ class _Prepared:
 class Forward(_Prepared):
     """`prefill` for tensors of one layout, with rows contiguous and numbers in memory."""
 
-    __slots__ = ("_run", "_width")
+    __slots__ = ("_alike", "_run", "_unread", "_width")
     _name = "prefill"
 
     def __init__(
@@ -216,14 +226,18 @@ class Forward(_Prepared):
         instruction_set: str | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         self._width = v.shape[3]
+        self._alike = self._width == q.shape[3] and torch.empty_like(q).stride(3) == 1
         super().__init__({"q": q, "k": k, "v": v, "out": _like(q, self._width)}, limits, scale, softcap, instruction_set, threads)
-        self._run = library().torchwrap_prefill
+        self._run, self._unread = library().torchwrap_prefill, unread(self._rows.numel())
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `prefill`; sinks are contiguous, in float32."""
-        out, lse = _like(q, self._width), torch.empty(self._rows, dtype=torch.float32)
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, wants_lse: bool = True
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """As `prefill`; sinks are contiguous, in float32. An lse that is not wanted may be None."""
+        out = torch.empty_like(q) if self._alike else _like(q, self._width)
+        lse = torch.empty(self._rows, dtype=torch.float32) if wants_lse or not self._unread else None
         addresses = self._pack(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), self._limits_at,
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), self._unread if lse is None else lse.data_ptr(), self._limits_at,
             0 if sinks is None else sinks.data_ptr(), 0, 0, 0, 0, 0, 0,
         )  # fmt: skip
         if status := self._run(addresses + self._rest):
@@ -234,7 +248,7 @@ class Forward(_Prepared):
 class Backward(_Prepared):
     """`gradients` for tensors of one layout, with rows contiguous and numbers in memory."""
 
-    __slots__ = ("_run",)
+    __slots__ = ("_run", "_whole")
     _name = "gradients"
 
     def __init__(
@@ -244,13 +258,18 @@ class Backward(_Prepared):
         read = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out}
         found = {f"d{name}": _like(read[name], read[name].shape[3]) for name in ("q", "k", "v")}
         super().__init__(read | found, limits, scale, softcap, instruction_set, threads)
+        # Where a query sees all keys, all are written.
+        all_seen = None if limits is None else (limits[..., 0] <= 0) & (limits[..., 1] >= k.shape[2])
+        self._whole = all_seen is None or bool(all_seen.any(-1).all())
         self._run = library().torchwrap_gradients
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As `gradients`; lse and its gradient are contiguous."""
-        dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]).zero_(), _like(v, v.shape[3]).zero_()
+        dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
+        if not self._whole:
+            dk.zero_(), dv.zero_()
         delta = torch.empty(self._rows, dtype=torch.float32)
         addresses = self._pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), self._limits_at, 0, grad_out.data_ptr(),

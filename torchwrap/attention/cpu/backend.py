@@ -8,12 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from torchwrap.attention.contract import Call, Gradients
+from torchwrap.attention.contract import Call, Gradients, Prepared
 from torchwrap.attention.cpu import compose, decode, prefill, tiled
 from torchwrap.attention.cpu.parts import Block, Part, Strip, plan
 
 __all__ = ["Composed"]
 
+FEW = 16
+"""Queries of as many keys up to which `decode` is faster: 0.65 to 0.9 of the time (8 and 16 queries, AVX-512, one thread)."""
 _WORDS = {
     "strip": "strips of a window",
     "full": "rectangles",
@@ -47,13 +49,29 @@ class Composed:
             return decode.forward(call, way)
         return compose.forward(call) if compose.refuses(call) is None else tiled.forward(call)
 
+    def prepare(self, call: Call, trains: bool) -> Prepared | None:
+        """A kernel, ready for calls of this layout; None where there is more to do than to call one."""
+        if call.is_empty or call.sinks is not None or not all(tensor.stride(3) == 1 for tensor in (call.q, call.k, call.v)):
+            return None
+        way = "many" if trains and prefill.refuses(call) is None else _way(call)
+        if call.bias is None and (way is None or way == "pieces" or (trains and way != "many")):
+            return None
+        from torchwrap.attention.cpu import prepared  # here: loads the library
+
+        if call.bias is not None:
+            return prepared.Masked(call) if not trains and compose.is_one_call(call) else None
+        if way == "many":
+            return prepared.One(call) if trains and prefill.is_one(call) else prepared.Many(call, trains)
+        return prepared.Few(call)
+
     def describe(self, call: Call) -> str:
         """By which of the compositions, for people."""
         if call.is_empty:
             return "nothing to compute"
         way = _way(call)
         if way == "native":
-            return "a few queries, by the native kernel: keys and values are read once"
+            backward = "; gradients by torch's kernel: of one query it is quicker" if prefill.is_one(call) else ""
+            return "a few queries, by the native kernel: keys and values are read once" + backward
         missing = decode.native_refuses(call) if call.q_length == 1 else None
         if way == "pieces":
             return f"one query over pieces of the keys, by torch's kernel; not the native one: {missing}"
@@ -80,8 +98,8 @@ class Composed:
 def _way(call: Call) -> decode.Form | Literal["many"] | None:
     """What computes the call, if `decode` or `prefill` can."""
     # Where keys are many, reading them once pays for all rows that `decode` takes. As few keys as queries are better packed: 1.2 to 2 times
-    # as fast in float32 and bfloat16, equal in float16 (AVX-512, 2 threads, 64 queries and keys).
-    if call.mode != "prefill" and (few := decode.form(call)) is not None:
+    # as fast in float32 and bfloat16, equal in float16 (AVX-512, 2 threads, 64 queries and keys), unless they are a part of a block.
+    if (call.mode != "prefill" or call.q_length <= FEW) and (few := decode.form(call)) is not None:
         return few
     if prefill.refuses(call) is None:
         return "many"

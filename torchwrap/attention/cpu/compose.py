@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torchwrap.attention.contract import Call, Gradients
+from torchwrap.attention.contract import SMALL, Call, Gradients
 from torchwrap.attention.cpu import kernel
 from torchwrap.attention.cpu.parts import Block, Part, Span, Strip, plan
 from torchwrap.attention.merge import grad_of_sinks, merge, with_sinks
 
-__all__ = ["backward", "forward", "refuses"]
+__all__ = ["backward", "forward", "is_one_call", "refuses"]
 
 SLAB = 8
 """Tiles of a window whose gradients of keys are in memory at once."""
@@ -32,6 +32,15 @@ def refuses(call: Call) -> str | None:
     if call.dropout:
         return f"dropout={call.dropout}: torch's kernel has none"
     return None
+
+
+def is_one_call(call: Call) -> bool:
+    """Whether torch's own function does what the contract says with the bias of a call: nothing is lost or rounded that should not be."""
+    bias, pairs = call.bias, call.q_length * call.kv_length
+    return (
+        bias is not None and call.mask is None and call.q.dtype == bias.dtype == torch.float32 and refuses(call) is None
+        and pairs <= SMALL and call.kv_length >= kernel.FEWEST
+    )  # fmt: skip
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,10 @@ from torchwrap.attention.merge import merge, merge_stack, with_sinks
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
-__all__ = ["MOST_WIDTH", "PIECE", "Form", "form", "forward", "is_ranges", "native_library", "native_refuses", "partial", "without_memory"]
+__all__ = [
+    "MOST_WIDTH", "PIECE", "Form", "form", "forward", "is_ranges", "limits", "native_library", "native_refuses", "partial",
+    "without_memory",
+]  # fmt: skip
 
 PIECE = 2048
 """Keys of one piece: chosen; half as many or twice as many take as long."""
@@ -122,10 +125,10 @@ def _by_native(call: Call, threads: int | None) -> tuple[Tensor, Tensor]:
     native = _native()
     assert not isinstance(native, str)
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (_folded(call), call.k, call.v))
-    return native(q, k, v, None, None, _limits(call), call.scale, call.softcap or 0.0, threads=threads)
+    return native(q, k, v, None, None, limits(call), call.scale, call.softcap or 0.0, threads=threads)
 
 
-def _limits(call: Call) -> Tensor | None:
+def limits(call: Call) -> Tensor | None:
     """First and last column of each row of `_folded`, int32 `[B, G * Sq, 2]`; None: all."""
     mask = call.mask
     if mask is None or mask.plain == "full" or (call.q_length == 1 and mask.plain == "causal" and _at_end(mask)):

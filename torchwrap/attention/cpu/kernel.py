@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["backward", "forward"]
+__all__ = ["FEWEST", "backward", "flash", "flash_backward", "forward"]
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_FEWEST = 16
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+FEWEST = 16
+"""Keys from which on a NaN is not lost."""
 
 
 def forward(
@@ -52,12 +53,12 @@ def forward(
         return q.new_zeros(*q.shape[:3], v.shape[3]), _empty_lse(q)
     width = v.shape[3]
     q, k, v = _ready(q, k, v)
-    if k.shape[2] < _FEWEST:
+    if k.shape[2] < FEWEST:
         k, v, added = _made_up(q, k, v, causal, added)
         causal = False
     if causal and scale <= 0:
         q, scale = (-q, -scale) if scale else (q * 0, 1.0)
-    out, lse = _forward(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+    out, lse = flash(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
     if out.dtype == torch.bfloat16 and not bool((lse < math.inf).all()):
         out = out.masked_fill(~(lse < math.inf)[..., None], math.nan)
     if live is not None:
@@ -90,21 +91,21 @@ def backward(
     q_width, v_width = q.shape[3], v.shape[3]
     q, k, v = _ready(q, k, v)
     out, grad_out = (_unit(F.pad(tensor, (0, v.shape[3] - v_width)) if v.shape[3] > v_width else tensor) for tensor in (out, grad_out))
-    dq, dk, dv = _backward(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=added, scale=scale)
+    dq, dk, dv = flash_backward(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=added, scale=scale)
     return dq[..., :q_width], dk[..., :q_width], dv[..., :v_width]
 
 
 def _made_up(q: Tensor, k: Tensor, v: Tensor, causal: bool, added: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values with hidden ones behind them, and what is added to the scores of all."""
     rows, keys = q.shape[2], k.shape[2]
-    missing = _FEWEST - keys
+    missing = FEWEST - keys
     if added is None:
         added = q.new_zeros(rows if causal else 1, keys)
         if causal:
             added.masked_fill_(torch.ones_like(added, dtype=torch.bool).triu(1), -math.inf)
     added = F.pad(added, (0, missing), value=-math.inf)
     k, v = (F.pad(tensor, (0, 0, 0, missing)) for tensor in (k, v))
-    return k, v, added.expand(*added.shape[:-2], rows, _FEWEST)
+    return k, v, added.expand(*added.shape[:-2], rows, FEWEST)
 
 
 def _empty_lse(q: Tensor) -> Tensor:

@@ -1,0 +1,167 @@
+"""The native kernels for tensors of one layout: what a call comes down to when all that does not depend on its numbers is done.
+
+A call of few tokens takes the kernels microseconds, and several times as long to check, to choose for and to put into their words. So that
+is done once for each layout of tensors, and `torchwrap.attention.prepared` keeps the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchwrap.attention.contract import Call
+from torchwrap.attention.cpu import decode, kernel, prefill
+from torchwrap.attention.torch_kernels.masks import added, is_causal
+from torchwrap.native.decode import Prepared as Decode
+from torchwrap.native.prefill import Backward, Forward, in_memory, unread
+
+__all__ = ["Few", "Many", "Masked", "One"]
+
+
+class Few:
+    """A few queries by `torchwrap.native.decode`, as `decode.forward`; no gradients.
+
+    Args:
+        call: one that `decode.form` calls "native".
+    """
+
+    name, trains = "cpu", False
+    __slots__ = ("_copies", "_dtype", "_limits", "_limits_at", "_shape", "_unread", "_work", "kind")
+
+    def __init__(self, call: Call) -> None:
+        q, k, v = call.q, call.k, call.v
+        # The rows of a group have to follow each other.
+        self._copies = call.q_length > 1 and call.group > 1 and not q.is_contiguous()
+        batch, head, row = (q.contiguous() if self._copies else q).stride()[:3]
+        self._work = Decode(
+            call.batch, call.kv_heads, call.group * call.q_length, call.kv_length, call.width, call.value_width,
+            strides=(batch, call.group * head, head if call.q_length == 1 else row, *k.stride()[:3], *v.stride()[:3]),
+            dtype=q.dtype, scale=call.scale, softcap=call.softcap or 0.0,
+        )  # fmt: skip
+        limits = decode.limits(call)
+        self._limits = None if limits is None else limits.contiguous()
+        self._limits_at = 0 if self._limits is None else self._limits.data_ptr()
+        self._dtype, self._shape, self._unread = q.dtype, (*q.shape[:3], call.value_width), unread(q.shape[:3].numel())
+        self.kind = ""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Out and lse."""
+        if self._copies:
+            q = q.contiguous()
+        out = torch.empty(self._shape, dtype=torch.float32)
+        lse = torch.empty(self._shape[:3], dtype=torch.float32) if wants_lse or not self._unread else None
+        at = self._unread if lse is None else lse.data_ptr()
+        self._work(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, 0, 0, self._limits_at)
+        return out if self._dtype == torch.float32 else out.to(self._dtype), lse
+
+    def backward(self, *_: Any) -> NoReturn:
+        """Not for calls that train."""
+        raise NotImplementedError
+
+
+class Masked:
+    """A small mask that is a tensor, without gradients: one call of torch's kernel.
+
+    Args:
+        call: in float32, over so many keys that no NaN is lost (see `kernel`), with the mask as its bias.
+    """
+
+    name, trains = "cpu", False
+    __slots__ = ("_grouped", "_scale", "_shape", "kind")
+
+    def __init__(self, call: Call) -> None:
+        self._scale, self._grouped, self.kind = call.scale, call.group > 1, ""
+        self._shape = call.batch, call.heads, call.q_length, call.kv_length
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Out and lse."""
+        assert mask is not None
+        if not wants_lse and mask.dim() > 1:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=self._scale, enable_gqa=self._grouped), None
+        numbers = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else mask
+        live = (numbers.amax(-1) != -math.inf).expand(self._shape[:3])
+        return kernel.forward(q, k, v, self._scale, added=numbers.expand(self._shape), live=live)
+
+    def backward(self, *_: Any) -> NoReturn:
+        """Not for calls that train."""
+        raise NotImplementedError
+
+
+class Many:
+    """Many queries by `torchwrap.native.prefill`, and their gradients, as `prefill.forward` and `prefill.backward`.
+
+    Args:
+        call: one that `prefill.refuses` does not refuse, without sinks.
+        trains: as in `Prepared`.
+    """
+
+    name = "cpu"
+    __slots__ = ("_backward", "_forward", "_half", "_how", "kind", "trains")
+
+    def __init__(self, call: Call, trains: bool) -> None:
+        self._half, self.trains, self.kind = call.q.dtype == torch.float16, trains, ""
+        self._how: dict[str, Any] = dict(limits=prefill.limits(call.mask), scale=call.scale, softcap=call.softcap)
+        self._forward = Forward(*prefill.computed(call.q, call.k, call.v), **self._how)
+        self._backward: tuple[tuple[int, ...], Backward] | None = None  # for gradients of these strides
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Out and lse."""
+        if not self._half:
+            return self._forward(q, k, v, wants_lse=wants_lse)
+        out, lse = self._forward(q.float(), k.float(), v.float(), wants_lse=wants_lse)
+        return out.half(), lse
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        if self._half:
+            q, k, v, out, grad_out = prefill.computed(q, k, v, out, grad_out)
+        grad_out = in_memory(grad_out)
+        if grad_out.stride(3) != 1:
+            grad_out = grad_out.contiguous()
+        held, strides = self._backward, grad_out.stride()
+        if held is None or held[0] != strides:
+            held = self._backward = strides, Backward(q, k, v, out, grad_out, **self._how)
+        dq, dk, dv, _ = held[1](q, k, v, out, lse, grad_out, None if grad_lse is None else in_memory(grad_lse).contiguous())
+        return (dq.half(), dk.half(), dv.half()) if self._half else (dq, dk, dv)
+
+
+class One(Many):
+    """One query, with gradients, by torch's kernel, whose backward needs no blocks of keys.
+
+    Args:
+        call: one that `prefill.is_one` names.
+    """
+
+    __slots__ = ("_added", "_live", "_scale")
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call, True)
+        self._scale = call.scale
+        numbers, live = added(call, is_causal(call))
+        self._added = None if numbers is None else numbers.expand(call.batch, call.heads, 1, call.kv_length)
+        self._live = None if live is None or bool(live.all()) else live
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor]:
+        """Out and lse, by the kernel whose backward it will be: two would sum scores in different orders."""
+        out, lse = kernel.flash(q, k, v, 0.0, False, attn_mask=self._added, scale=self._scale)
+        return out, lse if self._live is None else lse.masked_fill(~self._live, -math.inf)
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        if grad_lse is not None:
+            again, again_lse = super().forward(q, k, v, None, True)
+            assert again_lse is not None
+            return super().backward(q, k, v, again, again_lse, grad_out, grad_lse)
+        if grad_out.stride(3) != 1:
+            grad_out = grad_out.contiguous()
+        finite = lse if self._live is None else torch.where(self._live, lse, 0.0)
+        dq, dk, dv = kernel.flash_backward(grad_out, q, k, v, out, finite, 0.0, False, attn_mask=self._added, scale=self._scale)
+        return dq, dk, dv
