@@ -415,3 +415,30 @@ def test_what_is_not_a_number_stays_none() -> None:
             k[0, 0, 0, 0] = math.nan
             out, _ = node.prepared(known(q.requires_grad_(learns), k, v), q, k, v, None)
             assert bool(out[0, 0].isnan().all()) and bool(out[1].isfinite().all())
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (1, 20), (2, 1, 1, 20), (2, 4, 20, 20), (1, 1, 20, 20), (20,)])
+@pytest.mark.parametrize("floats", [False, True])
+def test_small_masks_that_are_tensors_are_one_call_whatever_they_hide(shape: tuple[int, ...], floats: bool) -> None:
+    q, k, v = inputs(lengths=(20, 20))
+    for seed in range(3):
+        seen = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.5
+        if len(shape) > 1:
+            seen[..., 0, :] = False
+        mask = torch.where(seen, 0.25, -math.inf) if floats else seen
+        out, lse = attend(q, k, v, mask=mask, return_lse=True)
+        assert type(known(q, k, v, mask=mask)).__name__ == "Masked"
+        torch.testing.assert_close((attend(q, k, v, mask=mask), out, lse), (out, *eager(q, k, v, mask=mask, return_lse=True)))
+    learned = q.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(attend(learned, k, v, mask=mask).square().sum(), learned)
+    assert bool(grad.isfinite().all())
+
+
+def test_masks_that_torch_would_misread_take_the_whole_way() -> None:
+    q, k, v = inputs(lengths=(8, 8))
+    assert known(q, k, v, mask=torch.ones(8, 8).bool()) is None  # with fewer than 16 keys torch's kernel loses a NaN
+    q, k, v = inputs(lengths=(20, 20))
+    assert known(q, k, v, mask=torch.zeros(20, 20, dtype=torch.bfloat16)) is None
+    assert known(q, k, v, mask=torch.zeros(20, 20, requires_grad=True)) is None
+    with pytest.raises(errors.ConfigError, match="the mask is"):
+        attend(q, k, v, mask=torch.ones(20, 19).bool())

@@ -1,9 +1,9 @@
 """`attend`: attention as one function, with gradients, by whatever computes it best here.
 
-Without gradients it is the back end's forward and nothing else. With them, and under the transforms of `torch.func`, it is one node of
-autograd (`node`). Under `torch.compile` it is one operator, `torchwrap::attend`, with the mask as its tensors and numbers, so that no graph
-is broken; masks themselves are made outside of compiled code. Under both at once the graph ends at the call. Second derivatives are
-refused.
+A call of a layout that was computed before goes to what computed it (`prepared`); any other is checked, and a back end chosen. Without
+gradients that is the back end's forward and nothing else. With them, and under the transforms of `torch.func`, it is one node of autograd
+(`node`). Under `torch.compile` it is one operator, `torchwrap::attend`, with the mask as its tensors and numbers, so that no graph is
+broken; masks themselves are made outside of compiled code. Under both at once the graph ends at the call. Second derivatives are refused.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["SMALL", "Backend", "Call", "Gradients", "Mode", "Prepared", "checked"]
 
 SMALL = 1 << 14
-"""Pairs of rows and columns up to which a mask is dealt with whole: finding out what it hides costs more than computing that (measured)."""
+"""Pairs of rows and columns up to which a mask is taken whole: looking for what it hides costs more than that (measured)."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Mode = Literal["decode", "chunked", "prefill"]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -337,11 +337,7 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
     _check_added(mask, shape, "mask")
     _same_device(q, mask, "the mask")
     mask = mask[(None,) * (4 - mask.dim())]
-    if mask.dtype != torch.bool:
-        return None, mask
-    if mask.is_cpu and shape[2] * shape[3] <= SMALL and not torch.compiler.is_compiling():
-        return None, torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
-    return TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None
+    return (TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None) if mask.dtype == torch.bool else (None, mask)
 
 
 def _check_added(given: Tensor, shape: tuple[int, int, int, int], name: str) -> None:

@@ -1,11 +1,11 @@
 """Which back end computes a call, and why.
 
 Every back end says of a call why it cannot compute it, or nothing. Of those that can, the first of a list is taken: of what was measured on
-this machine for calls of that kind, else of what is shipped (`tuning.table`). On CPUs "cpu" comes first: its compositions use
-torch's kernel for what torch does well, so there is nothing that torch alone does faster but by the cost of Python around it (see
-`cpu.backend` for the choice among compositions, and docs/results for measurements). Who would store a mask of more than
-`tuning.table.MASK_BYTES` comes after those who need none; "eager", which stores all scores, comes last. A back end whose kernel could not
-be compiled or launched is not asked again for calls of that kind in this process: the next one computes the same call.
+this machine for calls of that kind, else of what is shipped (`tuning.table`). On CPUs "cpu" comes first: its compositions use torch's
+kernel for what torch does well, so there is nothing that torch alone does faster but by the Python around it, which is done once for each
+layout of tensors (`prepared`; see `cpu.backend` for the choice among compositions, and docs/results for measurements). Who would store a
+mask of more than `tuning.table.MASK_BYTES` comes after those who need none; "eager", which stores all scores, comes last. A back end whose
+kernel could not be compiled or launched is not asked again for calls of that kind in this process: the next one computes the same call.
 """
 
 from __future__ import annotations
@@ -143,13 +143,14 @@ def attempt(call: Call, given: str | Settings, work: Callable[[Backend], R], doi
                 )
 
 
-def prepare(call: Call, given: str | Settings, trains: bool) -> Prepared | None:
+def prepare(call: Call, given: str | Settings, trains: bool, masked: bool) -> Prepared | None:
     """What computes calls like this one from now on, if the back end for them has it ready, until `revision` says otherwise.
 
     Args:
         call: the call.
         given: as in `choose`.
         trains: with gradients, which the same back end has to be the choice for.
+        masked: the mask is a tensor, and another one in the next call.
     """
     settings = settings_of(given)
     doings: tuple[Doing, ...] = ("forward", "backward") if trains else ("forward",)
@@ -161,7 +162,7 @@ def prepare(call: Call, given: str | Settings, trains: bool) -> Prepared | None:
     make = getattr(found, "prepare", None)
     if make is None or (trains and choose(call, settings, "backward").backend is not found):
         return None
-    made: Prepared | None = make(call, trains)
+    made: Prepared | None = make(call, trains, masked)
     return made
 
 

@@ -72,7 +72,7 @@ def prepared(
         return None
     if found is _NEW:
         call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, wants_lse=trains)
-        found = prepare(call, backend, trains)
+        found = prepare(call, backend, trains, type(mask) is Tensor)
         if len(held) >= MOST:
             held.clear()
         held[key] = found

@@ -284,8 +284,7 @@ def _mask_memory(call: Call, given: TileMask | Tensor | None) -> str:
         tiles = call.mask.dictionary
         return f"; a mask without a rule, kept as {len(tiles.tiles)} tiles in {format_bytes(tiles.codes.nbytes + tiles.tiles.nbytes)}"
     if given is not None and call.mask is None:
-        what = "small mask" if given.dtype == torch.bool else "mask of floats"
-        return f"; a {what}, {format_bytes(given.nbytes)} as it was given"
+        return f"; a mask of floats, {format_bytes(given.nbytes)} as it was given"
     return ""
 
 

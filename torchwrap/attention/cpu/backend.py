@@ -49,16 +49,16 @@ class Composed:
             return decode.forward(call, way)
         return compose.forward(call) if compose.refuses(call) is None else tiled.forward(call)
 
-    def prepare(self, call: Call, trains: bool) -> Prepared | None:
-        """A kernel, ready for calls of this layout; None where there is more to do than to call one."""
+    def prepare(self, call: Call, trains: bool, masked: bool) -> Prepared | None:
+        """A kernel, ready for calls of this layout, or with `masked` for any mask of it; None: there is more to do than to call one."""
         if call.is_empty or call.sinks is not None or not all(tensor.stride(3) == 1 for tensor in (call.q, call.k, call.v)):
             return None
         way = "many" if trains and prefill.refuses(call) is None else _way(call)
-        if call.bias is None and (way is None or way == "pieces" or (trains and way != "many")):
+        if not masked and (way is None or way == "pieces" or (trains and way != "many")):
             return None
         from torchwrap.attention.cpu import prepared  # here: loads the library
 
-        if call.bias is not None:
+        if masked:
             return prepared.Masked(call) if not trains and compose.is_one_call(call) else None
         if way == "many":
             return prepared.One(call) if trains and prefill.is_one(call) else prepared.Many(call, trains)

@@ -35,12 +35,12 @@ def refuses(call: Call) -> str | None:
 
 
 def is_one_call(call: Call) -> bool:
-    """Whether torch's own function does what the contract says with the bias of a call: nothing is lost or rounded that should not be."""
-    bias, pairs = call.bias, call.q_length * call.kv_length
-    return (
-        bias is not None and call.mask is None and call.q.dtype == bias.dtype == torch.float32 and refuses(call) is None
-        and pairs <= SMALL and call.kv_length >= kernel.FEWEST
-    )  # fmt: skip
+    """Whether a mask that is a tensor is best given to torch's own function: it is small, and nothing is lost or rounded there.
+
+    What there is to leave out in a small mask is not worth looking for.
+    """
+    alike = call.q.dtype == torch.float32 and (call.bias is None or call.bias.dtype == torch.float32)
+    return alike and call.q_length * call.kv_length <= SMALL and call.kv_length >= kernel.FEWEST and refuses(call) is None
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

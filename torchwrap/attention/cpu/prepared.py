@@ -67,7 +67,7 @@ class Masked:
     """A small mask that is a tensor, without gradients: one call of torch's kernel.
 
     Args:
-        call: in float32, over so many keys that no NaN is lost (see `kernel`), with the mask as its bias.
+        call: one that `compose.is_one_call` names.
     """
 
     name, trains = "cpu", False
