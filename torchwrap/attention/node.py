@@ -10,6 +10,7 @@ Letters: N elements of a mapped dimension, the others as in `contract`.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -22,6 +23,7 @@ from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.settings import Settings
 from torchwrap.attention.transforms import transformed
 from torchwrap.core.errors import UnsupportedModelError
+from torchwrap.native.threads import one_thread, stuck
 
 __all__ = ["added", "apply", "prepared"]
 
@@ -118,7 +120,8 @@ class _Prepared(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         gradients = _PreparedGradients.apply if torch.is_grad_enabled() or transformed() else _PreparedGradients.forward
-        return None, None, *gradients(ctx.work, q, k, v, out, lse, grad_out, grad_lse)
+        with one_thread() if stuck() else nullcontext():
+            return None, None, *gradients(ctx.work, q, k, v, out, lse, grad_out, grad_lse)
 
 
 class _PreparedGradients(torch.autograd.Function):
