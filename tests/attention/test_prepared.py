@@ -60,7 +60,7 @@ class Kept:
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
         out, lse = self.of(call, False).forward(call.q, call.k, call.v, None, True)
         trained, of_trained = self.of(call, True).forward(call.q, call.k, call.v, None, True)
-        torch.testing.assert_close((out, lse), (trained, of_trained), rtol=2e-2, atol=2e-2)
+        assert of_trained is not None and torch.equal(out, trained) and torch.equal(lse, of_trained)
         return out, lse
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
@@ -402,7 +402,7 @@ def test_rows_without_a_key_are_zero_and_minus_infinity_when_torch_computes_one_
     mask = TileMask.padded([20, 0], 1, 20, causal=False)
     q.requires_grad_()
     out, lse = attend(q, k, v, mask=mask, return_lse=True)
-    assert type(known(q, k, v, mask=mask)).__name__ == "One"
+    assert type(known(q, k, v, mask=mask)).__name__ == "Recomputed"
     assert not out[1].any() and bool((lse[1] == -math.inf).all()) and bool(lse[0].isfinite().all())
     (grad,) = torch.autograd.grad(out.sum(), q)
     assert not grad[1].any() and bool(grad.isfinite().all())
@@ -430,7 +430,9 @@ def test_small_masks_that_are_tensors_are_one_call_whatever_they_hide(shape: tup
         assert type(known(q, k, v, mask=mask)).__name__ == "Masked"
         torch.testing.assert_close((attend(q, k, v, mask=mask), out, lse), (out, *eager(q, k, v, mask=mask, return_lse=True)))
     learned = q.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(attend(learned, k, v, mask=mask).square().sum(), learned)
+    with_gradients = attend(learned, k, v, mask=mask)
+    assert torch.equal(with_gradients, attend(q, k, v, mask=mask))  # as checkpointing and offloading expect
+    (grad,) = torch.autograd.grad(with_gradients.square().sum(), learned)
     assert bool(grad.isfinite().all())
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SMALL", "Backend", "Call", "Gradients", "Mode", "Prepared", "checked"]
 
-SMALL = 1 << 14
-"""Pairs of rows and columns up to which a mask is taken whole: looking for what it hides costs more than that (measured)."""
+SMALL = 128
+"""Rows and columns up to which a mask that is a tensor is taken whole: looking for what it hides costs more than that (measured)."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Mode = Literal["decode", "chunked", "prefill"]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]

@@ -186,7 +186,7 @@ def _masks(
     if padding is not None:
         padding = padding.view(-1, columns)
         # With gradients, and in a graph, a rule is less work than a tensor.
-        small = padding.is_cpu and rows * columns <= SMALL and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        small = padding.is_cpu and max(rows, columns) <= SMALL and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if padding.dtype == torch.bool and mask is None and small:
             return ~padding[:, None, None, :], None
         if padding.dtype == torch.bool:

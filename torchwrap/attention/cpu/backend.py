@@ -14,8 +14,6 @@ from torchwrap.attention.cpu.parts import Block, Part, Strip, plan
 
 __all__ = ["Composed"]
 
-FEW = 16
-"""Queries of as many keys up to which `decode` is faster: 0.65 to 0.9 of the time (8 and 16 queries, AVX-512, one thread)."""
 _WORDS = {
     "strip": "strips of a window",
     "full": "rectangles",
@@ -53,16 +51,20 @@ class Composed:
         """A kernel, ready for calls of this layout, or with `masked` for any mask of it; None: there is more to do than to call one."""
         if call.is_empty or call.sinks is not None or not all(tensor.stride(3) == 1 for tensor in (call.q, call.k, call.v)):
             return None
-        way = "many" if trains and prefill.refuses(call) is None else _way(call)
-        if not masked and (way is None or way == "pieces" or (trains and way != "many")):
+        way = _way(call)
+        if not masked and way not in ("native", "many"):
             return None
         from torchwrap.attention.cpu import prepared  # here: loads the library
 
         if masked:
             return prepared.Masked(call) if not trains and compose.is_one_call(call) else None
         if way == "many":
-            return prepared.One(call) if trains and prefill.is_one(call) else prepared.Many(call, trains)
-        return prepared.Few(call)
+            return prepared.Many(call, trains)
+        if not trains:
+            return prepared.Few(call)
+        if prefill.refuses(call) is not None:
+            return None
+        return prepared.Recomputed(prepared.Few(call), (prepared.One if prefill.is_one(call) else prepared.Many)(call, True))
 
     def describe(self, call: Call) -> str:
         """By which of the compositions, for people."""
@@ -98,8 +100,8 @@ class Composed:
 def _way(call: Call) -> decode.Form | Literal["many"] | None:
     """What computes the call, if `decode` or `prefill` can."""
     # Where keys are many, reading them once pays for all rows that `decode` takes. As few keys as queries are better packed: 1.2 to 2 times
-    # as fast in float32 and bfloat16, equal in float16 (AVX-512, 2 threads, 64 queries and keys), unless they are a part of a block.
-    if (call.mode != "prefill" or call.q_length <= FEW) and (few := decode.form(call)) is not None:
+    # as fast in float32 and bfloat16, equal in float16 (AVX-512, 2 threads, 64 queries and keys).
+    if call.mode != "prefill" and (few := decode.form(call)) is not None:
         return few
     if prefill.refuses(call) is None:
         return "many"

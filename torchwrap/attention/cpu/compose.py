@@ -40,7 +40,7 @@ def is_one_call(call: Call) -> bool:
     What there is to leave out in a small mask is not worth looking for.
     """
     alike = call.q.dtype == torch.float32 and (call.bias is None or call.bias.dtype == torch.float32)
-    return alike and call.q_length * call.kv_length <= SMALL and call.kv_length >= kernel.FEWEST and refuses(call) is None
+    return alike and max(call.q_length, call.kv_length) <= SMALL and call.kv_length >= kernel.FEWEST and refuses(call) is None
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

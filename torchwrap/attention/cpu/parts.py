@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from torchwrap.attention.contract import SMALL, Call
+from torchwrap.attention.contract import Call
 
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
@@ -34,6 +34,9 @@ GENERIC = (128, 128)
 """Rows and columns of the tiles by which other masks are classified."""
 WIDEST = 2048
 """Columns of one additive mask, so that its memory does not grow with the length."""
+
+SMALL = 1 << 14
+"""Pairs of rows and columns up to which everything is one tile, with a mask for each batch row: calls of the kernel would cost more."""
 
 Span = tuple[int, int]
 Form = Literal["full", "causal", "masked", "each"]

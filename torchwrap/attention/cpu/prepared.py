@@ -19,7 +19,7 @@ from torchwrap.attention.torch_kernels.masks import added, is_causal
 from torchwrap.native.decode import Prepared as Decode
 from torchwrap.native.prefill import Backward, Forward, in_memory, unread
 
-__all__ = ["Few", "Many", "Masked", "One"]
+__all__ = ["Few", "Many", "Masked", "One", "Recomputed"]
 
 
 class Few:
@@ -131,6 +131,33 @@ class Many:
         return (dq.half(), dk.half(), dv.half()) if self._half else (dq, dk, dv)
 
 
+class Recomputed:
+    """Few queries with gradients: a forward of the same bits as without, and a backward from a forward of its own order of sums.
+
+    Args:
+        few: the forward.
+        many: the other, with its backward.
+    """
+
+    name, trains = "cpu", True
+    __slots__ = ("_few", "_many", "kind")
+
+    def __init__(self, few: Few, many: Many) -> None:
+        self._few, self._many, self.kind = few, many, ""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Out and lse."""
+        return self._few.forward(q, k, v, mask, wants_lse)
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        again, again_lse = self._many.forward(q, k, v, None, True)
+        assert again_lse is not None
+        return self._many.backward(q, k, v, again, again_lse, grad_out, grad_lse)
+
+
 class One(Many):
     """One query, with gradients, by torch's kernel, whose backward needs no blocks of keys.
 
@@ -140,15 +167,15 @@ class One(Many):
 
     __slots__ = ("_added", "_live", "_scale")
 
-    def __init__(self, call: Call) -> None:
-        super().__init__(call, True)
+    def __init__(self, call: Call, trains: bool = True) -> None:
+        super().__init__(call, trains)
         self._scale = call.scale
         numbers, live = added(call, is_causal(call))
         self._added = None if numbers is None else numbers.expand(call.batch, call.heads, 1, call.kv_length)
         self._live = None if live is None or bool(live.all()) else live
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor]:
-        """Out and lse, by the kernel whose backward it will be: two would sum scores in different orders."""
+        """Out and lse, by the kernel whose backward it will be."""
         out, lse = kernel.flash(q, k, v, 0.0, False, attn_mask=self._added, scale=self._scale)
         return out, lse if self._live is None else lse.masked_fill(~self._live, -math.inf)
 
