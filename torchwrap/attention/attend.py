@@ -22,7 +22,7 @@ from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.prepared import prepared
 from torchwrap.attention.rows import probabilities, row_numbers
 from torchwrap.attention.settings import Settings
-from torchwrap.attention.transforms import is_mapped, transformed
+from torchwrap.attention.transforms import is_mapped, is_traced, recorded, transformed
 from torchwrap.core import errors
 from torchwrap.native.threads import one_thread, stuck
 
@@ -127,7 +127,7 @@ def attend(
         options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
         found: Tensor | tuple[Tensor, ...] = untraced(attend, q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
         return found
-    if not torch.compiler.is_compiling() and stuck():
+    if not recorded() and stuck():
         options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
         with one_thread():
             return cast(Callable[..., Tensor], attend)(q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
@@ -141,17 +141,17 @@ def attend(
             )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
-    if not torch.compiler.is_compiling() and sinks is bias is need_rows is None:
+    if sinks is bias is need_rows is None and not recorded():
         known = prepared(q, k, v, mask, scale, softcap, dropout, backend)
         if known is not None:
             found, of_rows = node.prepared(known, q, k, v, mask, return_lse)
             return found if of_rows is None or not return_lse else (found, of_rows)
-    if isinstance(mask, Tensor) and (is_mapped(mask) or (type(mask) is Tensor and mask.is_meta)):
+    if isinstance(mask, Tensor) and (is_mapped(mask) or (type(mask) is Tensor and (mask.is_meta or is_traced()))):
         mask = node.added(mask, q)
-    wants_lse = return_lse or need_rows is not None or torch.is_grad_enabled() or transformed() or torch.compiler.is_compiling()
+    wants_lse = return_lse or need_rows is not None or torch.is_grad_enabled() or transformed() or recorded()
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, wants_lse=wants_lse)
     rows = None if need_rows is None else row_numbers(need_rows, call.q_length)
-    if torch.compiler.is_compiling():
+    if recorded():
         out, lse = operator.apply(call, backend if isinstance(backend, str) else backend.text)
     elif _needs_grad(call) or transformed():
         out, lse = node.apply(call, backend)

@@ -17,6 +17,8 @@ from torchwrap.attention.contract import Call
 from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.masks.dictionary import TileDictionary
 from torchwrap.attention.masks.fields import TENSOR_FIELDS
+from torchwrap.attention.transforms import is_traced
+from torchwrap.core import errors
 
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
@@ -64,6 +66,12 @@ def mask_of(tensors: Sequence[Tensor], numbers: Sequence[int]) -> TileMask | Non
 
 def apply(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     """The call by the operator; gradients included."""
+    if call.mask is not None and is_traced():
+        raise errors.UnsupportedModelError(
+            "torch.jit.trace cannot record a TileMask",
+            where="attend",
+            fix="Use torch.export or torch.compile, or give the mask as a tensor of booleans, which is added to the scores then.",
+        )
     wants_bias = call.bias is not None and call.bias.requires_grad  # graphs hold tensors that have forgotten it
     out, lse = _attend(
         call.q, call.k, call.v, call.sinks, call.bias, call.seed, *taken_apart(call.mask), call.scale, call.softcap, call.dropout,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchwrap.attention.contract import Prepared, checked
 from torchwrap.attention.dispatch import prepare, revision
 from torchwrap.attention.settings import Settings
-from torchwrap.attention.transforms import transformed
+from torchwrap.attention.transforms import is_traced, transformed
 from torchwrap.native.threads import stuck
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def prepared(
     """
     if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu):
         return None
-    if transformed() or _modes() or stuck() or q.is_neg() or k.is_neg() or v.is_neg():
+    if transformed() or is_traced() or _modes() or stuck() or q.is_neg() or k.is_neg() or v.is_neg():
         return None
     kinds = type(scale), type(softcap), type(dropout)
     if kinds not in _NUMBERS or dropout:

@@ -1,4 +1,4 @@
-"""What `torch.func` does to tensors: whether it is at work, and which tensor lies beneath those it hands out.
+"""What `torch.func` and tracers do to tensors: whether they are at work, and which tensor lies beneath those that are handed out.
 
 Under `grad` a tensor is wrapped once for each level, and beneath the wrappers it has its numbers. Under `vmap` a tensor stands for one
 element of a batch, and nobody can look at the numbers of all elements at once.
@@ -16,17 +16,32 @@ from torch.autograd import forward_ad
 
 from torchwrap.core.errors import UnsupportedModelError
 
-__all__ = ["beneath", "is_mapped", "outside_of_transforms", "transformed"]
+__all__ = ["beneath", "is_mapped", "is_traced", "outside_of_transforms", "recorded", "transformed"]
 
 _in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch's own `autograd.Function` asks the same
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
 _is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+_mode: Callable[..., object] = torch._C._get_dispatch_mode
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 def transformed() -> bool:
     """Whether the code runs under `torch.func`, or under forward-mode derivatives."""
     return _in_functorch() or forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Whether torch.jit.trace records; it knows no operators that take lists of tensors, as masks are."""
+    return not torch.compiler.is_compiling() and bool(torch._C._is_tracing())
+
+
+def recorded() -> bool:
+    """Whether what is computed goes into a graph: by torch.compile, torch.export, torch.jit.trace or make_fx.
+
+    Then it has to be an operator of torch: what the native kernels write into memory is in no graph.
+    """
+    return torch.compiler.is_compiling() or is_traced() or _mode(_PROXY) is not None
 
 
 def is_mapped(tensor: Tensor) -> bool:

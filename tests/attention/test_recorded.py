@@ -1,0 +1,65 @@
+"""`attend` in graphs that tracers record: the operator is in them, never the numbers of the call that was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import torchwrap as tw
+from torchwrap.attention.attend import attend
+from torchwrap.attention.masks.mask import TileMask
+from torchwrap.core.errors import UnsupportedModelError
+
+Call = Callable[[Tensor], Tensor]
+LENGTHS = pytest.mark.parametrize("length", [1, 8, 200])  # by another kernel each
+
+
+def two(length: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(1, 4, length, 32), torch.randn(1, 4, length, 32)
+
+
+@LENGTHS
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_the_call_and_not_its_result(length: int, mode: str) -> None:
+    first, second = two(length)
+
+    def call(x: Tensor) -> Tensor:
+        return attend(x, x, x, mask=TileMask.causal(1, length, length))
+
+    torch.testing.assert_close(make_fx(call, tracing_mode=mode)(first)(second), call(second), atol=1e-5, rtol=1e-5)
+
+
+@LENGTHS
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_jit_trace_records_the_call_and_not_its_result(length: int, masked: bool) -> None:
+    first, second = two(length)
+    mask = torch.ones(length, length).tril().bool() if masked else None
+
+    def call(x: Tensor) -> Tensor:
+        return attend(x, x, x, mask=mask)
+
+    torch.testing.assert_close(torch.jit.trace(call, (first,))(second), call(second), atol=1e-5, rtol=1e-5)
+
+
+def test_a_rule_in_a_jit_trace_is_refused_by_name() -> None:
+    mask = TileMask.causal(1, 8, 8)
+    with pytest.raises(UnsupportedModelError, match="cannot record a TileMask"):
+        torch.jit.trace(lambda x: attend(x, x, x, mask=mask), (two(8)[0],))
+
+
+def test_a_jit_trace_of_a_wrapped_module_records_the_call() -> None:
+    module = tw.fast_attention(torch.nn.Sequential(torch.nn.MultiheadAttention(32, 4, batch_first=True)).eval().requires_grad_(False))[0]
+    first, second = torch.randn(1, 40, 32), torch.randn(1, 40, 32)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = module(x, x, x, need_weights=False)[0]
+        return found
+
+    call(first)  # prepared now
+    torch.testing.assert_close(torch.jit.trace(call, (first,))(second), call(second), atol=1e-5, rtol=1e-5)
