@@ -31,6 +31,7 @@ from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.prepared import prepared
 from torchwrap.attention.settings import Settings, settings_of
+from torchwrap.attention.transforms import recorded
 from torchwrap.core.config import format_bytes
 from torchwrap.core.errors import KernelError, TorchwrapWarning, UnsupportedModelError
 
@@ -120,7 +121,7 @@ class Service:
             divided: Tensor = self.sequence.attend(
                 where, q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=self.backend
             )
-            if not torch.compiler.is_compiling():
+            if not recorded():
                 kind = _kind(q, k, mask, softcap, sinks, bias, dropout)
                 self.reasons[self.sequence.way, kind] = f"sequences are divided over {self.sequence.size} processes"
                 with _lock:
@@ -132,7 +133,7 @@ class Service:
                     self._lossy.add(k.cache)
         else:
             q, k, v = autocast(q, k, v)  # here too: the record is of what is computed
-        if sinks is bias is None and not torch.compiler.is_compiling():
+        if sinks is bias is None and not recorded():
             known = prepared(q, k, v, mask, scale, softcap, dropout, self.backend)
             if known is not None:
                 found, _ = node.prepared(known, q, k, v, mask)
@@ -147,7 +148,7 @@ class Service:
             q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=self.backend
         )
         # Afterwards, because a back end may have failed and another one have computed it.
-        if not torch.compiler.is_compiling():
+        if not recorded():
             kind = _kind(q, k, mask, softcap, sinks, bias, dropout)
             size = kind, q.shape[2].bit_length(), k.shape[2].bit_length(), revision()
             if size not in self._chosen:  # asked once for each kind and size class: the answer is for people
