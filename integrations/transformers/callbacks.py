@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from torchwrap.core.config import Config
+from torchwrap.core.config import Config, format_bytes
 from torchwrap.core.errors import ConfigError, ConflictError, PlanError, TorchwrapWarning, UnsupportedModelError
 from torchwrap.core.plan import FILE_NAME, Plan, plan_of
 from torchwrap.core.technique import Handle, technique_named
@@ -113,11 +113,12 @@ class OffloadCallback(TrainerCallback):
         self._seen: _Figures | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse what the trainer would fail at later, with torch's words: replicas of weights that are away."""
-        if args.world_size > 1 or args.n_gpu > 1:
-            away = [name for name, parameter in kwargs["model"].named_parameters() if is_placeholder(parameter.detach())]
+        """Refuse what the trainer would fail at later: replicas of weights that are away."""
+        replicas = max(args.world_size, args.n_gpu)
+        for handle in _placements(kwargs["model"]) if replicas > 1 else ():
+            away = sum(size for tier, size in (handle.tiers() or {}).items() if tier != "device")
             if away:
-                _refuse_replicas(args, away[0])
+                _refuse_replicas(type(kwargs["model"]).__name__, replicas, away)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check that this can be trained, and tell the optimizer how the trainer goes about it."""
@@ -236,13 +237,14 @@ def _configure(optimizer: Any, args: TrainingArguments) -> None:
     )
 
 
-def _refuse_replicas(args: TrainingArguments, name: str) -> None:
+def _refuse_replicas(model: str, replicas: int, away: int) -> None:
     raise UnsupportedModelError(
-        f"OffloadCallback: the trainer would make {max(args.world_size, args.n_gpu)} replicas of the model, and write into {name}, "
-        "whose weights are away",
-        where=name,
+        f"OffloadCallback: the trainer would make {replicas} replicas of the model and copy the weights of one into the others, and "
+        f"{format_bytes(away)} of them are away",
+        where=model,
         fix="Train in one process on one device (CUDA_VISIBLE_DEVICES=0), shard with FSDP2 through accelerate instead of offloading, or "
-        "write the loop yourself: DistributedDataParallel(model) first, then torchwrap.offload, then OffloadedOptimizer.",
+        "write the loop yourself: accelerator.prepare(model) or DistributedDataParallel(model) first, then torchwrap.offload(model), then "
+        "OffloadedOptimizer.",
     )
 
 

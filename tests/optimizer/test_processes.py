@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torchwrap as tw
 from tests.contract.distributed import one_process_group
-from tests.optimizer.optimizing import batch, loss_of, pair
+from tests.optimizer.optimizing import batch, differences, loss_of, pair
 
 ROOT = Path(__file__).parents[2]
 ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": 65536}
@@ -72,11 +72,50 @@ def test_two_processes_compute_what_they_compute_in_memory(tmp_path: Path) -> No
         assert losses != other_losses  # each process has seen its own data
 
 
-def test_replicating_a_model_whose_weights_are_away_is_refused_by_torch() -> None:
+def test_copying_weights_that_are_away_is_refused() -> None:
     _, model = pair()
-    with one_process_group(), pytest.raises(RuntimeError, match="single memory location"):
-        DistributedDataParallel(model)
+    with one_process_group():
+        with pytest.raises(tw.ConflictError, match=r"offload: DistributedDataParallel would copy .*\(at embedding.weight\)"):
+            DistributedDataParallel(model)
+        outer = DistributedDataParallel(model, init_sync=False)
+        assert torch.equal(outer(batch(0)), model(batch(0)))
+        outer.module = model  # no replica is made here
     assert torch.isfinite(loss_of(model, 0))
+
+
+def test_a_group_of_one_process_trains() -> None:
+    plain, model = pair()
+    with one_process_group():
+        outer = DistributedDataParallel(plain), DistributedDataParallel(model, init_sync=False)
+        optimizers = torch.optim.AdamW(plain.parameters(), lr=1e-2), tw.OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+        for each, optimizer in zip(outer, optimizers, strict=True):
+            for step in range(2):
+                optimizer.zero_grad()
+                _loss(each, step).backward()
+                optimizer.step()
+    assert differences(plain, optimizers[0], model, optimizers[1]) == []
+
+
+def test_weights_that_a_replica_leaves_out_may_be_away() -> None:
+    plain, model = pair()
+    frozen = [name for name, _ in model.named_parameters() if name != "scale"]  # as adapters on a streamed base
+    for each in (plain, model):
+        for name in frozen:
+            each.get_parameter(name).requires_grad_(False)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(each, frozen)
+    with one_process_group():
+        for each in (plain, model):
+            _loss(DistributedDataParallel(each), 0).backward()
+    assert model.scale.grad is not None and torch.equal(model.scale.grad, plain.scale.grad)
+
+
+def test_a_model_given_its_weights_back_is_replicated() -> None:
+    plain, model = pair()
+    other, _ = pair()
+    tw.unwrap(model)
+    with one_process_group():
+        assert torch.equal(DistributedDataParallel(model)(batch(0)), plain(batch(0)))
+        assert torch.equal(DistributedDataParallel(other)(batch(0)), plain(batch(0)))
 
 
 def test_gradients_on_the_disk_cannot_be_averaged(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,9 @@ def asked_for(overlap: bool, max_grad_norm: float | None, accumulate: int, gradi
     Raises:
         ConfigError: gradients on the disk, where `DistributedDataParallel` averages them in memory.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1):
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    processes = torch.distributed.get_world_size() if grouped else 0
+    if not processes or (processes == 1 and gradients == "disk"):
         return Asked(overlap and max_grad_norm is None, accumulate, gradients)
     if gradients == "disk":
         raise errors.ConfigError(
@@ -92,7 +94,7 @@ def asked_for(overlap: bool, max_grad_norm: float | None, accumulate: int, gradi
             where="gradients",
             fix='Use gradients="host", or shard the model with FSDP2 instead of offloading it.',
         )
-    # DistributedDataParallel averages the gradients of all processes at the end of backward, and reads them in memory.
+    # DistributedDataParallel averages the gradients of all processes at the end of backward, in memory, even if there is one process.
     return Asked(False, accumulate, "host")
 
 

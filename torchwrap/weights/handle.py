@@ -36,6 +36,7 @@ from torchwrap.stream.units import Crc, Piece, Unit
 from torchwrap.weights import copying
 from torchwrap.weights.budget import RESERVE_TOKENS
 from torchwrap.weights.many import ManyCalls
+from torchwrap.weights.replicas import watch_replicas
 from torchwrap.weights.stepping import watch_steps
 from torchwrap.weights.training import TrainingPrediction, predict_step
 
@@ -105,7 +106,7 @@ class WeightsHandle(ManyCalls):
         self.passes: int = 0
         streams = any(not piece.resident for piece in pieces)
         self.unwatched: set[bool] = {True, False} if streams else set()
-        self._end_watch: Callable[[], object] = watch_steps(self) if streams else _nothing
+        self._ends: list[Callable[[], object]] = [watch_steps(self), watch_replicas(self)] if streams else []
         blocks = {p.index: p.nbytes for unit in units if unit.kind in ("block", "expert") for p in unit.pieces if not p.resident}
         self.keeps_casts: bool = sum(blocks.values()) <= plan.slots * plan.slot_bytes
         self._own_lock = threading.RLock()
@@ -377,7 +378,8 @@ class WeightsHandle(ManyCalls):
             table.free()
         if self.store is not None:
             self.store.close(keep=self.config.keep)
-        self._end_watch()
+        for end in self._ends:
+            end()
         self.activations.close()
         self.on_close()
 
