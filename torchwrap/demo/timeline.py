@@ -7,9 +7,10 @@ block arrive while the present one is used. Drawn from the records that `offload
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from torchwrap.stream.picture import FAINT, INK, canvas, draw_lanes, plain, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Story", "draw"]
 
-_LANES = (("read", "disk reads", "#3b7dd8"), ("compute", "compute", "#2a9d62"), ("stall", "waiting", "#d8503b"))
-_INK, _CURVE, _BUDGET, _FULL = "#20262e", "#3b7dd8", "#d8503b", "#6b7280"
+_CURVE, _BUDGET = "#3b7dd8", "#d8503b"
 
 
 @dataclass(kw_only=True)
@@ -65,15 +65,7 @@ def draw(story: Story, *, title: str, tokens_shown: int = 3) -> bytes:
     Raises:
         ModuleNotFoundError: matplotlib is not installed (`pip install 'torchwrap[demo]'`).
     """
-    try:
-        # The object interface instead of pyplot: no window system, no global state, no backend of the user's changed.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the picture needs matplotlib: pip install 'torchwrap[demo]'", name="matplotlib") from error
-
-    figure = Figure(figsize=(12, 7.6), dpi=130, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = canvas(12, 7.6, 130)
     grid = figure.add_gridspec(2, 1, height_ratios=(1.0, 1.15), left=0.08, right=0.97, top=0.85, bottom=0.085, hspace=0.3)
     lower = grid[1].subgridspec(2, 1, height_ratios=(1.5, 1.0), hspace=0.08)
     origin = story.samples[0][0] if story.samples else 0.0
@@ -92,12 +84,10 @@ def draw(story: Story, *, title: str, tokens_shown: int = 3) -> bytes:
     whole.set_xlabel("seconds")
     lanes.set_xlabel("seconds (the shaded part above)")
     near.tick_params(labelbottom=False)
-    near.set_title(f"{tokens_shown} tokens, enlarged", loc="left", fontsize=10, color=_INK)
-    figure.text(0.08, 0.945, title, fontsize=15, fontweight="bold", color=_INK)
-    figure.text(0.08, 0.908, _subtitle(story), fontsize=10.5, color=_FULL)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    near.set_title(f"{tokens_shown} tokens, enlarged", loc="left", fontsize=10, color=INK)
+    figure.text(0.08, 0.945, title, fontsize=15, fontweight="bold", color=INK)
+    figure.text(0.08, 0.908, _subtitle(story), fontsize=10.5, color=FAINT)
+    return png(figure)
 
 
 def _subtitle(story: Story) -> str:
@@ -119,13 +109,13 @@ def _memory(axes: Axes, story: Story, origin: float, *, top: int) -> None:
     present = [nbytes / 2**20 for _, nbytes in story.samples]
     axes.fill_between(times, present, step="post", color=_CURVE, alpha=0.22, lw=0)
     axes.plot(times, present, drawstyle="steps-post", color=_CURVE, lw=1.3, label="weights present")
-    for nbytes, color, name in ((story.full_bytes, _FULL, "full model"), (story.budget_bytes, _BUDGET, "budget")):
+    for nbytes, color, name in ((story.full_bytes, FAINT, "full model"), (story.budget_bytes, _BUDGET, "budget")):
         axes.axhline(nbytes / 2**20, color=color, lw=1.4, ls=(0, (5, 3)), label=f"{name}, {_megabytes(nbytes)}")
     axes.set_ylim(0, top / 2**20 * 1.12)
     if times:
         axes.set_xlim(times[0], times[-1])
     axes.set_ylabel("weights, MiB")
-    _plain(axes)
+    plain(axes)
 
 
 def _moments(axes: Axes, story: Story, origin: float) -> None:
@@ -133,8 +123,8 @@ def _moments(axes: Axes, story: Story, origin: float) -> None:
     top = story.full_bytes / 2**20
     ends = [at for at, _ in story.marks[1:]] + ([story.samples[-1][0]] if story.samples else [])
     for (at, label), end in zip(story.marks, ends, strict=False):
-        axes.axvline(at - origin, color=_INK, lw=0.8, alpha=0.5)
-        axes.text((at + end) / 2 - origin, top * 1.055, label, ha="center", va="center", fontsize=9, color=_INK)
+        axes.axvline(at - origin, color=INK, lw=0.8, alpha=0.5)
+        axes.text((at + end) / 2 - origin, top * 1.055, label, ha="center", va="center", fontsize=9, color=INK)
 
 
 def _window(story: Story, tokens_shown: int) -> tuple[float, float]:
@@ -148,24 +138,7 @@ def _window(story: Story, tokens_shown: int) -> tuple[float, float]:
 
 
 def _lanes(axes: Axes, story: Story, origin: float, window: tuple[float, float]) -> None:
-    used = [lane for lane in _LANES if lane[0] in ("read", "compute") or any(bar.lane == lane[0] for bar in story.bars)]
-    for row, (name, _, color) in enumerate(reversed(used)):
-        shown = [bar for bar in story.bars if bar.lane == name and bar.end >= window[0] and bar.start <= window[1]]
-        spans = [(bar.start - origin, max(bar.end - bar.start, 0.0)) for bar in shown]
-        # Two shades in turn tell neighbours apart; white edges would swallow bars that are only a pixel wide.
-        for shade, alpha in enumerate((1.0, 0.6)):
-            axes.broken_barh(spans[shade::2], (row + 0.14, 0.72), facecolors=color, alpha=alpha, linewidth=0.3, edgecolors=color)
+    draw_lanes(axes, [bar for bar in story.bars if bar.end >= window[0] and bar.start <= window[1]], origin)
     for at in story.tokens:
         if window[0] <= at <= window[1]:
-            axes.axvline(at - origin, color=_INK, lw=0.8, alpha=0.5)
-    axes.set_yticks([row + 0.5 for row in range(len(used))], [label for _, label, _ in reversed(used)])
-    axes.set_ylim(0, len(used))
-    axes.tick_params(axis="y", length=0)
-    _plain(axes)
-    axes.spines["left"].set_visible(False)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_INK, labelsize=9)
-    axes.margins(x=0)
+            axes.axvline(at - origin, color=INK, lw=0.8, alpha=0.5)

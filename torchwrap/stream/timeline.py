@@ -11,6 +11,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from torchwrap.core.errors import ConfigError
+from torchwrap.stream.picture import draw
+
 if TYPE_CHECKING:
     from torchwrap.stream.planner import ResidencyPlan
     from torchwrap.stream.settings import Streaming
@@ -50,12 +53,14 @@ class Timeline:
     Attributes:
         events: intervals, in the order in which threads noted them.
         samples: (seconds, bytes of weights present from then on).
+        marks: (seconds, label) of moments that the user named.
         zero: `time.monotonic()` at the timeline's own zero.
     """
 
     base_bytes: int = 0
     events: list[Event] = field(default_factory=list)
     samples: list[tuple[float, int]] = field(default_factory=list)
+    marks: list[tuple[float, str]] = field(default_factory=list)
     zero: float = field(default_factory=time.monotonic)
     _open: dict[tuple[int, str, str], list[float]] = field(default_factory=dict)
     _present: int = 0
@@ -82,6 +87,27 @@ class Timeline:
         """Bytes of weights came (positive) or went (negative)."""
         self._present += change
         self.samples.append((time.monotonic() - self.zero, self.base_bytes + self._present))
+
+    def mark(self, label: str) -> None:
+        """Name this moment: pictures have a line there, and its seconds can be where one begins or ends."""
+        self.marks.append((time.monotonic() - self.zero, label))
+
+    def picture(self, *, since: float | None = None, until: float | None = None, title: str = "") -> bytes:
+        """Bytes of weights present, and lanes of what was moved, computed, updated and waited for, as a PNG file.
+
+        Args:
+            since, until: seconds on the timeline's clock, as in `events` and `marks`; `None`: the first and the last event.
+            title: first line of the picture.
+
+        Raises:
+            ConfigError: `until` is not after `since`.
+            ModuleNotFoundError: matplotlib is not installed (`pip install 'torchwrap[demo]'`).
+        """
+        first = since if since is not None else min((event.start for event in self.events), default=0.0)
+        last = until if until is not None else max((event.end for event in self.events), default=first + 1.0)
+        if not first < last:
+            raise ConfigError(f"a picture from {first:g} s to {last:g} s has no length", where="until", fix="Take seconds from `marks`.")
+        return draw(self, first, last, title)
 
 
 def timeline_of(config: Streaming, plan: ResidencyPlan) -> Timeline | None:

@@ -6,9 +6,10 @@ line for each k', filled marks where the law promises that nothing waits. Lines 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from torchwrap.stream.picture import FAINT, INK, canvas, png
 
 if TYPE_CHECKING:
     from torchwrap.superpipeline.handle import Prediction
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["draw", "grid"]
 
 _COLORS = ("#3b7dd8", "#2a9d62", "#f2a33a", "#d8503b", "#8b5fbf", "#20262e")
-_INK, _FULL = "#20262e", "#6b7280"
 
 
 def grid(units: int) -> list[tuple[int, int]]:
@@ -40,26 +40,16 @@ def draw(predictions: Sequence[Prediction], *, title: str = "", runs: Mapping[tu
     Raises:
         ModuleNotFoundError: matplotlib is not installed (`pip install 'torchwrap[demo]'`).
     """
-    try:
-        # The object interface instead of pyplot: no window system, no global state, no backend of the user's changed.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the picture needs matplotlib: pip install 'torchwrap[demo]'", name="matplotlib") from error
-
     runs = runs or {}
-    figure = Figure(figsize=(12, 5.2), dpi=110, facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = canvas(12, 5.2, 110)
     memory, time = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.075, right=0.975, top=0.84, bottom=0.125, wspace=0.2)
     by_k = {prediction.k: prediction for prediction in predictions}
     units = predictions[0].units
     memory.bar(list(by_k), [one.device_bytes / 2**20 for one in by_k.values()], color=_COLORS[0], alpha=0.55, label="predicted")
-    memory.plot(
-        [k for k, _ in runs], [held / 2**20 for held, _ in runs.values()], "x", color=_INK, ms=7, label="measured" if runs else None
-    )
+    memory.plot([k for k, _ in runs], [held / 2**20 for held, _ in runs.values()], "x", color=INK, ms=7, label="measured" if runs else None)
     if units in by_k:
-        memory.axhline(by_k[units].device_bytes / 2**20, color=_FULL, lw=1.4, ls=(0, (5, 3)), label="all blocks present")
+        memory.axhline(by_k[units].device_bytes / 2**20, color=FAINT, lw=1.4, ls=(0, (5, 3)), label="all blocks present")
     memory.set_ylabel("weights present at most, MiB")
     for position, k_prime in enumerate(sorted({one.k_prime for one in predictions})):
         line = [one for one in predictions if one.k_prime == k_prime and one.slowdown is not None]
@@ -78,8 +68,6 @@ def draw(predictions: Sequence[Prediction], *, title: str = "", runs: Mapping[tu
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", alpha=0.25)
         axes.legend(frameon=False, fontsize=9.5)
-    figure.text(0.075, 0.93, title or f"superpipeline over {units} blocks", fontsize=14, fontweight="bold", color=_INK)
-    figure.text(0.075, 0.88, "dots: the law promises that computing never waits; crosses: measured", fontsize=10, color=_FULL)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", pil_kwargs={"optimize": True})
-    return picture.getvalue()
+    figure.text(0.075, 0.93, title or f"superpipeline over {units} blocks", fontsize=14, fontweight="bold", color=INK)
+    figure.text(0.075, 0.88, "dots: the law promises that computing never waits; crosses: measured", fontsize=10, color=FAINT)
+    return png(figure)
