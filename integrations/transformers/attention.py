@@ -10,6 +10,7 @@ Weights of attention do not exist in any fast way of computing it. A call that a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,12 +36,12 @@ from torchwrap.integrations.transformers.generating import CacheMaker, divides, 
 from torchwrap.integrations.transformers.masks import tile_mask, user_mask
 from torchwrap.integrations.transformers.naming import NAME, Name, implementation_before
 from torchwrap.integrations.transformers.sequence import SequenceLayer, refuse_to_divide, running
-from torchwrap.integrations.transformers.sites import asks_the_registry, code_of, refuse, with_nested
+from torchwrap.integrations.transformers.sites import asks_the_registry, code_of, refuse, unfit, with_nested
 from torchwrap.integrations.transformers.tensor_parallel import ProjectionLayer, projections
 
 __all__ = ["NAME", "AttentionLayer", "ModelLayer", "TransformersRoute", "attention_forward", "attention_mask", "route"]
 
-# Arguments with which a model chooses keys in a way of its own (transformers 5.23: sparse attention of MiniMax M3 and dots3, Inkling 2).
+# Arguments with which a model chooses keys in a way of its own (transformers 5.23: sparse attention; sinks of every query in Inkling 2).
 OWN_KEYS = ("block_indices", "indices", "sinks")
 
 _calls = CallState()
@@ -142,7 +143,8 @@ class ModelLayer(Layer):
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         layers, asked = _calls.peek(_NO_CALL)
-        if kwargs.get("output_attentions") and getattr(module.config, "_attn_implementation_internal", None) == NAME:
+        led = (config for config, _ in self.route.originals)
+        if kwargs.get("output_attentions") and any(config._attn_implementation_internal == NAME for config in led):
             self.service.leave(
                 self.fqn, "it returns the weights of attention (output_attentions=True)",
                 "Leave output_attentions out to have it served.",
@@ -150,7 +152,8 @@ class ModelLayer(Layer):
             asked = (*asked, *(config for config, _ in self.route.originals))
         _calls.push(((*layers, self), asked))
         _packed.push((_packed.peek() or steps(kwargs)) if "cache" in kwargs else None)
-        if self.service.cache != "keep" and not torch.compiler.is_dynamo_compiling():
+        known = self.route.original(module.config)[0]  # others compute as they did, with caches as they were
+        if known and self.service.cache != "keep" and not torch.compiler.is_dynamo_compiling():
             into_arenas(kwargs.get("past_key_values"))
         return args, kwargs
 
@@ -174,10 +177,17 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
     models = [(fqn, module) for fqn, module in model.named_modules(prefix=prefix) if isinstance(module, PreTrainedModel)]
     for fqn, module in models:
         refuse(fqn, module)
+    alone, reasons = unfit(model, prefix)
     sites = [(fqn, module) for fqn, module in model.named_modules(prefix=prefix) if asks_the_registry(module)]
+    sites = [(fqn, module) for fqn, module in sites if id(module.config) not in alone]
+    for fqn, reason in reasons:
+        fix = "Leave this model out, or apply fast_attention to other parts of it: its own attention goes on computing it."
+        if not sites:
+            raise UnsupportedModelError(f"no other function can compute this attention: {reason}", where=fqn, fix=fix)
+        service.leave(fqn, reason, "The other parts of the model are served.")
     configs: dict[int, Any] = {}
     for _, module in (*models, *sites):
-        configs.update((id(config), config) for config in with_nested(module.config))
+        configs.update((id(config), config) for config in with_nested(module.config) if id(config) not in alone)
     found.originals = [(config, implementation_before(config)) for config in configs.values()]
     divided = projections(sites, service)
     for fqn, module in sites:
@@ -188,6 +198,8 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
     for fqn, module in models:
         layer = ModelLayer(fqn, service, found)
         found.places.append((fqn, module, layer))
+        if id(module.config) in alone:
+            continue
         if service.cooperation is not None and divides(module):
             found.makers.append(CacheMaker(module, service.cooperation, layer))
             found.generates.append(fqn)
@@ -258,12 +270,18 @@ def attention_forward(
         if own == "eager" and attention_mask is None:  # to which no mask means that everything is seen
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
             attention_mask, key, value = _without_mask(query, key, value, bool(causal), sliding_window)
-    if own is None and any(kwargs.get(name) is not None for name in OWN_KEYS):
+    chosen = [name for name in OWN_KEYS if kwargs.get(name) is not None]
+    if own is None and chosen:
         if service.sequence is not None:
             raise UnsupportedModelError(
                 "it chooses its keys itself, in its part of a divided sequence", where=fqn, fix="Leave sp_group out."
             )
-        service.leave(fqn, f"it chooses its keys itself ({', '.join(OWN_KEYS)})", "Nothing has to be done.")
+        taken = inspect.signature(_own_function(module, "eager")).parameters
+        if ignored := [name for name in chosen if name not in taken]:
+            raise UnsupportedModelError(
+                f"it chooses its keys itself ({', '.join(ignored)}), which its eager function ignores", where=fqn, fix="Unwrap the model."
+            )
+        service.leave(fqn, f"it chooses its keys itself ({', '.join(chosen)})", "Nothing has to be done.")
         own = "eager"
     if own is not None:
         given = dict(
