@@ -6,31 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import torchwrap as tw
 from tests.models import by_name, run
 from tests.weights.budgets import streamed
-from tests.weights.training import at_rest, different_gradients, loss_of
+from tests.weights.training import at_rest, different_gradients, loss_of, with_adapters
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
 
 FIXTURE = by_name("llama")
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
-def _adapted(model: nn.Module) -> Any:
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        return peft.get_peft_model(model, config)
-
-
 def _build(order: str) -> Any:
     model = FIXTURE.build()
     if order == "offload first":
-        return _adapted(streamed(model)).train()
-    adapted = _adapted(model).train()
+        return with_adapters(streamed(model)).train()
+    adapted = with_adapters(model).train()
     streamed(adapted)
     return adapted
 
@@ -41,7 +33,7 @@ every_order = pytest.mark.parametrize("order", ["offload first", "adapters first
 @every_order
 @pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
 def test_adapters_train_with_an_ordinary_optimizer(order: str, reentrant: bool | None) -> None:
-    plain, model = _adapted(FIXTURE.build()).train(), _build(order)
+    plain, model = with_adapters(FIXTURE.build()).train(), _build(order)
     losses: list[list[torch.Tensor]] = [[], []]
     for each, kept in zip((plain, model), losses, strict=True):
         if reentrant is not None:

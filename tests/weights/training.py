@@ -11,7 +11,7 @@ from torch import nn
 import torchwrap as tw
 from torchwrap.core import tensors
 
-__all__ = ["Blocks", "Expert", "OutsideAdamW", "at_rest", "different_gradients", "loss_of"]
+__all__ = ["Blocks", "Expert", "OutsideAdamW", "at_rest", "different_gradients", "loss_of", "with_adapters"]
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -43,6 +43,16 @@ def at_rest(model: nn.Module) -> None:
     free = [id(slot) for slot in engine._free]
     assert len({*taken, *free}) == len(taken) + len(free) == len(engine._slots) <= handle.plan.slots
     assert all(piece.parameter.data_ptr() == piece.absent.data_ptr() for piece in handle.pieces if not piece.resident)
+
+
+def with_adapters(model: nn.Module) -> Any:
+    """The model with low-rank adapters of peft's in it, the same every time; needs peft."""
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], lora_dropout=0.1, init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return peft.get_peft_model(model, config)
 
 
 class OutsideAdamW:
