@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import torchwrap as tw
+from torchwrap.core.config import format_bytes
 from torchwrap.stream.timeline import Event, Timeline
+from torchwrap.weights.budget import optimizer_rows
 from torchwrap.weights.handle import WeightsHandle
 
 WIDTH, ROWS, CHUNK = 128, 256, 32 << 10  # two chunks for each weight
@@ -159,6 +161,29 @@ def test_a_backward_that_raises_leaves_no_interval_for_the_next() -> None:
     assert handle.timeline is not None and not handle.timeline._open
     backwards = [event for event in handle.events[count:] if event.lane == "backward"]
     assert len(backwards) == 4 and all(event.start >= moment - handle.timeline.zero for event in backwards)
+
+
+@pytest.mark.parametrize("technique", ["offload", "superpipeline"])
+def test_explain_has_what_an_open_optimizer_takes_and_moves(technique: str) -> None:
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)))
+    getattr(tw, technique)(model, **({"params": "disk"} if technique == "offload" else {"k": 1, "store": "disk"}))
+    handle = tw.handle_of(model, technique)
+    assert isinstance(handle, WeightsHandle)
+    before = handle.explain()
+    assert "optimizer" not in before
+    optimizer = adam(model)
+    for _ in range(2):
+        moved = optimizer.stats()
+        step(model, optimizer)
+    rows = dict(optimizer_rows(handle))
+    now = optimizer.stats()
+    assert rows["optimizer: chunks under way"] == 3 * 3 * CHUNK  # weight and two moments, three times
+    assert rows["optimizer reads per step"] == now["bytes_read"] - moved["bytes_read"]
+    assert rows["optimizer writes per step"] == now["bytes_written"] - moved["bytes_written"]
+    lines = handle.explain().splitlines()
+    assert all(any(line.startswith(label) and line.endswith(format_bytes(nbytes)) for line in lines) for label, nbytes in rows.items())
+    optimizer.close()
+    assert "optimizer" not in handle.explain()
 
 
 def test_one_interval_within_another_of_the_same_unit_is_part_of_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torchwrap.core.config import format_bytes
 from torchwrap.offload.predict import Prediction, predict_pass
+from torchwrap.weights.budget import optimizer_rows
 from torchwrap.weights.handle import WeightsHandle
 
 __all__ = ["OffloadHandle"]
@@ -34,6 +35,7 @@ class OffloadHandle(WeightsHandle):
             (f"{plan.slots} slots of {format_bytes(plan.slot_bytes)}", plan.slots * plan.slot_bytes),
             ("streamed in each pass", plan.streamed_bytes),
             ("tables read by row", plan.table_bytes),
+            *optimizer_rows(self),
         ]
         lines = [f"{label:<52} {format_bytes(int(value)):>12}" for label, value in rows]
         if plan.streamed_bytes:

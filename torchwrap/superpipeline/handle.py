@@ -20,6 +20,7 @@ from torchwrap.superpipeline.config import Superpipeline
 from torchwrap.superpipeline.measure import Meter
 from torchwrap.superpipeline.picture import draw, grid
 from torchwrap.superpipeline.policy import Choice, Knobs, Profile, choose, obeys_law, stall_free
+from torchwrap.weights.budget import optimizer_rows
 from torchwrap.weights.handle import WeightsHandle
 
 __all__ = ["Prediction", "SuperpipelineHandle"]
@@ -248,6 +249,7 @@ class SuperpipelineHandle(WeightsHandle):
             ("present at most, in all", format_bytes(now.device_bytes)),
             ("saved of the blocks", f"{knobs.saved:.0%}"),
             ("brought in per pass", f"{knobs.moved_per_pass:g} blocks, {format_bytes(now.streamed_bytes)}"),
+            *((label, format_bytes(nbytes)) for label, nbytes in optimizer_rows(self)),
         ]
         lines = [f"{label:<28} {value}" for label, value in rows]
         lines += [*self.activations.explain(), *(f"note: {note}" for note in self.notes)]

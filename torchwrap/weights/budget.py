@@ -1,10 +1,11 @@
-"""How much memory the weights may take: what the user allows, and never more than the machine has left."""
+"""How much memory the weights may take: what the user allows, and never more than the machine has left; and what an optimizer takes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,7 +18,10 @@ from torchwrap.storage.limits import memory_available, memory_limit
 from torchwrap.stream.settings import Streaming
 from torchwrap.weights.training import Training, step_bytes
 
-__all__ = ["RESERVE_TOKENS", "Budget", "check_room", "process_bytes", "weight_budget", "working_bytes"]
+if TYPE_CHECKING:
+    from torchwrap.weights.handle import WeightsHandle
+
+__all__ = ["RESERVE_TOKENS", "Budget", "check_room", "optimizer_rows", "process_bytes", "weight_budget", "working_bytes"]
 
 RESERVE_TOKENS = 256
 """Tokens per call that the default reserve provides for (chosen: a chat prompt and its answer; longer inputs set `reserve`)."""
@@ -148,3 +152,18 @@ def check_room(needed: int, available: int | None, what: str) -> None:
             available=available,
             fix="Free memory, or save the model with save_pretrained() or torch.save(model.state_dict(), file), which needs no more.",
         )
+
+
+def optimizer_rows(handle: WeightsHandle) -> list[tuple[str, int]]:
+    """What the model's open `OffloadedOptimizer` takes and moves, as (label, bytes) for `explain`; empty if there is none."""
+    optimizer = handle.optimizer() if handle.driven else None
+    if optimizer is None:
+        return []
+    needs = optimizer.footprint()
+    return [
+        ("optimizer: chunks under way", needs.ring),
+        ("gradients at once", needs.gradients),
+        ("freed and used again", needs.kept),
+        ("optimizer reads per step", needs.read),
+        ("optimizer writes per step", needs.written),
+    ]
