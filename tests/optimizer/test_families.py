@@ -98,7 +98,7 @@ def _trains(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad
 
 
-@pytest.mark.parametrize(("family", "dtype", "setting"), _cases())
+@pytest.mark.parametrize(("family", "dtype", "setting"), list(_cases()))
 def test_five_steps_are_those_in_memory(family: str, dtype: str, setting: str) -> None:
     fixture = by_name(family)
     plain, model = (fixture.build().to(DTYPES[dtype]).train() for _ in range(2))

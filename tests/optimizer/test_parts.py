@@ -13,7 +13,7 @@ from torchwrap.optimizer.parts import Whole, run
 
 CLASSES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
-    (torch.optim.SGD, {"lr": 0.1, "fused": True}),  # with momentum, torch's own kernel gives other bits each time (bfloat16, torch 2.13)
+    (torch.optim.SGD, {"lr": 0.1, "fused": True}),  # with momentum see test_rules.py
     (torch.optim.Adam, {"amsgrad": True}),
     (torch.optim.AdamW, {}),
     (torch.optim.AdamW, {"foreach": True}),

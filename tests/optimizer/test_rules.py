@@ -80,6 +80,18 @@ def test_an_unknown_class_that_is_not_elementwise_is_found_out() -> None:
         OffloadedOptimizer(model, Normed, lr=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_kernel_that_does_not_repeat_itself_is_refused(dtype: torch.dtype) -> None:
+    momentum: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    with pytest.raises(
+        tw.ConfigError, match=rf"torch's fused SGD with momentum gives other numbers each time in {dtype}.*Leave fused= out"
+    ):
+        OffloadedOptimizer(pair(dtype)[1], torch.optim.SGD, fused=True, **momentum)
+    for others in ({"fused": True, "lr": 0.1}, momentum):
+        OffloadedOptimizer(pair(dtype)[1], torch.optim.SGD, **others).close()
+    OffloadedOptimizer(pair()[1], torch.optim.SGD, fused=True, **momentum).close()
+
+
 def test_an_unknown_class_that_is_elementwise_works() -> None:
     plain, model = pair()
     reference = Signed(plain.parameters(), lr=0.01)
