@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,15 +23,36 @@ NEEDS = {
 }
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests' / 'startup'}{os.pathsep}{ROOT}"}
+
+
+def skip_without_packages(name: str) -> None:
+    missing = [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_example_runs_and_its_check_holds(script: Path, tmp_path: Path) -> None:
-    missing = [package for package in NEEDS.get(script.stem, ()) if importlib.util.find_spec(package) is None]
-    if missing:
-        pytest.skip(f"needs {', '.join(missing)}")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests' / 'startup'}{os.pathsep}{ROOT}"}
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    skip_without_packages(script.stem)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "outputs equal: True"
+
+
+@pytest.mark.slow
+def test_fine_tuning_that_was_killed_goes_on(tmp_path: Path) -> None:
+    skip_without_packages("finetune_smollm2")
+    command = [sys.executable, str(ROOT / "examples" / "finetune_smollm2.py"), "--steps", "2"]
+    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        first = child.stdout.readline()
+        child.kill()  # within the second step
+    assert first.startswith("step 1: loss ") and child.returncode == -signal.SIGKILL
+    done = subprocess.run([*command, "--resume"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["step 2", "outputs equal"]
     assert done.stdout.splitlines()[-1] == "outputs equal: True"
 
 
