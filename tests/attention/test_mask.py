@@ -202,7 +202,9 @@ OTHER: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "and": lambda mask: mask & True,
     "to floats": lambda mask: mask.float(),
     "select": lambda mask: mask[:, 0],
-    "second operand": lambda mask: torch.ones(2, 1, 7, 7) + mask,
+    "second operand": lambda mask: torch.ones(2, 1, 7, 7) * mask,
+    "counted": lambda mask: mask + torch.ones(7, dtype=torch.int64),
+    "masked_fill": lambda mask: torch.ones(2, 4, 7, 7).masked_fill(~mask, -1.0),
     "to_dense": lambda mask: mask.to_dense(),
 }
 
@@ -220,6 +222,29 @@ def test_the_warning_names_the_operation_and_the_line_of_the_user() -> None:
     with pytest.warns(TorchwrapWarning, match="aten.bitwise_not") as seen:
         _ = ~TileMask.causal(1, 4, 4)
     assert [warning.filename for warning in seen] == [__file__]
+
+
+ADDING: dict[str, Callable[[TileMask, torch.Tensor], object]] = {
+    "scores + mask": lambda mask, scores: scores + mask,
+    "mask + scores": lambda mask, scores: mask + scores,
+    "scores += mask": lambda mask, scores: scores.add_(mask),
+    "scores with gradients": lambda mask, scores: scores.clone().requires_grad_() + mask,
+    "a part of it": lambda mask, scores: scores + mask[:, :, :, :7],
+    "scores - mask": lambda mask, scores: torch.sub(scores, mask, alpha=1e4),
+    "mask * least": lambda mask, scores: mask * torch.finfo(torch.float32).min,
+    "mask * tensor": lambda mask, scores: mask * torch.tensor(-1e4),
+    "bfloat16": lambda mask, scores: scores.bfloat16() + mask,
+}
+
+
+@pytest.mark.parametrize("use", ADDING.values(), ids=ADDING.keys())
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_of_booleans_is_not_added_to_scores(use: Callable[[TileMask, torch.Tensor], object], inference: bool) -> None:
+    with torch.inference_mode(inference):
+        mask, scores = TileMask.padded([3, 7], 7, 7), torch.ones(2, 4, 7, 7)
+        with pytest.raises(ConfigError, match="as if it were one of 0 and -inf") as caught:
+            use(mask, scores)
+    assert "masked_fill" in str(caught.value.fix) and bool((scores == 1).all())
 
 
 WRITING: dict[str, Callable[[TileMask], object]] = {

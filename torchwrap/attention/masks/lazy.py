@@ -27,6 +27,17 @@ Self = TypeVar("Self", bound="LazyMask")
 _aten = torch.ops.aten
 # Operations that hand the mask on as it is; `contiguous` never arrives here, since the strides already are.
 _PASSING = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh.default}
+# Operations by which masks of 0 and -inf are used; one of booleans would give 0 and 1, and nothing would be hidden.
+_ADDING = {
+    _aten.add.Tensor,
+    _aten.add_.Tensor,
+    _aten.add.out,
+    _aten.sub.Tensor,
+    _aten.sub_.Tensor,
+    _aten.sub.out,
+    _aten.rsub.Tensor,
+}
+_SCALING = {_aten.mul.Tensor, _aten.mul.Scalar, _aten.mul.out}
 
 
 class LazyMask(torch.Tensor):
@@ -149,6 +160,7 @@ class LazyMask(torch.Tensor):
         if args and isinstance(args[0], LazyMask) and (passed := _passed(func, args, options)) is not None:
             return passed
         _refuse_writing(func, args, options)
+        _refuse_arithmetic(func, args)
         leaves, layout = tree_flatten((args, options))
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, LazyMask):
@@ -183,9 +195,22 @@ def _refuse_writing(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -
             raise _no_writing(str(func))
 
 
+def _refuse_arithmetic(func: Any, args: tuple[Any, ...]) -> None:
+    # A factor that is a tensor of weights is none of this: hidden ones become 0.
+    others = [value for value in args[:2] if not isinstance(value, LazyMask)]
+    floating = any(value.is_floating_point() if isinstance(value, torch.Tensor) else isinstance(value, float) for value in others)
+    scalar = all(not isinstance(value, torch.Tensor) or value.dim() == 0 for value in others)
+    if floating and (func in _ADDING or (func in _SCALING and scalar)):
+        raise ConfigError(
+            f"{func} uses a mask of booleans as if it were one of 0 and -inf: it would hide nothing", where="TileMask",
+            fix="Use scores.masked_fill(~mask, -math.inf), or leave a model whose code does this out of fast_attention.",
+        )  # fmt: skip
+
+
 def _no_writing(operation: str) -> ConfigError:
     return ConfigError(
-        f"{operation} would write into a mask that consists of conditions", where="TileMask",
+        f"{operation} would write into a mask that consists of conditions",
+        where="TileMask",
         fix="Write into mask.to_dense(), or make another TileMask.",
     )
 
@@ -201,7 +226,9 @@ def made_dense(mask: LazyMask, operation: str) -> torch.Tensor:
     LazyMask.materialisations += 1
     warnings.warn(
         f"{operation} on a TileMask made the whole mask, {list(mask.shape)} elements. Pass the mask on as it is, or read "
-        "mask.rectangle(...) tile by tile.", TorchwrapWarning, stacklevel=3,
+        "mask.rectangle(...) tile by tile.",
+        TorchwrapWarning,
+        stacklevel=3,
     )
     return mask._whole()
 
