@@ -33,7 +33,7 @@ from torchwrap.core.swap import layers_of
 from torchwrap.integrations.transformers.batching import StandIn, attend_paged, steps
 from torchwrap.integrations.transformers.cache import into_arenas
 from torchwrap.integrations.transformers.generating import CacheMaker, divides, plan_of_arenas
-from torchwrap.integrations.transformers.masks import tile_mask, user_mask
+from torchwrap.integrations.transformers.masks import tile_mask, user_mask, without_mask
 from torchwrap.integrations.transformers.naming import NAME, Name, implementation_before
 from torchwrap.integrations.transformers.sequence import SequenceLayer, refuse_to_divide, running
 from torchwrap.integrations.transformers.sites import asks_the_registry, code_of, refuse, unfit, with_nested
@@ -269,7 +269,7 @@ def attention_forward(
         own = _of_nobody(module.config, kwargs)
         if own == "eager" and attention_mask is None:  # to which no mask means that everything is seen
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-            attention_mask, key, value = _without_mask(query, key, value, bool(causal), sliding_window)
+            attention_mask, key, value = without_mask(query, key, value, bool(causal), sliding_window)
     chosen = [name for name in OWN_KEYS if kwargs.get(name) is not None]
     if own is None and chosen:
         if service.sequence is not None:
@@ -297,9 +297,9 @@ def attention_forward(
             attention_mask = TileMask(1, tokens, tokens, right=0, left=None if sliding_window is None else sliding_window - 1)
     elif attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        attention_mask, key, value = _without_mask(query, key, value, bool(causal), sliding_window)
+        attention_mask, key, value = without_mask(query, key, value, bool(causal), sliding_window)
     else:
-        attention_mask = user_mask(attention_mask)
+        attention_mask = user_mask(attention_mask, query.shape[2])
         if attention_mask.shape[-1] > key.shape[2]:
             columns = (0, key.shape[2])
             attention_mask = (
@@ -312,17 +312,6 @@ def attention_forward(
         return service.defer(fqn, query, key, value, **options), None
     out = service.attend(fqn, query, key, value, **options)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _without_mask(query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None) -> tuple[TileMask | None, Tensor, Tensor]:
-    """What `None` means to transformers' sdpa function: everything, or causal from the first key on."""
-    length = query.shape[2]
-    if not causal or length == 1:
-        return None, key, value
-    key, value = key[:, :, :length], value[:, :, :length]  # an empty static cache: what lies behind was never written
-    if window is None:
-        return TileMask.causal(1, length, key.shape[2], device=query.device), key, value
-    return TileMask.window(1, length, key.shape[2], window, device=query.device), key, value
 
 
 def attention_mask(**kwargs: Any) -> Tensor | None:

@@ -22,7 +22,7 @@ from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.masks.packing import key_conditions
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["divided_mask", "tile_mask", "user_mask"]
+__all__ = ["divided_mask", "tile_mask", "user_mask", "without_mask"]
 
 _MODULE = "transformers.masking_utils"
 Conditions = dict[str, Any]
@@ -32,9 +32,17 @@ Conditions = dict[str, Any]
 # before, as `generate` does for static caches, enter graphs as they are.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def tile_mask(
-    *, batch_size: int, q_length: int, kv_length: int, q_offset: int | Tensor = 0, kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, use_vmap: bool = False,
-    device: torch.device | str = "cpu", **_: Any,
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
 ) -> TileMask:
     """What transformers' `AttentionMaskInterface` calls: the same mask as its `sdpa_mask` gives, never skipped, never dense.
 
@@ -223,29 +231,52 @@ _READERS: dict[str, Callable[[dict[str, Any], _Place], Conditions | None]] = {
 _seen = WeakTensorKeyDictionary()
 
 
-def user_mask(mask: Tensor) -> TileMask | Tensor:
+def user_mask(mask: Tensor, queries: int) -> TileMask | Tensor:
     """A mask of four dimensions that the user gave, once for all layers: as tiles, or as it is if it holds other numbers than 0 and -inf.
 
     Args:
-        mask: [B or 1, H or 1, Sq, Sk], bool or floating.
+        mask: [B or 1, H or 1, Sq or 1, Sk], bool or floating.
+        queries: Sq.
 
     Cost: reads the mask once, as long as it is the same tensor and nobody writes to it; in every layer for tensors of inference mode, which
         do not tell.
     """
-    if mask.dim() != 4 or isinstance(mask, TileMask) or torch.compiler.is_dynamo_compiling():
+    if mask.dim() != 4 or isinstance(mask, TileMask):
         return mask
+    rows = mask.expand(-1, -1, queries, -1) if mask.shape[2] == 1 else mask
+    if torch.compiler.is_dynamo_compiling():
+        return rows
     if mask.is_inference():
-        made = _as_tiles(mask)
-        return mask if made is None else made
-    version, made = _seen.get(mask, (None, None))
-    if version != mask._version:
-        made = _as_tiles(mask)
-        _seen[mask] = (mask._version, made)
-    return mask if made is None else made
+        made = _as_tiles(mask, queries)
+        return rows if made is None else made
+    version, count, made = _seen.get(mask, (None, None, None))
+    if (version, count) != (mask._version, queries):
+        made = _as_tiles(mask, queries)
+        _seen[mask] = (mask._version, queries, made)
+    return rows if made is None else made
 
 
-def _as_tiles(mask: Tensor) -> TileMask | None:
+def _as_tiles(mask: Tensor, queries: int) -> TileMask | None:
     try:
-        return TileMask.from_dense(mask)
+        made = TileMask.from_dense(mask)
     except ConfigError:
         return None  # numbers that are added to scores
+    batch, heads, rows, columns = made.shape
+    if rows != 1 or queries == 1:
+        return made
+    visible = made.rectangles((0, 1), (0, columns))
+    if heads == 1:  # padding, whose columns are the same for every query
+        padding: Conditions = dict(key_conditions(visible[:, 0, 0]))
+        return TileMask(batch, queries, columns, device=mask.device, **padding)
+    return TileMask.from_dense(visible.expand(-1, -1, queries, -1))
+
+
+def without_mask(query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None) -> tuple[TileMask | None, Tensor, Tensor]:
+    """What `None` means to transformers' sdpa function: everything, or causal from the first key on."""
+    length = query.shape[2]
+    if not causal or length == 1:
+        return None, key, value
+    key, value = key[:, :, :length], value[:, :, :length]  # an empty static cache: what lies behind was never written
+    if window is None:
+        return TileMask.causal(1, length, key.shape[2], device=query.device), key, value
+    return TileMask.window(1, length, key.shape[2], window, device=query.device), key, value

@@ -158,14 +158,10 @@ def test_a_function_of_the_same_name_elsewhere_is_not_taken_for_it() -> None:
     assert torch.equal(whole(mask)[0, 0], torch.ones(4, 4).bool().triu())
 
 
-@pytest.mark.parametrize(
-    "positions", [[0, 1, 0, 1, 2, 4], [3, 2, 1, 0, 1, 2]], ids=["positions are skipped", "segments come back"]
-)
+@pytest.mark.parametrize("positions", [[0, 1, 0, 1, 2, 4], [3, 2, 1, 0, 1, 2]], ids=["positions are skipped", "segments come back"])
 def test_packed_rows_that_are_no_runs_are_evaluated(positions: list[int]) -> None:
     numbers = torch.tensor([[0, 0, 1, 1, 1, 1]] if positions[0] == 0 else [[0, 1, 0, 0, 1, 1]])
-    function = masking_utils.packed_sequence_compatibility_function(
-        masking_utils.causal_mask_function, torch.tensor([positions]), numbers
-    )
+    function = masking_utils.packed_sequence_compatibility_function(masking_utils.causal_mask_function, torch.tensor([positions]), numbers)
     request = {"batch_size": 1, "q_length": 6, "kv_length": 6, "mask_function": function, "allow_is_causal_skip": False}
     mask = tile_mask(**request)
     assert mask.dictionary is not None and torch.equal(whole(mask), frameworks(request))
@@ -193,22 +189,22 @@ def test_a_mask_of_another_shape_is_refused() -> None:
 
 def test_masks_of_users_are_read_once_and_again_when_written_to() -> None:
     dense = torch.rand(2, 1, 6, 6) < 0.5
-    first = user_mask(dense)
-    assert isinstance(first, TileMask) and user_mask(dense) is first and torch.equal(whole(first), dense)
+    first = user_mask(dense, dense.shape[2])
+    assert isinstance(first, TileMask) and user_mask(dense, dense.shape[2]) is first and torch.equal(whole(first), dense)
     dense[0, 0, 0] = True
-    second = user_mask(dense)
+    second = user_mask(dense, dense.shape[2])
     assert isinstance(second, TileMask) and torch.equal(whole(second), dense)
     bias = torch.randn(2, 1, 6, 6)
-    assert user_mask(bias) is bias and user_mask(second) is second
+    assert user_mask(bias, bias.shape[2]) is bias and user_mask(second, second.shape[2]) is second
 
 
 def test_masks_of_inference_mode_are_served_too() -> None:
     with torch.inference_mode():
         dense = torch.rand(2, 1, 6, 6) < 0.5
-        mask = user_mask(dense)
+        mask = user_mask(dense, dense.shape[2])
         assert isinstance(mask, TileMask) and torch.equal(whole(mask), dense)
         dense[0] = False
-        again = user_mask(dense)
+        again = user_mask(dense, dense.shape[2])
         assert isinstance(again, TileMask) and torch.equal(whole(again), dense)
         assert isinstance(again.detach(), TileMask) and isinstance(again.to("cpu", copy=True), TileMask)
 
@@ -274,7 +270,10 @@ def built(kind: str) -> Any:
 
 
 GENERATED: dict[str, dict[str, Any]] = {
-    "dynamic": {}, "static": {"cache_implementation": "static"}, "no cache": {"use_cache": False}, "beam": {"num_beams": 3},
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "beam": {"num_beams": 3},
 }
 
 

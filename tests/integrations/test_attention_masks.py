@@ -1,0 +1,66 @@
+"""fast_attention on transformers models: masks that callers give, in every form that the models take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import torchwrap as tw
+from tests.integrations.attending import LENGTH, built, inputs, no_materialisation
+
+HIDDEN = 4
+"""Columns without a token, at the left of row 0."""
+
+
+def row_mask(kind: str, batch: int, length: int = LENGTH) -> torch.Tensor:
+    """[batch, 1, 1, length]: which keys hold tokens, for all queries at once."""
+    visible = torch.ones(batch, 1, 1, length, dtype=torch.bool)
+    visible[0, ..., :HIDDEN] = False
+    if kind == "bool":
+        return visible
+    # Numbers other than 0 and the least are added to scores.
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min if kind == "float" else -2.0)
+
+
+def logits(model: Any, given: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        out = model(**given)
+    found: torch.Tensor = out.logits if "logits" in out else out.last_hidden_state
+    return found
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["bool", "float", "bias"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_a_mask_of_one_row_serves_every_query(name: str, kind: str, batch: int) -> None:
+    model, twin = tw.fast_attention(built(name)), built(name)
+    given = dict(inputs(name), attention_mask=row_mask(kind, batch, inputs(name)["input_ids"].shape[1]))
+    with no_materialisation():
+        ours = logits(model, given)
+    torch.testing.assert_close(ours, logits(twin, given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_mask_of_one_row_serves_a_prompt_and_the_step_after_it(kind: str) -> None:
+    model, twin, ids = tw.fast_attention(built("llama")), built("llama"), inputs("llama")["input_ids"]
+    found = []
+    for one in (model, twin):
+        cache, steps = None, []
+        for part in (ids, ids[:, :1], ids[:, 1:3]):
+            length = part.shape[1] + (0 if cache is None else cache.get_seq_length())
+            with torch.no_grad():
+                out = one(input_ids=part, attention_mask=row_mask(kind, 2, length), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+        found.append(torch.cat(steps, 1))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_of_one_row_is_read_anew_for_another_number_of_queries() -> None:
+    model, twin, given = tw.fast_attention(built("bert")), built("bert"), inputs("bert")
+    mask = row_mask("bool", 2)
+    for rows in (LENGTH, LENGTH - 5, LENGTH):
+        part = {"input_ids": given["input_ids"][:, :rows], "attention_mask": mask[..., :rows]}
+        torch.testing.assert_close(logits(model, part), logits(twin, part), rtol=1e-4, atol=1e-5)
