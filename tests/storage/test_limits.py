@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchwrap.storage import memory_available, memory_limit, memory_usage
+from torchwrap.storage.limits import is_limited
 
 MIB = 1 << 20
 V1_NONE = "9223372036854771712"
@@ -101,3 +102,9 @@ def test_this_machine_has_plausible_figures() -> None:
     assert limit is not None
     assert available is not None
     assert 0 < available <= limit
+
+
+@pytest.mark.parametrize(("limit", "binds"), [(512 * MIB, True), (1 << 40, False), ("max", False)], ids=["below", "above", "none"])
+def test_only_a_limit_below_the_memory_of_the_machine_binds(tmp_path: Path, limit: object, binds: bool) -> None:
+    root = tree(tmp_path, {**MEMINFO, **V2, "sys/fs/cgroup/outer/inner/memory.max": limit})
+    assert is_limited(root=root) is binds

@@ -64,8 +64,10 @@ class Recomputing:
             return call(*args, **kwargs)
         measured = self._activations.measured(self._unit)
         if measured is not None:
-            inputs = {storage_key(x): held_bytes(x) for x in args if isinstance(x, torch.Tensor)}
-            measured.input_bytes = sum(inputs.values())
+            inputs = [x for x in args if isinstance(x, torch.Tensor)]
+            measured.input_bytes = sum({storage_key(x): held_bytes(x) for x in inputs}.values())
+            if inputs and inputs[0].dim() in (2, 3):
+                measured.batch, measured.rows = inputs[0].shape[0], inputs[0].shape[:-1].numel()
             call = partial(measured.run, call)
         found = self._activations.buffers.found(self._module)
         return checkpoint(_Repeated(partial(call, **kwargs), found), *args, use_reentrant=False)

@@ -29,12 +29,19 @@ class Cost:
         nbytes: what its backward needs.
         input_bytes: the part of that which recomputing needs as well.
         seconds: to compute it again.
+        rows: tokens (of all sequences together) that it was measured with; 0 if that is not known.
     """
 
     unit: int
     nbytes: int
     input_bytes: int
     seconds: float
+    rows: int = 0
+
+    def at(self, rows: int) -> Cost:
+        """The same with other inputs: bytes are taken to grow with the tokens."""
+        scale = rows / self.rows if self.rows else 1.0
+        return Cost(self.unit, int(self.nbytes * scale), int(self.input_bytes * scale), self.seconds * scale, rows)
 
 
 def choose(uses: Sequence[Cost], *, allowed: int, swappable: int) -> dict[int, Choice]:
@@ -75,16 +82,20 @@ def _price(uses: Sequence[Cost], choices: Mapping[int, Choice]) -> tuple[float, 
     return again, sum(use.nbytes for use in uses if choices[use.unit] == "swap")
 
 
-def peak_bytes(uses: Sequence[Cost], choices: Mapping[int, Choice]) -> int:
-    """Most bytes of activations present at once.
+def peak_bytes(uses: Sequence[Cost], choices: Mapping[int, Choice], gradients: Mapping[int, int] | None = None) -> int:
+    """Most bytes of activations, and of `gradients` that stay from the backward of a unit on, present at once.
 
     When the backward is at one use, its own activations are there however they came, those of the swapped use before it are on their way,
     and earlier uses hold what they hold. What later ones held is gone. The forward has the same at the same place: the swapped use before
     it may still be being written.
     """
     held = moving = peak = 0
-    for use in uses:
-        peak = max(peak, held + moving + use.nbytes)
+    arrived = dict(gradients or {})
+    last = {use.unit: position for position, use in enumerate(uses)}
+    for position, use in enumerate(uses):
+        peak = max(peak, held + moving + use.nbytes + sum(arrived.values()))
+        if last[use.unit] == position:
+            arrived.pop(use.unit, None)
         if choices[use.unit] == "swap":
             moving = use.nbytes
         else:

@@ -22,13 +22,14 @@ class Measured:
         found: bytes of what autograd wanted to save, each piece of memory once.
         seconds: of the faster one of forward and recomputation; the first forward also warms up.
         again: it was recomputed.
+        batch, rows: sequences, and tokens of all of them together; 0 if that cannot be told from the inputs.
     """
 
     def __init__(self, unit: int, device: torch.device, weights: set[int]) -> None:
         self.unit: int = unit
         self._device, self._weights = device, weights
         self.found: _Counter = _Counter()
-        self.input_bytes = 0
+        self.input_bytes = self.batch = self.rows = 0
         self.seconds: float = float("inf")
         self.again: bool = False
         self._begun = False

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from torchwrap.activations.buffers import Buffers
 from torchwrap.activations.calls import Recomputing, Swapping
-from torchwrap.activations.choose import Choice, Cost, choose, idle_bytes
+from torchwrap.activations.choose import Choice, Cost, choose, idle_bytes, peak_bytes
+from torchwrap.activations.expected import MODES, expected_costs, over_recomputed, recomputes_itself
 from torchwrap.activations.measured import Measured, storage_address
 from torchwrap.activations.swap import Swap
 from torchwrap.activations.tiers import DiskTier, HostTier, Tier
@@ -60,6 +61,8 @@ class Activations:
         timeline: where writes, reads and stalls are recorded, if anywhere.
         plan: of the weights; "auto" gives activations what it leaves of the budget and of the disk's time.
         reserve: bytes of activations that `reserve` is estimated to be.
+        step: bytes that are not taken yet when a step with an `OffloadedOptimizer` begins and will be, if blocks are recomputed; by
+            sequences and tokens of each. 0 without such an optimizer.
 
     Attributes:
         choices: with "auto", the mode of each block by unit index; empty until the first step was measured.
@@ -74,12 +77,13 @@ class Activations:
         timeline: Timeline | None,
         plan: ResidencyPlan,
         reserve: Callable[[], int],
+        step: Callable[[int, int], int],
     ) -> None:
         self.config: Streaming = config
         self.units: list[Unit] = units
         self.device: torch.device = device
         self.plan: ResidencyPlan = plan
-        self._reserve = reserve
+        self._reserve, self._step = reserve, step
         self.choices: dict[int, Choice] = {}
         self.buffers: Buffers = Buffers()
         self.allowed: int = 0
@@ -87,6 +91,7 @@ class Activations:
         self._swap: Swap | None = None
         self._costs: list[Measured] | None = [] if config.activations == "auto" else None
         self._uses: list[Cost] = []  # what was measured
+        self._inputs = (0, 0)  # sequences and tokens that it was measured with
         self._rates: tuple[float, float] | None = None  # bytes per second written and read
         self._outdated = False
         self._warned = False
@@ -111,7 +116,9 @@ class Activations:
             self._swap.pass_begins()
         if self._costs is not None:
             if any(cost.again for cost in self._costs):
-                self._uses = [Cost(each.unit, each.found.nbytes, each.input_bytes, each.seconds) for each in self._costs]
+                self._uses = [Cost(each.unit, each.found.nbytes, each.input_bytes, each.seconds, each.rows) for each in self._costs]
+                batch, rows = max((each.batch, each.rows) for each in self._costs)
+                self._inputs = (batch, rows // max(1, batch))
                 self._costs, self._outdated = None, True
             else:
                 self._costs = []
@@ -127,7 +134,17 @@ class Activations:
         wanted = self.config.activations
         if wanted == "auto":
             return self.choices.get(unit, "recompute")
-        return "swap" if wanted in ("host", "disk") else "recompute" if wanted == "recompute" else "keep"
+        return MODES.get(wanted, "recompute")
+
+    def over_recomputed(self, rows: int, gradients: Mapping[int, int]) -> int:
+        """Bytes that a step takes more than one whose blocks are all computed again: of what was measured, else as expected.
+
+        Args:
+            rows: tokens of all sequences together.
+            gradients: see `expected.over_recomputed`.
+        """
+        uses = [use.at(rows) for use in self._uses] or expected_costs(self.units, rows)
+        return over_recomputed(uses, {use.unit: self.mode(use.unit) for use in uses}, gradients)
 
     def enter(self, unit: int, module: nn.Module) -> Swapping | Recomputing | None:
         """Take over a call of a block; None leaves it alone."""
@@ -139,8 +156,7 @@ class Activations:
             return None
         if mode == "swap":
             return Swapping(self.swap, self.units[unit])
-        # transformers 5.23: the flag of GradientCheckpointingLayer; see test_a_model_that_checkpoints_itself_is_not_checkpointed_twice
-        if getattr(module, "gradient_checkpointing", False) and module.training:
+        if recomputes_itself([module]) and module.training:
             return None
         return Recomputing(self, unit, module)
 
@@ -178,7 +194,8 @@ class Activations:
         if config.activation_memory is None and config.device_memory is None and config.reserve is None:
             free = memory_available() if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
             if free is not None:
-                return int(free * _SHARE)
+                least = peak_bytes(self._uses, {use.unit: "recompute" for use in self._uses})
+                return min(int(free * _SHARE), free - self._step(*self._inputs) + least)
         if config.activation_memory is not None:
             return int(config.activation_memory)
         reserve = int(config.reserve) if config.reserve is not None else self._reserve()

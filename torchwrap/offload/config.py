@@ -47,12 +47,14 @@ class Offload(Streaming):
     k: int = option(0, doc="Slots, that is units present at once besides resident ones; 0 chooses.", unit="units", low=0)
     goal: Literal["infer", "train"] = option(
         "infer",
-        doc="What `reserve` provides for if it is estimated: forwards, or steps of an OffloadedOptimizer on blocks that are recomputed.",
+        doc="What `reserve` provides for if it is estimated: forwards, or steps of an OffloadedOptimizer with these `activations`.",
         choices=("infer", "train"),
     )
 
     def validate(self) -> None:
         """Rules that concern more than one field."""
+        if self.activations is None and self.goal == "train":  # what is kept would come on top of weights, gradients and state
+            object.__setattr__(self, "activations", "auto")
         super().validate()
         if self.params == "device" and (self.device_memory is not None):
             raise errors.ConfigError(

@@ -17,7 +17,7 @@ from torchwrap.storage.aio import probe
 from torchwrap.weights.blueprint import Blueprint
 from torchwrap.weights.budget import RESERVE_TOKENS, process_bytes, working_bytes
 from torchwrap.weights.folder import WorkFolder, as_placeholders
-from torchwrap.weights.training import TrainingPrediction, expected_footprint, forecast, head_bytes, step_bytes
+from torchwrap.weights.training import TrainingPrediction, expected_footprint, forecast, step_bytes, training_of
 
 __all__ = ["FolderPlan", "plan_folder"]
 
@@ -111,13 +111,15 @@ def plan_folder(folder: str | Path, config: Offload) -> FolderPlan:
             table_bytes=plan.table_bytes,
             bandwidth=bandwidth,
             seconds_per_token=plan.streamed_bytes / bandwidth if bandwidth else 0.0,
-            training=_training(model, blueprint, integration, bandwidth) if config.goal == "train" else None,
+            training=_training(model, blueprint, integration, bandwidth, config.activations) if config.goal == "train" else None,
         )
     finally:
         work.close()
 
 
-def _training(model: nn.Module, blueprint: Blueprint, integration: Integration, bandwidth: float) -> TrainingPrediction:
+def _training(
+    model: nn.Module, blueprint: Blueprint, integration: Integration, bandwidth: float, activations: str | None
+) -> TrainingPrediction:
     """A step on one sequence of the length that the reserve provides for; writing is taken to be as fast as reading."""
     division, plan = blueprint.division, blueprint.plan
 
@@ -127,11 +129,13 @@ def _training(model: nn.Module, blueprint: Blueprint, integration: Integration, 
     fixed = {piece.index for piece in division.fixed}
     footprint = expected_footprint(division.units, division.pieces, plan.resident | fixed)
     slots, separate = plan.slots * plan.slot_bytes, blueprint.device.type != "cpu"
+    training = training_of(division.units, division.pieces, activations)
+    working = step_bytes(activation, training.head, 1, RESERVE_TOKENS) + RESERVE_TOKENS * training.kept
     return forecast(
         footprint,
         present=process_bytes() + slots + (0 if separate else plan.fixed_bytes + plan.resident_bytes),
         slots=slots,
-        working=0 if separate else step_bytes(activation, head_bytes(division.units, division.pieces), 1, RESERVE_TOKENS),
+        working=0 if separate else working,
         read=2 * plan.streamed_bytes + footprint.read,
         read_rate=bandwidth,
         write_rate=bandwidth,

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from torchwrap.activations.expected import recomputes_itself
 from torchwrap.activations.modes import check_tier
 from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
@@ -94,7 +95,8 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
         inside, alone = _scratch(division)
         scratch = max(inside, alone)
-        training = training_of(division.units, division.pieces) if config.goal == "train" else None
+        mode = "recompute" if recomputes_itself(model.modules()) else config.activations
+        training = training_of(division.units, division.pieces, mode) if config.goal == "train" else None
         budget = weight_budget(config, model, integration, device, scratch, training)
         whole = fixed + sum({index: nbytes for unit in planned for index, nbytes in unit.pieces}.values())
         keep_resident = config.params in ("auto", "device")

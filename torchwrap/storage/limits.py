@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["memory_available", "memory_limit", "memory_usage"]
+__all__ = ["is_limited", "memory_available", "memory_limit", "memory_usage"]
 
 # Version 1 writes "no limit" as the largest number of whole pages; nothing real is near 4 EiB.
 _NO_LIMIT = 1 << 62
@@ -49,6 +49,12 @@ def memory_limit(*, root: Path = _ROOT) -> int | None:
     limits = [limit for folder, dialect in _groups(root) if (limit := _group_limit(folder, dialect)) is not None]
     total = _meminfo(root).get("MemTotal")
     return min([*limits, *([total] if total else [])], default=None)
+
+
+def is_limited(*, root: Path = _ROOT) -> bool:
+    """Whether a control group allows this process less than the machine has, so that going over it ends the process."""
+    limit, total = memory_limit(root=root), _meminfo(root).get("MemTotal")
+    return limit is not None and (total is None or limit < total)
 
 
 def memory_usage(*, root: Path = _ROOT) -> int:

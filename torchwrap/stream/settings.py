@@ -43,11 +43,11 @@ class Streaming(Config):
     reserve: int | str | None = option(
         None, doc="Memory left to activations and caches; None: estimated from the model.", unit="bytes", size=True
     )
-    activations: Literal["keep", "recompute", "host", "disk", "auto"] = option(
-        "keep",
+    activations: Literal["keep", "recompute", "host", "disk", "auto"] | None = option(
+        None,
         doc="What a block's backward needs besides weights: keep it; recompute it; move it to host memory (beside a separate device) or "
-        "disk and back; auto measures the first step and chooses for each block.",
-        choices=("keep", "recompute", "host", "disk", "auto"),
+        "disk and back; auto measures the first step and chooses for each block. None: auto if the goal is training, else keep.",
+        choices=(None, "keep", "recompute", "host", "disk", "auto"),
     )
     activation_memory: int | str | None = option(
         None,
@@ -78,6 +78,8 @@ class Streaming(Config):
     def validate(self) -> None:
         """Rules that concern more than one field."""
         name = self.technique
+        if self.activations is None:
+            object.__setattr__(self, "activations", "keep")
         if 0 < int(self.io_chunk) < 4096:
             raise errors.ConfigError(f"{name}: requests of {self.io_chunk} bytes", where="io_chunk", fix="Use 0, or 4096 bytes and more.")
         if self.activation_memory is not None and self.activations != "auto":

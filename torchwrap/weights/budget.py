@@ -14,7 +14,7 @@ from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration
 from torchwrap.core.tensors import data_of, held_bytes, is_placeholder, storage_key
-from torchwrap.storage.limits import memory_available, memory_limit
+from torchwrap.storage.limits import is_limited, memory_available, memory_usage
 from torchwrap.stream.settings import Streaming
 from torchwrap.weights.training import Training, step_bytes
 
@@ -38,6 +38,7 @@ class Budget:
     Attributes:
         asked: the settings that bound `device`, by name.
         left: what the machine leaves for the device's weights after `reserve`; negative if it does not even leave that.
+        otherwise: another way to a smaller `reserve`, if there is one.
     """
 
     device: int
@@ -45,9 +46,13 @@ class Budget:
     reserve: int
     asked: Mapping[str, int] = field(default_factory=dict)
     left: int = 1 << 62
+    otherwise: str = ""
 
     def remedy(self, needed: int) -> str:
         """What to change for `needed` bytes on the device: every setting that is in the way, and no other."""
+        return (self.otherwise if needed > self.left else "") + self._changes(needed)
+
+    def _changes(self, needed: int) -> str:
         raised = [name for name, size in self.asked.items() if size < needed]
         short = needed - self.left
         if short <= 0:
@@ -74,11 +79,13 @@ def weight_budget(
     def working(batch: int, tokens: int) -> int:
         return working_bytes(model, integration, batch=batch, tokens=tokens, scratch=scratch)
 
-    on_host = 0
+    on_host, otherwise = 0, ""
     if config.reserve is not None:
         reserve = int(config.reserve)
     elif training is not None:
-        reserve, on_host = step_bytes(working, training.head, 1, RESERVE_TOKENS), training.optimizer
+        reserve = step_bytes(working, training.head, 1, RESERVE_TOKENS) + RESERVE_TOKENS * training.kept
+        on_host = training.optimizer
+        otherwise = 'Pass activations="auto" or "recompute". Or: ' if training.kept else ""
     else:
         reserve = working(1, RESERVE_TOKENS)
     available = memory_available()
@@ -86,13 +93,13 @@ def weight_budget(
     left = total if available is None else available + min(_private_bytes(model), total) - on_host - reserve - _MARGIN
     if device.type == "cpu":
         asked = _asked(device_memory=config.device_memory, host_memory=config.host_memory)
-        return Budget(max(0, min([*asked.values(), left])), 0, reserve, asked, left)
+        return Budget(max(0, min([*asked.values(), left])), 0, reserve, asked, left, otherwise)
     free, _ = torch.cuda.mem_get_info(device)
     held = sum(held_bytes(data_of(p)) for p in model.parameters() if p.device.type == device.type)
     device_left = int(0.95 * free) + held - reserve
     asked = _asked(device_memory=config.device_memory)
     host = min(int(config.host_memory), left) if config.host_memory is not None else left
-    return Budget(max(0, min([*asked.values(), device_left])), max(0, host), reserve, asked, device_left)
+    return Budget(max(0, min([*asked.values(), device_left])), max(0, host), reserve, asked, device_left, otherwise)
 
 
 def _asked(**sizes: int | str | None) -> dict[str, int]:
@@ -111,12 +118,7 @@ def working_bytes(model: nn.Module, integration: Integration, *, batch: int, tok
 
 def process_bytes() -> int:
     """Memory in use by this process as limits count it: that of its control group without file cache, else its resident set."""
-    limit, total = memory_limit(), _meminfo_total()
-    if limit is not None and limit < total:
-        from torchwrap.storage.limits import memory_usage
-
-        return memory_usage()
-    return _status("VmRSS")
+    return memory_usage() if is_limited() else _status("VmRSS")
 
 
 def _private_bytes(model: nn.Module) -> int:
@@ -136,21 +138,17 @@ def _status(field: str) -> int:
     return 0
 
 
-def _meminfo_total() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    return 1 << 62
+_UNWRAP = "Free memory, or save the model with save_pretrained() or torch.save(model.state_dict(), file), which needs no more."
 
 
-def check_room(needed: int, available: int | None, what: str) -> None:
+def check_room(needed: int, available: int | None, what: str, fix: str = _UNWRAP) -> None:
     """Raise `BudgetError` when `needed` bytes of host memory are not there."""
     if available is not None and needed > available:
         raise errors.BudgetError(
             f"torchwrap: {what} needs {format_bytes(needed)} of memory, and {format_bytes(available)} are left",
             needed=needed,
             available=available,
-            fix="Free memory, or save the model with save_pretrained() or torch.save(model.state_dict(), file), which needs no more.",
+            fix=fix,
         )
 
 

@@ -38,7 +38,7 @@ from torchwrap.weights.budget import RESERVE_TOKENS
 from torchwrap.weights.many import ManyCalls
 from torchwrap.weights.replicas import watch_replicas
 from torchwrap.weights.stepping import watch_steps
-from torchwrap.weights.training import TrainingPrediction, predict_step
+from torchwrap.weights.training import TrainingPrediction, predict_step, step_to_come
 
 if TYPE_CHECKING:
     from torchwrap.optimizer.optimizer import OffloadedOptimizer
@@ -163,8 +163,10 @@ class WeightsHandle(ManyCalls):
             batch: sequences (or images) per step.
             tokens: tokens per sequence.
 
-        Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md, if blocks are computed again in backward; seconds from the
-            bandwidth seen so far, and after the first step from its computing time.
+        Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md. What blocks keep or move out is estimated from the shapes of
+            their weights, without what attention keeps for each pair of tokens where its kernel is not fused; with activations="auto" it
+            is that of the first step, which recomputes, and afterwards what that step measured. Checkpointing by the model itself is seen,
+            by somebody outside of it is not. Seconds are from the bandwidth seen so far, and after the first step from its computing time.
         """
         return predict_step(self, batch=batch, tokens=tokens)
 
@@ -250,7 +252,8 @@ class WeightsHandle(ManyCalls):
         self.activations = self._activations()
 
     def _activations(self) -> Activations:
-        return Activations(self.config, self.units, self.device, self.timeline, self.plan, partial(self.activation, 1, RESERVE_TOKENS))
+        reserve, step = partial(self.activation, 1, RESERVE_TOKENS), partial(step_to_come, weakref.ref(self))
+        return Activations(self.config, self.units, self.device, self.timeline, self.plan, reserve, step)
 
     @property
     def crc(self) -> Crc:

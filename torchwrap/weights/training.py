@@ -1,8 +1,8 @@
 """What a training step will take in memory and time, in closed formulas over the plan and measured rates.
 
-Memory is what the process had when the model was wrapped, the slots, the working memory of one block's backward (blocks are taken to be
-computed again, as checkpointing does), the ring of chunks that the optimizer streams its state through, and gradients that wait. Time is
-that of whatever takes longest while all of it runs at once: reading, writing, or computing,
+Memory is what the process had when the model was wrapped, the slots, the working memory of one block's backward, what blocks keep beyond
+that (torchwrap/activations/expected.py), the ring of chunks that the optimizer streams its state through, and gradients that wait. Time
+is that of whatever takes longest while all of it runs at once: reading, writing, or computing,
 `T = max(bytes_read / rate_read, bytes_written / rate_written, T_forward + T_backward + T_update)`; without overlap it is their sum.
 
 Source: the iteration model of Liao et al., "Adding NVMe SSDs to Enable and Accelerate 100B Model Fine-tuning on a Single GPU", 2024, with
@@ -15,8 +15,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+from torchwrap.activations.expected import MODES, expected_costs, over_recomputed, recomputes_itself
 from torchwrap.core.config import format_bytes
-from torchwrap.storage.heap import refusal
+from torchwrap.storage.heap import FreedBlocks, refusal
 
 if TYPE_CHECKING:
     from torchwrap.stream.units import Piece, Unit
@@ -35,6 +36,7 @@ __all__ = [
     "predict_step",
     "room_for",
     "step_bytes",
+    "step_to_come",
     "training_of",
     "waiting_bytes",
 ]
@@ -58,6 +60,7 @@ class Footprint:
         kept: of freed tensors at most, whose memory is used again (see storage/heap.py).
         read, written: by the optimizer in a step, gradients that wait on the disk included.
         overlaps: whether updates run during backward.
+        grows: whether a backward begins without gradients and leaves some in memory.
     """
 
     ring: int
@@ -66,6 +69,7 @@ class Footprint:
     read: int
     written: int
     overlaps: bool
+    grows: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +79,12 @@ class Training:
     Attributes:
         optimizer: bytes of host memory.
         head: see `head_bytes`.
+        kept: bytes of activations per token beyond those of a step whose blocks are all computed again.
     """
 
     optimizer: int
     head: int
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,10 +204,16 @@ def expected_footprint(units: Sequence[Unit], pieces: Sequence[Piece], resident:
     )
 
 
-def training_of(units: Sequence[Unit], pieces: Sequence[Piece]) -> Training:
-    """What a plan has to leave room for if all trained weights may be streamed."""
+def training_of(units: Sequence[Unit], pieces: Sequence[Piece], activations: str | None) -> Training:
+    """What a plan has to leave room for if all trained weights may be streamed.
+
+    Args:
+        activations: the setting; "auto" keeps what there is room for, so it needs no more than "recompute".
+    """
     expected = expected_footprint(units, pieces, frozenset())
-    return Training(expected.ring + expected.gradients + expected.kept, head_bytes(units, pieces))
+    uses = expected_costs(units, 1)
+    kept = over_recomputed(uses, {use.unit: MODES.get(activations, "recompute") for use in uses})
+    return Training(expected.ring + expected.gradients + expected.kept, head_bytes(units, pieces), kept)
 
 
 def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingPrediction:
@@ -215,6 +227,9 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
     slots = plan.slots * plan.slot_bytes
     separate = handle.device.type != "cpu"
     working = step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
+    model = handle.root() if handle.root is not None else None
+    if model is None or not recomputes_itself(model.modules()):
+        working += handle.activations.over_recomputed(batch * tokens, _staying(handle.units, footprint))
     read_rate = float(handle.stats()["bandwidth"])
     read = 2 * plan.streamed_bytes + footprint.read
     return forecast(
@@ -227,6 +242,17 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
         write_rate=write_rate or read_rate,
         computing=computing,
     )
+
+
+def step_to_come(reference: Callable[[], WeightsHandle | None], batch: int, tokens: int) -> int:
+    """Bytes that are not there when a step begins and will be, if its blocks are recomputed; 0 without an `OffloadedOptimizer`."""
+    handle = reference()
+    optimizer = handle.optimizer() if handle is not None else None
+    if handle is None or optimizer is None:
+        return 0
+    footprint = optimizer.footprint()
+    coming = max(0, footprint.kept - FreedBlocks.counts()["bytes"]) + (footprint.gradients if handle.device.type == "cpu" else 0)
+    return coming + step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
 
 
 def forecast(
@@ -273,6 +299,14 @@ def forecast(
         seconds_per_step=seconds,
         bottleneck=bottleneck,
     )
+
+
+def _staying(units: Iterable[Unit], footprint: Footprint) -> dict[int, int]:
+    """Bytes of gradients that were not there when the backward began and are when it ends, by the unit they come from."""
+    if not footprint.grows:
+        return {}
+    stays = [(unit.index, p) for unit in units for p in unit.pieces if p.parameter.requires_grad and (p.resident or not footprint.overlaps)]
+    return {index: sum(piece.nbytes for other, piece in stays if other == index) for index, _ in stays}
 
 
 def _largest(units: Iterable[Unit]) -> int:
