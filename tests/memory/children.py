@@ -114,10 +114,13 @@ def steps(folder: str) -> dict[str, Any]:
 
 
 def train(folder: str, count: str, *options: str) -> dict[str, Any]:
-    """Open `folder` offloaded and train `count` steps by AdamW; what was promised, what came out, and what it took."""
+    """Open `folder` offloaded, with "checkpointing" by the model itself or ours, and train by AdamW; what was promised and what came."""
     work = Path(folder) / "run"
-    model = tw.offload.from_pretrained(Path(folder), goal="train", **dict(option.split("=", 1) for option in options)).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    own = "checkpointing" in options
+    fields = dict(option.split("=", 1) for option in options if "=" in option)
+    model = tw.offload.from_pretrained(Path(folder), goal="train", **fields).train()
+    if own:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-4, fused=True, path=work, durability="none")
     handle = tw.handle_of(model, "offload")
     promised = handle.predict_training(batch=1, tokens=32)
@@ -125,6 +128,22 @@ def train(folder: str, count: str, *options: str) -> dict[str, Any]:
     measured = handle.predict_training(batch=1, tokens=32)
     optimizer.close()
     return {"losses": losses, "promised": promised.to_dict(), "measured": measured.to_dict(), "streamed_bytes": handle.plan.streamed_bytes}
+
+
+def refuse_optimizer(folder: str) -> dict[str, Any]:
+    """An optimizer for a model wrapped for inference: the typed error, what was forecast, and whether the model still computes."""
+    model = tw.offload.from_pretrained(Path(folder), activations="recompute").train()
+    promised = tw.handle_of(model, "offload").predict_training(batch=1, tokens=32)
+    ids = torch.arange(3, 35).unsqueeze(0)
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        try:
+            tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-4, path=Path(folder) / "refused")
+        except tw.core.errors.BudgetError as error:
+            same = torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+            left = sum(file.stat().st_size for file in (Path(folder) / "refused").rglob("*"))
+            return {"error": str(error), "needed": error.needed, "promised": promised.peak_process, "same": same, "left": left}
+    return {"error": None}
 
 
 def train_plainly(folder: str, count: str) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.harness.cgroup import run_child
 from benchmarks.harness.checkpoints import Shape, write_checkpoint
+from tests.memory.conftest import CHILDREN, ENVIRONMENT, ROOT
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("limits")
@@ -37,10 +40,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_training_above_the_limit_is_right_and_takes_what_was_promised(child: Any, folder: Path) -> None:
-    expected = child("train_plainly", folder, STEPS).check().data["losses"]
-    result = child("train", folder, STEPS, limit=LIMIT).check()
-    assert result.data["losses"] == expected
+@pytest.fixture(scope="module")
+def losses(folder: Path) -> list[str]:
+    """Of training without torchwrap and without a limit."""
+    command = [sys.executable, str(CHILDREN), "train_plainly", str(folder), str(STEPS)]
+    return run_child(command, environment=ENVIRONMENT, folder=ROOT, timeout_s=120).check().data["losses"]
+
+
+def test_training_above_the_limit_is_right_and_takes_what_was_promised(child: Any, folder: Path, losses: list[str]) -> None:
+    result = child("train", folder, STEPS, "checkpointing", limit=LIMIT).check()
+    assert result.data["losses"] == losses
     assert result.data["streamed_bytes"] > 0
     assert result.peak_bytes < LIMIT < 4 * SHAPE.nbytes()
     for prediction in (result.data["promised"], result.data["measured"]):
@@ -48,3 +57,26 @@ def test_training_above_the_limit_is_right_and_takes_what_was_promised(child: An
         assert abs(promised - result.peak_bytes) <= 0.10 * result.peak_bytes, (prediction, result.peak_bytes)
     assert result.data["promised"]["computing_s"] is None
     assert result.data["measured"]["computing_s"] > 0
+
+
+def test_the_defaults_of_the_goal_train_stay_below_the_limit(child: Any, folder: Path, losses: list[str]) -> None:
+    """Nobody asked for checkpointing: the first step is recomputed, and the second one chooses what there is room for."""
+    result = child("train", folder, STEPS, limit=LIMIT).check()
+    assert result.data["losses"] == losses
+    for prediction in (result.data["promised"], result.data["measured"]):
+        promised = prediction["peak_process"]
+        assert abs(promised - result.peak_bytes) <= 0.10 * result.peak_bytes, (prediction, result.peak_bytes)
+
+
+def test_an_optimizer_that_cannot_fit_is_refused_and_the_model_goes_on(child: Any, folder: Path) -> None:
+    data = child("refuse_optimizer", folder, limit=LIMIT).check().data
+    assert 'goal="train"' in data["error"]
+    assert data["promised"] > LIMIT
+    assert data["needed"] < data["promised"]
+    assert data["same"]
+    assert data["left"] < MIB
+
+
+def test_blocks_that_keep_their_activations_are_planned_as_such(child: Any, folder: Path) -> None:
+    """More of the memory goes to activations; where that cannot be, it is refused before anything is taken."""
+    assert 'activations="auto"' in str(child("train", folder, 1, "activations=keep", limit=LIMIT))

@@ -67,7 +67,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         ConfigError: a class that is not elementwise, or a folder that holds something else.
         ConflictError: another optimizer of this class, not closed, drives some of the parameters; or parts of the model were wrapped by
             themselves: make one optimizer for each.
-        DiskFullError: the disk cannot take the state; raised here, not in the middle of training.
+        BudgetError, DiskFullError: the limit of the process cannot take a step, or the disk the state; raised here, not during training.
 
     Exactness: parameters and state bit-identical to `cls` on a model in memory, on the same device, dtype and number of threads.
     Cost: on the disk, weights and state, twice with `path`; in memory, three chunks of each of their streams, and gradients that wait.
@@ -113,7 +113,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.steps: int = 0
         super().__init__(model.parameters() if params is None else params, self._rule.template.defaults)
         self._parameters.check_free(target.parameter for target in self._parameters.targets)
-
         folder = None if path is None else Path(path).expanduser()
         site = Site(None if self._durability == "none" else folder, folder, parse_size(chunk, field="chunk"))
         self._asked = asked_for(overlap, max_grad_norm, accumulate, gradients)
@@ -122,8 +121,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._works = works = Workshop(self._rule, self._parameters, self._handle, site, self._asked, max_grad_norm, _groups_of(self))
         self._shut = weakref.finalize(self, works.close_unasked)
         try:
-            if self._handle is not None:
-                self._handle.optimizer = weakref.ref(self)
+            works.check_room()
             works.prepare(self.param_groups)
             if works.store.generation:
                 check_same_run(works.store.run, cls, self._parameters.targets, str(folder))
@@ -133,6 +131,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._shut()
             raise
         self._parameters.take()
+        if self._handle is not None:
+            self._handle.optimizer = weakref.ref(self)
 
     # -- the face of an optimizer -------------------------------------------------------------------------------------------------------
 

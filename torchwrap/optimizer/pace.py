@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torchwrap.optimizer.chunks import Chunks
 from torchwrap.optimizer.gradients import Timing
-from torchwrap.optimizer.targets import Target
+from torchwrap.optimizer.targets import Target, records_needed
 from torchwrap.optimizer.updates import Updater
 from torchwrap.storage.generations import GenerationStore
 from torchwrap.weights.training import IN_FLIGHT, Footprint, waiting_bytes
@@ -49,14 +49,17 @@ class Pace:
         return time.monotonic(), stalled, self._updater.waited_s, self._chunks.seconds
 
 
-def footprint_of(targets: Sequence[Target], store: GenerationStore, timing: Timing, handle: WeightsHandle, kept: int) -> Footprint:
+def footprint_of(
+    targets: Sequence[Target], store: GenerationStore, chunk: int, timing: Timing, handle: WeightsHandle, kept: int
+) -> Footprint:
     """What the streamed `targets` of an optimizer, and `kept` bytes of freed tensors, add to a step of the model of `handle`."""
-    trained = [target for target in targets if target.parameter.requires_grad and target.weight_name in store.records]
+    trained = [target for target in targets if target.parameter.requires_grad and target.numel]
     ring = state = away = total = largest = 0
     for target in trained:
         size = target.parameter.element_size()
         per_element = sum(dtype.itemsize for dtype in target.layout.values())
-        ring = max(ring, store.records[target.weight_name].chunk * ((2 if timing.park else 1) * size + per_element))
+        elements = records_needed(target, chunk, store)[0][4]
+        ring = max(ring, elements * ((2 if timing.park else 1) * size + per_element))
         state += target.numel * per_element
         away += target.numel * size if target.away and target.piece is not None and target.piece.host is None else 0
         total += target.numel * size
@@ -74,4 +77,5 @@ def footprint_of(targets: Sequence[Target], store: GenerationStore, timing: Timi
         read=state + away + parked,
         written=state + away + parked,
         overlaps=timing.take,
+        grows=timing.backwards == 1 and not timing.park,
     )

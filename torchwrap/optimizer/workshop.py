@@ -28,6 +28,8 @@ from torchwrap.optimizer.values import Values
 from torchwrap.storage import aio
 from torchwrap.storage.generations import GenerationStore
 from torchwrap.storage.heap import FreedBlocks, keep_heap_small
+from torchwrap.storage.limits import is_limited, memory_available
+from torchwrap.weights.budget import check_room
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.stepping import warn_of_mixture
 from torchwrap.weights.training import Footprint, kept_bytes, room_for
@@ -119,6 +121,26 @@ class Workshop:
             kept_bytes(self._handle.units if self._handle is not None else (), min(self.site.chunk, max(sizes))) if on_cpu and sizes else 0
         )
 
+    def check_room(self) -> None:
+        """Raise `BudgetError` if a step of the offloaded model takes more memory than the limit of a control group leaves.
+
+        Counted is what is certain: what the optimizer adds, and slots that are not there yet; not activations, whose size nobody knows.
+        """
+        handle = self._handle
+        if handle is None or handle.device.type != "cpu" or not is_limited():
+            return
+        adds, targets = self.footprint(), [t for t in self.parameters.targets if t.parameter.requires_grad]
+        state = sum(t.numel * sum(dtype.itemsize for dtype in t.layout.values()) for t in targets if not t.streamed)
+        there = sum(t.parameter.grad.nbytes for t in targets if t.parameter.grad is not None)
+        slots = handle.plan.slots * handle.plan.slot_bytes - (handle.engine.held_bytes if handle.engine is not None else 0)
+        needed, available = adds.ring + adds.gradients + adds.kept + state + slots - there, memory_available() or 0
+        less = max(0, handle.plan.held_bytes - (needed - available))
+        fix = f"Give weights less: device_memory={less}"
+        if getattr(handle.config, "goal", "") == "infer":
+            fix = 'Wrap the model again with goal="train", which leaves room for this'
+        waits = "" if adds.overlaps or self.gradients.timing.park else ', or pass gradients="disk"'
+        check_room(needed, available, "a training step with OffloadedOptimizer, without activations,", f"{fix}{waits}.")
+
     def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Parameters were added, or settings changed: what the class keeps with them, room for it, and hooks.
 
@@ -183,7 +205,7 @@ class Workshop:
     def footprint(self) -> Footprint:
         """What the optimizer adds to a training step in memory and bytes moved."""
         assert self._handle is not None
-        return footprint_of(self.parameters.streamed, self.store, self.gradients.timing, self._handle, self.freed.nbytes)
+        return footprint_of(self.parameters.streamed, self.store, self.site.chunk, self.gradients.timing, self._handle, self.freed.nbytes)
 
     @property
     def write_rate(self) -> float:

@@ -329,6 +329,11 @@ class Engine(Window):
             self._empty("weights were to change")
             self._layouts.clear()
 
+    @property
+    def held_bytes(self) -> int:
+        """Of slots that are allocated."""
+        return len(self._slots) * self.plan.slot_bytes
+
     def trim(self) -> None:
         """Free all slots; the next forward allocates and fills them again."""
         with self.lock, self.state:

@@ -1,0 +1,90 @@
+"""An optimizer whose step cannot fit under the limit of the process is refused when it is made, and nothing is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchwrap as tw
+from torchwrap.core import errors
+from torchwrap.optimizer import workshop
+
+BLOCK = 4 * 512 * 512  # bytes
+X = torch.ones(2, 512)
+
+
+@pytest.fixture
+def limited(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`limited(nbytes)`: a control group leaves so many."""
+
+    def leave(nbytes: int) -> None:
+        monkeypatch.setattr(workshop, "is_limited", lambda: True)
+        monkeypatch.setattr(workshop, "memory_available", lambda: nbytes)
+
+    return leave
+
+
+def streamed(**fields: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(512, 512, bias=False) for _ in range(6))).train()
+    return tw.offload(model, **{"device_memory": 4 * BLOCK, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "advice"),
+    [
+        ({}, {}, 'goal="train"'),
+        ({"goal": "train"}, {}, "device_memory="),
+        ({}, {"overlap": False, "gradients": "host"}, 'gradients="disk"'),
+    ],
+    ids=["infer", "train", "waiting"],
+)
+def test_a_step_that_cannot_fit_is_refused(
+    limited: Any, tmp_path: Path, fields: dict[str, Any], options: dict[str, Any], advice: str
+) -> None:
+    model = streamed(**fields)
+    with torch.no_grad():
+        before = model(X)
+    limited(BLOCK)
+    with pytest.raises(errors.BudgetError) as caught:
+        tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3, path=tmp_path / "run", **options)
+    assert advice in str(caught.value)
+    assert caught.value.available == BLOCK < caught.value.needed < 100 * BLOCK
+    assert tw.handle_of(model, "offload").optimizer() is None
+    with torch.no_grad():
+        assert torch.equal(model(X), before)
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*")) < BLOCK
+
+
+def test_with_more_room_the_next_one_is_made(limited: Any) -> None:
+    model = streamed()
+    limited(BLOCK)
+    with pytest.raises(errors.BudgetError) as caught:
+        tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3)
+    limited(caught.value.needed)
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3)
+    model(X).square().mean().backward()
+    optimizer.step()
+    assert optimizer.steps == 1
+    optimizer.close()
+
+
+def test_gradients_that_are_there_already_are_not_counted_twice(limited: Any) -> None:
+    model = streamed()
+    limited(0)
+    with pytest.raises(errors.BudgetError) as before:
+        tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3)
+    model(X).square().mean().backward()
+    with pytest.raises(errors.BudgetError) as after:
+        tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3)
+    assert before.value.needed - after.value.needed >= 6 * BLOCK  # all gradients; and slots, which are there now
+
+
+def test_without_a_limit_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workshop, "is_limited", lambda: False)
+    monkeypatch.setattr(workshop, "memory_available", lambda: 0)
+    tw.OffloadedOptimizer(streamed(), torch.optim.AdamW, lr=1e-3).close()
