@@ -106,7 +106,9 @@ class WeightsHandle(ManyCalls):
         self.passes: int = 0
         streams = any(not piece.resident for piece in pieces)
         self.unwatched: set[bool] = {True, False} if streams else set()
-        self._ends: list[Callable[[], object]] = [watch_steps(self), watch_replicas(self)] if streams else []
+        self._end_watch: Callable[[], object] = watch_steps(self) if streams else _nothing
+        if streams:
+            watch_replicas(self)
         blocks = {p.index: p.nbytes for unit in units if unit.kind in ("block", "expert") for p in unit.pieces if not p.resident}
         self.keeps_casts: bool = sum(blocks.values()) <= plan.slots * plan.slot_bytes
         self._own_lock = threading.RLock()
@@ -381,8 +383,7 @@ class WeightsHandle(ManyCalls):
             table.free()
         if self.store is not None:
             self.store.close(keep=self.config.keep)
-        for end in self._ends:
-            end()
+        self._end_watch()
         self.activations.close()
         self.on_close()
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -30,11 +29,10 @@ __all__ = ["watch_replicas"]
 _watched: weakref.WeakSet[WeightsHandle] = weakref.WeakSet()
 
 
-def watch_replicas(handle: WeightsHandle) -> Callable[[], None]:
-    """Refuse replicas that would write to the handle's absent weights; calling what is returned ends that."""
+def watch_replicas(handle: WeightsHandle) -> None:
+    """Refuse replicas that would write to the handle's absent weights, as long as it lives and has such."""
     _hook()
     _watched.add(handle)
-    return partial(_watched.discard, handle)
 
 
 # Once in a process, and left there: torch walks the table of these hooks whenever a module is built, perhaps in another thread just now.
