@@ -119,13 +119,14 @@ class _Job:
             if given.shape != like.shape or given.device.type != "cpu" or given.requires_grad:
                 where = f"{list(given.shape)} on {given.device}"
                 raise refused(f"gradients are to be added to {where}", "Give plain tensors shaped as k and v, on the CPU.")
-        # Their numbers and places differ, their shapes must fit as for any call.
+        # Their numbers and places differ, their shapes must fit as for any call. The mask's numbers are needed.
         q, k, v = (one.new_empty(one.shape, dtype=q.dtype, device="meta") for one in (q, k, v))
         call = checked(
             q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=None if sinks is None else sinks.detach().to("meta")
         )  # fmt: skip
         token = max(1, q.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]) * q.dtype.itemsize)
-        return cls(call=replace(call, sinks=None), machine=machine, chunk_tokens=max(1, min(chunk_bytes // token, k.shape[2])), grads=grads)
+        call = replace(call, mask=mask, sinks=None)
+        return cls(call=call, machine=machine, chunk_tokens=max(1, min(chunk_bytes // token, k.shape[2])), grads=grads)
 
     def staging(self, k: Tensor, v: Tensor, dtype: torch.dtype) -> Staging:
         """Buffers for the way to the device."""
