@@ -33,7 +33,7 @@ from torchwrap.core.swap import layers_of
 from torchwrap.integrations.transformers.batching import StandIn, attend_paged, steps
 from torchwrap.integrations.transformers.cache import into_arenas
 from torchwrap.integrations.transformers.generating import CacheMaker, divides, plan_of_arenas
-from torchwrap.integrations.transformers.masks import tile_mask, user_mask, without_mask
+from torchwrap.integrations.transformers.masks import packed_mask, tile_mask, user_mask, without_mask
 from torchwrap.integrations.transformers.naming import NAME, Name, implementation_before
 from torchwrap.integrations.transformers.sequence import SequenceLayer, refuse_to_divide, running
 from torchwrap.integrations.transformers.sites import asks_the_registry, code_of, refuse, unfit, with_nested
@@ -291,6 +291,12 @@ def attention_forward(
         given = {name: value for name, value in given.items() if value is not None}
         function = _own_function(module, own)
         return function(module, query, key, value, _for_own(attention_mask, own, query), **given, **kwargs)
+    if (lengths := kwargs.get("cu_seq_lens_q")) is not None:
+        if service.sequence is not None:
+            raise UnsupportedModelError("it has packed sequences in divided ones", where=fqn, fix="Leave sp_group out.")
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        shape = (query.shape[0], query.shape[2], key.shape[2])
+        attention_mask = packed_mask(attention_mask, lengths, kwargs.get("cu_seq_lens_k"), shape, bool(causal), sliding_window)
     if service.sequence is not None:
         if attention_mask is None and getattr(module, "is_causal", True):
             tokens = query.shape[2] * service.sequence.size

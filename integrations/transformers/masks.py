@@ -22,7 +22,7 @@ from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.masks.packing import key_conditions
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["divided_mask", "tile_mask", "user_mask", "without_mask"]
+__all__ = ["divided_mask", "packed_mask", "tile_mask", "user_mask", "without_mask"]
 
 _MODULE = "transformers.masking_utils"
 Conditions = dict[str, Any]
@@ -41,10 +41,11 @@ def tile_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
+    allow_is_bidirectional_skip: bool = False,
     device: torch.device | str = "cpu",
     **_: Any,
-) -> TileMask:
-    """What transformers' `AttentionMaskInterface` calls: the same mask as its `sdpa_mask` gives, never skipped, never dense.
+) -> TileMask | None:
+    """What transformers' `AttentionMaskInterface` calls: the same mask as its `sdpa_mask` gives, causal ones never skipped, never dense.
 
     Args:
         batch_size: B.
@@ -55,6 +56,7 @@ def tile_mask(
         mask_function: of batch row, head, query position and key position.
         attention_mask: bool or integer [B, positions], which positions hold tokens; what it is too short for holds none.
         use_vmap: the function may not broadcast.
+        allow_is_bidirectional_skip: a mask that hides nothing may be None, and serves keys of another length then (Informer shortens them).
         device: of the mask.
         **_: `allow_is_causal_skip`, `local_size`, `dtype` and others that only dense masks need.
 
@@ -68,6 +70,8 @@ def tile_mask(
     padding = {} if attention_mask is None else where.padding(attention_mask)
     known = None if use_vmap else _recognised(mask_function, where)
     known = None if known is None else _both(known, padding)
+    if known == {} and allow_is_bidirectional_skip:
+        return None
     if known is not None:
         return TileMask(batch_size, q_length, kv_length, **known, **offsets)
     return TileMask.from_function(mask_function, batch_size, q_length, kv_length, vmap=use_vmap, **padding, **offsets)
@@ -254,6 +258,51 @@ def user_mask(mask: Tensor, queries: int) -> TileMask | Tensor:
         made = _as_tiles(mask, queries)
         _seen[mask] = (mask._version, queries, made)
     return rows if made is None else made
+
+
+# Reads lengths from the device, as a graph cannot.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def packed_mask(
+    mask: Tensor | None, q_lengths: Tensor, k_lengths: Tensor | None, shape: tuple[int, int, int], causal: bool, window: int | None
+) -> Tensor:
+    """The mask of a row of sequences whose cumulative lengths the call was given, as collators without padding give them.
+
+    Args:
+        mask: what transformers or the user made. Packed sequences that it knows stay, and so does a dense one; of another the band.
+        q_lengths: integers [N + 1], of the queries.
+        k_lengths: of the keys; None: the same.
+        shape: B, Sq and Sk of the call.
+        causal: without a mask, whether a query sees no later key.
+        window: without a mask, how many keys a query sees.
+
+    Raises:
+        ConfigError: a batch, or lengths that are not of these tokens.
+        UnsupportedModelError: a mask of other conditions than a band, which count from where a sequence begins.
+
+    Cost: O(Sq + Sk), and a read from the device, in every layer.
+    """
+    if mask is not None and (not isinstance(mask, TileMask) or mask.q_segments is not None):
+        return mask
+    batch, queries, keys = shape
+    ends = (int(q_lengths[-1]), int((q_lengths if k_lengths is None else k_lengths)[-1]))
+    if batch != 1 or ends != (queries, keys):
+        raise ConfigError(
+            f"cu_seq_lens end at {ends[0]} queries and {ends[1]} keys, and the call has {batch} rows of {queries} and {keys}",
+            where="cu_seq_lens_q",
+            fix="Give lengths of all tokens of one row, and no cache that holds others.",
+        )
+    right, left = (0 if causal else None), (None if window is None else window - 1)
+    if mask is not None:
+        right, left = mask.right, mask.left
+        if mask.chunk is not None or mask.dictionary is not None or right not in (None, 0):
+            raise UnsupportedModelError(
+                "its mask has other conditions than a causal band",
+                where="cu_seq_lens_q",
+                fix="Give position_ids alone, and use_cache=False.",
+            )
+    return TileMask.from_cu_seqlens(
+        q_lengths, k_lengths, q_length=queries, kv_length=keys, causal=right == 0, window=None if left is None else left + 1
+    )
 
 
 def _as_tiles(mask: Tensor, queries: int) -> TileMask | None:

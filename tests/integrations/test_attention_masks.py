@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening, InformerConfig, InformerModel
 
 import torchwrap as tw
 from tests.integrations.attending import LENGTH, built, inputs, no_materialisation
@@ -64,3 +66,52 @@ def test_a_mask_of_one_row_is_read_anew_for_another_number_of_queries() -> None:
     for rows in (LENGTH, LENGTH - 5, LENGTH):
         part = {"input_ids": given["input_ids"][:, :rows], "attention_mask": mask[..., :rows]}
         torch.testing.assert_close(logits(model, part), logits(twin, part), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt_oss"])
+def test_sequences_of_a_collator_without_padding_do_not_see_each_other(name: str, cached: bool) -> None:
+    parts = inputs(name)["input_ids"].flatten()[:20].split([9, 4, 7])
+    packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": part.tolist()} for part in parts])
+    del packed["labels"]
+    model, twin = tw.fast_attention(built(name)), built(name)
+    with no_materialisation():
+        ours = logits(model, {**packed, "use_cache": cached})
+    alone = torch.cat([logits(twin, {"input_ids": part[None]}) for part in parts], 1)
+    torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_packed_sequences_are_those_of_each_alone() -> None:
+    parts = inputs("llama")["input_ids"].flatten()[:20].split([9, 4, 7])
+    packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": part.tolist()} for part in parts])
+    del packed["labels"]
+    model, twin = tw.fast_attention(built("llama")), built("llama")
+    model(**packed).logits.square().sum().backward()
+    sum(twin(input_ids=part[None]).logits.square().sum() for part in parts).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_cumulative_lengths_of_other_tokens_are_refused() -> None:
+    model, ids = tw.fast_attention(built("llama")), inputs("llama")["input_ids"]
+    for rows, ends in ((ids[:1], [0, 4, 9]), (ids, [0, 4, LENGTH])):
+        with pytest.raises(tw.ConfigError, match="cu_seq_lens end at"):
+            logits(model, {"input_ids": rows, "cu_seq_lens_q": torch.tensor(ends, dtype=torch.int32)})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_encoder_that_shortens_its_sequence_needs_no_mask(padded: bool) -> None:
+    options = dict(
+        prediction_length=6, context_length=12, input_size=1, num_time_features=1, d_model=16, encoder_layers=2, decoder_layers=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, lags_sequence=[1, 2], attention_type="full", distil=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    twin = InformerModel(InformerConfig(**options)).eval()
+    model = tw.fast_attention(copy.deepcopy(twin))
+    given = dict(
+        past_values=torch.randn(2, 14), past_time_features=torch.randn(2, 14, 1), past_observed_mask=torch.ones(2, 14),
+        future_values=torch.randn(2, 6), future_time_features=torch.randn(2, 6, 1),
+    )  # fmt: skip
+    if padded:
+        given["past_observed_mask"][0, :3] = 0
+    torch.testing.assert_close(logits(model, given), logits(twin, given), rtol=1e-4, atol=1e-5)
