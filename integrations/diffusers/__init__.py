@@ -52,7 +52,9 @@ class DiffusersIntegration(Integration):
                     f"{type(processor).__name__} computes attention by something else than torch's scaled_dot_product_attention"
                     + (f" (attention back end {backend.value!r})" if backend is not None else ""),
                     where=fqn,
-                    fix='Call model.set_default_attn_processor() or model.set_attention_backend("native") first.',
+                    fix='Call model.set_attention_backend("native") first.'
+                    if backend is not None
+                    else "Call model.set_attn_processor(AttnProcessor2_0()) first, from diffusers.models.attention_processor.",
                 )
             found.places.append((fqn, module, FunctionLayer(fqn, service)))
             found.attends.append(fqn)
