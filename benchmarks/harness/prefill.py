@@ -82,7 +82,7 @@ def measure_prefill(
             "slowdown": ratio_of_medians(seconds["window"], seconds["resident"]),
             "predicted_slowdown": handle.predict().slowdown,
             "transfer_over_compute": sum(profile.transfer_s) / sum(profile.compute_s),
-            "saved": 1 - stats["slot_bytes"] / handle.block_bytes,
+            "saved": 1 - stats["slot_bytes"] / handle.room.block_bytes,
             "held_bytes": stats["held_bytes"],
             "stall_s": stats["stall_s"],
             "raw_bytes_per_s": [before.memory, raw_read_rate(files).memory],

@@ -104,7 +104,7 @@ def _row(depth: int, k: int, k_prime: int, ratios: Sequence[float]) -> dict[str,
     passes = max(4, k_prime // math.gcd(depth, k_prime))
     for ratio in ratios:
         with _device(depth, ratio, k=k, k_prime=k_prime) as (model, handle, count, expected):
-            blocks, whole = handle.block_bytes, sum(p.nbytes for p in model.parameters())
+            blocks, whole = handle.room.block_bytes, sum(p.nbytes for p in model.parameters())
             if k < depth:
                 handle.tune()
             with torch.no_grad():

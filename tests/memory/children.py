@@ -146,6 +146,20 @@ def refuse_optimizer(folder: str) -> dict[str, Any]:
     return {"error": None}
 
 
+def train_window(folder: str, count: str, train: str) -> dict[str, Any]:
+    """The same under `superpipeline` with what it chooses, blocks computed again; the knobs after each step."""
+    asked = {"True": True, "None": None}[train]
+    model = tw.superpipeline.from_pretrained(Path(folder), activations="recompute", max_slowdown=1.0, train=asked).train()
+    work = Path(folder) / "run"
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-4, fused=True, path=work, durability="none")
+    handle = tw.handle_of(model, "superpipeline")
+    ks: list[int] = []
+    losses = _losses(model, optimizer, int(count), lambda: ks.append(handle.knobs.k))
+    prediction = handle.predict(batch=1, tokens=32)
+    optimizer.close()
+    return {"losses": losses, "ks": ks, "predicted": handle.baseline_bytes + prediction.peak_bytes, "explain": handle.explain()}
+
+
 def train_plainly(folder: str, count: str) -> dict[str, Any]:
     """The same without torchwrap."""
     from transformers import AutoModelForCausalLM
@@ -154,7 +168,7 @@ def train_plainly(folder: str, count: str) -> dict[str, Any]:
     return {"losses": _losses(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), int(count))}
 
 
-def _losses(model: Any, optimizer: torch.optim.Optimizer, count: int) -> list[str]:
+def _losses(model: Any, optimizer: torch.optim.Optimizer, count: int, after: Callable[[], None] = lambda: None) -> list[str]:
     losses = []
     for number in range(count):
         ids = torch.arange(3 + number, 35 + number).unsqueeze(0)
@@ -163,6 +177,7 @@ def _losses(model: Any, optimizer: torch.optim.Optimizer, count: int) -> list[st
         loss.backward()
         optimizer.step()
         losses.append(loss.item().hex())
+        after()
     return losses
 
 

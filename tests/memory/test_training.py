@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("limits")
 
 MIB = 1 << 20
 STEPS = 2
+WINDOW_STEPS = 3  # the second is measured, before the third the window is chosen
 # 82 M parameters in 10 blocks of 32 MB: 1.3 GB of weights, gradients and state.
 SHAPE = Shape(
     name="llama-82M",
@@ -43,13 +44,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def losses(folder: Path) -> list[str]:
     """Of training without torchwrap and without a limit."""
-    command = [sys.executable, str(CHILDREN), "train_plainly", str(folder), str(STEPS)]
+    command = [sys.executable, str(CHILDREN), "train_plainly", str(folder), str(WINDOW_STEPS)]
     return run_child(command, environment=ENVIRONMENT, folder=ROOT, timeout_s=120).check().data["losses"]
 
 
 def test_training_above_the_limit_is_right_and_takes_what_was_promised(child: Any, folder: Path, losses: list[str]) -> None:
     result = child("train", folder, STEPS, "checkpointing", limit=LIMIT).check()
-    assert result.data["losses"] == losses
+    assert result.data["losses"] == losses[:STEPS]
     assert result.data["streamed_bytes"] > 0
     assert result.peak_bytes < LIMIT < 4 * SHAPE.nbytes()
     for prediction in (result.data["promised"], result.data["measured"]):
@@ -62,7 +63,7 @@ def test_training_above_the_limit_is_right_and_takes_what_was_promised(child: An
 def test_the_defaults_of_the_goal_train_stay_below_the_limit(child: Any, folder: Path, losses: list[str]) -> None:
     """Nobody asked for checkpointing: the first step is recomputed, and the second one chooses what there is room for."""
     result = child("train", folder, STEPS, limit=LIMIT).check()
-    assert result.data["losses"] == losses
+    assert result.data["losses"] == losses[:STEPS]
     for prediction in (result.data["promised"], result.data["measured"]):
         promised = prediction["peak_process"]
         assert abs(promised - result.peak_bytes) <= 0.10 * result.peak_bytes, (prediction, result.peak_bytes)
@@ -80,3 +81,14 @@ def test_an_optimizer_that_cannot_fit_is_refused_and_the_model_goes_on(child: An
 def test_blocks_that_keep_their_activations_are_planned_as_such(child: Any, folder: Path) -> None:
     """More of the memory goes to activations; where that cannot be, it is refused before anything is taken."""
     assert 'activations="auto"' in str(child("train", folder, 1, "activations=keep", limit=LIMIT))
+
+
+@pytest.mark.parametrize("train", [True, None], ids=["asked", "seen"])
+def test_a_window_that_is_chosen_while_training_stays_below_the_limit(
+    child: Any, folder: Path, losses: list[str], train: bool | None
+) -> None:
+    result = child("train_window", folder, WINDOW_STEPS, train, limit=LIMIT).check()
+    assert result.data["losses"] == losses
+    assert 1 <= max(result.data["ks"]) < SHAPE.blocks
+    assert result.peak_bytes < LIMIT
+    assert abs(result.data["predicted"] - result.peak_bytes) <= 0.10 * result.peak_bytes, (result.data, result.peak_bytes)

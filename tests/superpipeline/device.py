@@ -26,6 +26,7 @@ __all__ = [
     "on_device",
     "pass_seconds",
     "separate",
+    "step_seconds",
     "weights_present",
 ]
 
@@ -34,24 +35,32 @@ BLOCK_BYTES = WIDTH * WIDTH * 4
 
 
 class _Block(nn.Module):
-    def __init__(self, machine: Machine, seconds: float, width: int) -> None:
+    def __init__(self, machine: Machine, seconds: float, width: int, backward_s: float) -> None:
         super().__init__()
         self.map = nn.Linear(width, width, bias=False)
-        self.machine, self.seconds = machine, seconds
+        self.machine, self.seconds, self.backward_s = machine, seconds, backward_s
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.machine.work(self.machine.compute, self.seconds)
-        return torch.tanh(self.map(x))
+        mapped = self.map(x)
+        if mapped.requires_grad:  # called between the engine's hook on the output and the gradient of the weight
+            mapped.register_hook(lambda _: self.machine.work(self.machine.compute, self.backward_s))
+        return torch.tanh(mapped)
 
 
 class Blocks(nn.Module):
-    """Equal blocks and a head; a block takes `compute_s`, bringing one in `transfer_s`, the head `rest_s` virtual seconds."""
+    """Equal blocks and a head; a block takes `compute_s`, bringing one in `transfer_s`, the head `rest_s` virtual seconds.
 
-    def __init__(self, machine: Machine, depth: int, compute_s: float, rest_s: float = 0.0, width: int = WIDTH) -> None:
+    The backward of a block takes `backward_s`, that of the head `2 * rest_s`.
+    """
+
+    def __init__(
+        self, machine: Machine, depth: int, compute_s: float, rest_s: float = 0.0, width: int = WIDTH, backward_s: float = 0.0
+    ) -> None:
         super().__init__()
         self.width = width
-        self.blocks = nn.ModuleList(_Block(machine, compute_s, width) for _ in range(depth))
-        self.head = _Block(machine, rest_s, width)
+        self.blocks = nn.ModuleList(_Block(machine, compute_s, width, backward_s) for _ in range(depth))
+        self.head = _Block(machine, rest_s, width, 2 * rest_s)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -68,17 +77,19 @@ def on_device(
     rest_s: float = 0.0,
     order: Any = "late",
     width: int = WIDTH,
+    backward_s: float = 0.0,
+    training: bool = False,
     **fields: Any,
 ) -> tuple[Blocks, SuperpipelineHandle, Machine]:
     """The model under `superpipeline` with its blocks in host memory; the handle's clock is the simulated one."""
     machine = Machine(order, bandwidth=4 * width * width / transfer_s)
     separate(patch, machine)
     torch.manual_seed(1)
-    model = Blocks(machine, depth, compute_s, rest_s, width).eval()
+    model = Blocks(machine, depth, compute_s, rest_s, width, backward_s).train(training)
     tw.superpipeline(model, **fields)
     handle: SuperpipelineHandle = tw.handle_of(model, "superpipeline")
     if handle.meter is not None:
-        handle.meter.settle = lambda: machine.synchronize(machine.record(machine.compute))
+        handle.meter.settle = lambda: [machine.synchronize(machine.record(queue)) for queue in machine._queues]
         handle.meter.clock = lambda: machine._host_time
     return model, handle, machine
 
@@ -135,6 +146,16 @@ def pass_seconds(model: Blocks, machine: Machine, passes: int) -> float:
                 model(x)
             ends.append(machine.compute.time)
     return (ends[1] - ends[0]) / passes
+
+
+def step_seconds(model: Blocks, machine: Machine, steps: int) -> float:
+    """Virtual seconds of a forward with its backward, over several, after as many others."""
+    ends = []
+    for _ in range(2):
+        for _ in range(steps):
+            model(torch.ones(1, model.width)).square().mean().backward()
+        ends.append(machine.compute.time)
+    return (ends[1] - ends[0]) / steps
 
 
 def weights_present(model: nn.Module) -> int:

@@ -90,7 +90,7 @@ def test_peaks_of_models(patch: pytest.MonkeyPatch, arena: Any, name: str, k_pri
         run(model, fixture.inputs())
     loss_of(model, fixture.inputs()).backward()
     outside = weights_present(model) - slots.live
-    assert slots.peak == 2 * handle_of(model).slot_bytes
+    assert slots.peak == 2 * handle_of(model).room.slot_bytes
     assert outside + slots.peak == pytest.approx(handle_of(model).predict().device_bytes, rel=0.10)
 
 
@@ -103,7 +103,7 @@ def test_sixty_per_cent_less_for_at_most_fifteen_per_cent_more_time(
     assert pass_seconds(model, machine, 3) / depth <= 1.15 + 1e-9
     slots = handle.engine._slots if handle.engine is not None else []
     held = sum(slot.device.numel() for slot in slots)
-    assert held == k * handle.slot_bytes
+    assert held == k * handle.room.slot_bytes
     assert 1 - k / depth >= 0.6
     # These blocks are small, and a slot has two pages for what a direct read may bring along.
     assert held <= k * (BLOCK_BYTES + 8192)
@@ -140,6 +140,6 @@ def test_what_a_device_of_its_own_holds_is_slots_and_what_is_outside(patch: pyte
     handle_of(model).turn(4, 2)
     with torch.no_grad():
         model(torch.ones(1, WIDTH))
-    assert slots.peak == 4 * handle_of(model).slot_bytes
+    assert slots.peak == 4 * handle_of(model).room.slot_bytes
     tw.unwrap(model)
     assert slots.live == 0

@@ -213,7 +213,7 @@ def test_beside_a_device(patch: pytest.MonkeyPatch, name: str, store: str, order
     assert (stats["host_bytes"] > 0, stats["disk_bytes"] > 0) == (store == "host", store == "disk")
     for _ in range(3):
         assert same(run(model, row.inputs()), expected)
-    assert slots.peak == 2 * handle_of(model).slot_bytes
+    assert slots.peak == 2 * handle_of(model).room.slot_bytes
     tw.unwrap(model)
     assert same(run(model, row.inputs()), expected)
     machine.check()

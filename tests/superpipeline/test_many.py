@@ -54,7 +54,7 @@ def test_results_and_transfers(patch: pytest.MonkeyPatch, fixture: ModelFixture,
         for _ in range(k_prime):
             handle.forward_many(calls)
     assert handle.stats()["transfers"] - before == handle.knobs.moved_per_pass * k_prime  # not once per call
-    assert slots.peak == handle.knobs.k * handle.slot_bytes or handle.knobs.k == handle.knobs.units
+    assert slots.peak == handle.knobs.k * handle.room.slot_bytes or handle.knobs.k == handle.knobs.units
     with torch.no_grad():
         assert torch.equal(first(model(**calls[0])), expected[0])
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.units import Unit
 
-__all__ = ["Backward", "BackwardListener", "Run", "is_nested"]
+__all__ = ["Backward", "BackwardClock", "BackwardListener", "Run", "is_nested"]
 
 
 class BackwardListener(Protocol):
@@ -39,6 +39,30 @@ class BackwardListener(Protocol):
         ...
 
 
+class BackwardClock(Protocol):
+    """Who takes the time of a backward. Called in the thread that runs the hooks, with no lock held."""
+
+    def backward_begun(self) -> None:
+        """The backward is about to reach the model."""
+        ...
+
+    def fetching(self) -> None:
+        """A unit's weights are about to be brought in."""
+        ...
+
+    def computing(self, unit: int) -> None:
+        """They are present; its nodes come now."""
+        ...
+
+    def computed(self, unit: int) -> None:
+        """Its nodes have run."""
+        ...
+
+    def backward_ended(self, error: BaseException | None) -> None:
+        """The backward is over; see `BackwardListener.backward_done`."""
+        ...
+
+
 class Backward:
     """The backward that runs through a model now, if one does.
 
@@ -47,10 +71,12 @@ class Backward:
 
     Attributes:
         listeners: told of every finished unit and of the end.
+        clock: takes the time, if anything does.
     """
 
     def __init__(self, engine: Engine | None) -> None:
         self.listeners: list[BackwardListener] = []
+        self.clock: BackwardClock | None = None
         self._engine = engine
         self._timeline = engine.timeline if engine is not None else None
         self._since: dict[int, float] = {}  # of open units, if that is recorded
@@ -105,7 +131,11 @@ class Backward:
             self._open.append(unit)
         # With create_graph=True what is saved becomes part of a new graph: private copies.
         if self._engine is not None and not torch.is_grad_enabled():
+            if self.clock is not None:
+                self.clock.fetching()
             self._engine.hold(unit)
+            if self.clock is not None:
+                self.clock.computing(unit.index)
         if self._timeline is not None:
             self._since.setdefault(unit.index, time.monotonic())
 
@@ -116,9 +146,13 @@ class Backward:
         """Begin to follow the running backward, unless another one is followed already in another thread."""
         self.settle()
         with self._begun:
+            new = self._run is None
             if self._run is None:
                 self._run = Run.followed(lambda run: self._close(run, None))
-            return self._run.thread == threading.get_ident()
+            ours = self._run.thread == threading.get_ident()
+        if new and self.clock is not None:
+            self.clock.backward_begun()
+        return ours
 
     def _leave(self, unit: Unit | None) -> None:
         """Let go of all open units but those that `unit` lies in."""
@@ -126,6 +160,8 @@ class Backward:
         done = [other for other in self._open if other.index not in around]
         self._open = [other for other in self._open if other.index in around]
         for other in reversed(done):
+            if self.clock is not None:
+                self.clock.computed(other.index)
             if self._engine is not None:
                 self._engine.unhold(other)
             if self._timeline is not None and (since := self._since.pop(other.index, None)) is not None:
@@ -154,6 +190,8 @@ class Backward:
         elif self._engine is not None:
             for unit in left:
                 self._engine.unhold(unit)
+        if self.clock is not None:
+            self.clock.backward_ended(error)
         for listener in self.listeners:
             listener.backward_done(error)
 

@@ -334,6 +334,11 @@ class Engine(Window):
         """Of slots that are allocated."""
         return len(self._slots) * self.plan.slot_bytes
 
+    def give_up_guesses(self) -> None:
+        """From now on nothing is on its way that nobody has asked for."""
+        with self.lock, self.state:
+            self._empty("what was read ahead was to be given up")
+
     def trim(self) -> None:
         """Free all slots; the next forward allocates and fills them again."""
         with self.lock, self.state:

@@ -10,7 +10,7 @@ Sources: Rajbhandari et al., "ZeRO-Infinity", 2021, section 6 (overlap-centric s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,6 +76,9 @@ def simulate(
     transfer_s: Sequence[float] | None = None,
     overhead_s: float = 0.0,
     gaps_s: Mapping[int, float] | None = None,
+    longer_s: Mapping[int, float] | None = None,
+    link_s: Mapping[int, float] | None = None,
+    renewed: Collection[int] = (),
     order: Sequence[int] | None = None,
     arrival: Literal["unit", "batch"] = "unit",
 ) -> Run:
@@ -89,13 +92,16 @@ def simulate(
         transfer_s: seconds to bring a unit in, by unit; None: 0.
         overhead_s: seconds of the link for each request of one or several units.
         gaps_s: seconds of other work before a use, by its position in `uses`.
+        longer_s: seconds that a use takes beyond `compute_s` (a backward's, say), by position.
+        link_s: seconds in which the link moves something else, asked for at the end of a use, by position.
+        renewed: positions before which units were rewritten: that traffic is waited for, and whatever is present is out of date.
         order: first order the schedule assumes; None: units by number.
         arrival: whether a unit can be used when it is present itself, or when all units requested together with it are.
 
     Cost: about `slots` steps per use.
     """
     return _Simulation(sorted(set(uses)) if order is None else order, slots, batch, transfer_s, overhead_s, arrival).run(
-        uses, compute_s, gaps_s or {}
+        uses, compute_s, gaps_s or {}, longer_s or {}, link_s or {}, renewed
     )
 
 
@@ -116,11 +122,22 @@ class _Simulation:
         self.ready: dict[int, float] = {}  # unit -> when it can be used; in the order of requests, as the engine keeps its fetches
         self.finished: list[int] = []  # used in this batch
         self.link_free = 0.0
+        self.others_end = 0.0  # of what else the link moves
         self.transfers = 0
 
-    def run(self, uses: Sequence[int], compute_s: Sequence[float] | None, gaps_s: Mapping[int, float]) -> Run:
+    def run(
+        self,
+        uses: Sequence[int],
+        compute_s: Sequence[float] | None,
+        gaps_s: Mapping[int, float],
+        longer_s: Mapping[int, float],
+        link_s: Mapping[int, float],
+        renewed: Collection[int],
+    ) -> Run:
         result, now = Run(), 0.0
         for position, unit in enumerate(uses):
+            if position in renewed:
+                now = self._renew(now)
             now += gaps_s.get(position, 0.0)
             self.schedule.advance(unit)
             fetched = unit not in self.ready
@@ -133,15 +150,24 @@ class _Simulation:
             if requests:
                 self._prefetch(start, in_use=unit)
             present = frozenset(self.ready)
-            end = start + (compute_s[unit] if compute_s is not None else 0.0)
+            end = start + (compute_s[unit] if compute_s is not None else 0.0) + longer_s.get(position, 0.0)
             result.uses.append(Use(unit, start, end, start - now, present, fetched))
             now = end
+            if position in link_s:
+                self.others_end = self.link_free = max(now, self.link_free) + link_s[position]
             self.finished.append(unit)
             if self.batches.ended():
                 self._hand_over(self.slots)
                 self._prefetch(now)
         result.transfers = self.transfers
         return result
+
+    def _renew(self, now: float) -> float:
+        now = max(now, self.others_end)
+        self.ready.clear()
+        self.finished.clear()
+        self._prefetch(now)
+        return now
 
     def _hand_over(self, kept: int) -> None:
         expected = self.schedule.predict(kept)

@@ -28,7 +28,7 @@ class Superpipeline(Streaming):
     k: int | Literal["auto"] = option(
         "auto",
         doc='Blocks present at most, those on their way included; as many as there are keeps all. "auto": the smallest number whose '
-        "predicted slow-down is at most `max_slowdown`, chosen after the second forward pass.",
+        "predicted slow-down is at most `max_slowdown`, chosen after the second pass, and never more than memory holds.",
         unit="blocks",
         low=1,
     )
@@ -44,7 +44,17 @@ class Superpipeline(Streaming):
         choices=(None, "host", "disk"),
     )
     max_slowdown: float = option(
-        1.10, doc='Time of a pass with k="auto", as a multiple of that with all blocks present.', unit="ratio", low=1.0, high=1000.0
+        1.10,
+        doc='Time of a pass with k="auto", as a multiple of that with all blocks present; in training of a forward and its backward.',
+        unit="ratio",
+        low=1.0,
+        high=1000.0,
+    )
+    train: bool | None = option(
+        None,
+        doc="Whether memory and time are those of training: then `reserve`, if it is estimated, leaves room for a backward and an "
+        'OffloadedOptimizer from the start, and "auto" measures a forward with its backward. None: a pass is one of training if the model '
+        'is in training mode and gradients are wanted and a backward follows; the room is then left when "auto" chooses.',
     )
 
     @property
@@ -54,6 +64,8 @@ class Superpipeline(Streaming):
 
     def validate(self) -> None:
         """Rules that concern more than one field."""
+        if self.activations is None and self.train:  # what is kept would come on top of weights, gradients and state
+            object.__setattr__(self, "activations", "auto")
         super().validate()
         for name, value in (("k", self.k), ("k_prime", self.k_prime)):
             if isinstance(value, bool):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,46 +18,13 @@ from torchwrap.superpipeline.config import Superpipeline
 from torchwrap.superpipeline.measure import Meter
 from torchwrap.superpipeline.picture import draw, grid
 from torchwrap.superpipeline.policy import Choice, Knobs, Profile, choose, obeys_law, stall_free
+from torchwrap.superpipeline.prediction import Prediction
+from torchwrap.superpipeline.room import Room
 from torchwrap.weights.budget import optimizer_rows
 from torchwrap.weights.handle import WeightsHandle
+from torchwrap.weights.training import Footprint, head_bytes, step_bytes
 
 __all__ = ["Prediction", "SuperpipelineHandle"]
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Bytes and seconds of a pass at given knobs.
-
-    Attributes:
-        device_bytes: weights present where the model computes at most: what always stays, and k slots.
-        peak_bytes: the same with activations.
-        saved: fraction of the blocks' slots that k leaves out, 1 - k / n.
-        moved_per_pass: blocks brought in per forward pass in the long run.
-        streamed_bytes: bytes of those.
-        seconds_per_pass: None before a pass was measured, like all that follow.
-        resident_seconds: of a pass with all blocks present.
-        slowdown: the ratio of the two.
-        obeys_law: k' t_x <= (k - k') t_c.
-        stall_free: whether the law promises that computing never waits.
-    """
-
-    k: int
-    k_prime: int
-    units: int
-    device_bytes: int
-    peak_bytes: int
-    saved: float
-    moved_per_pass: float
-    streamed_bytes: int
-    seconds_per_pass: float | None
-    resident_seconds: float | None
-    slowdown: float | None
-    obeys_law: bool | None
-    stall_free: bool | None
-
-    def to_dict(self) -> dict[str, int | float | bool | None]:
-        """The same, for JSON."""
-        return asdict(self)
 
 
 class SuperpipelineHandle(WeightsHandle):
@@ -67,70 +32,149 @@ class SuperpipelineHandle(WeightsHandle):
 
     Attributes:
         knobs: k, k' and the number of blocks, as they are now.
+        room: how far they can be turned.
         chosen: what "auto" chose; None before, or if there was nothing to choose.
         profile: the measured times; None before a pass was measured: the second one with "auto", else the one after `tune()`.
     """
 
     config: Superpipeline
     knobs: Knobs
-    slot_bytes: int = 0
-    block_bytes: int = 0
-    allowed: Sequence[int] = ()
+    room: Room
     meter: Meter | None = None
     chosen: Choice | None = None
+    _unchosen: bool = False  # a pass was measured, and the knobs are chosen by it before the next
+    _made_room: bool = False  # for the optimizer that is open, though no training pass was measured yet
 
-    def configure(self, knobs: Knobs, *, slot_bytes: int, block_bytes: int, allowed: Sequence[int]) -> None:
-        """Take over what the technique worked out.
-
-        Args:
-            knobs: to begin with.
-            slot_bytes: of one slot.
-            block_bytes: of all blocks together.
-            allowed: values of k that memory allows, smallest first.
-        """
-        self.knobs, self.slot_bytes, self.block_bytes, self.allowed = knobs, slot_bytes, block_bytes, allowed
+    def configure(self, knobs: Knobs, room: Room) -> None:
+        """Take over what the technique worked out: the knobs to begin with, and how far they can be turned."""
+        self.knobs, self.room = knobs, room
         if self.engine is not None:
             self.engine.batches = Batches(knobs.k_prime)
-            self.meter = Meter(self.engine, self.device, armed=self.config.chooses)
+            self._measure_on(self.device)
+
+    def _measure_on(self, device: torch.device) -> None:
+        assert self.engine is not None
+        self.meter = self.backward.clock = Meter(self.engine, device, armed=self.config.chooses)
 
     @property
     def profile(self) -> Profile | None:
         """Measured times of a pass."""
-        return self.meter.profile if self.meter is not None else None
+        known = self.meter.profile if self.meter is not None else None
+        return dataclasses.replace(known, update_s=self._update_s(known.units)) if known is not None and known.trains else known
+
+    @property
+    def trains(self) -> bool:
+        """Whether choices and predictions are about training: as `train` says, else as the last measured pass was."""
+        if self.config.train is not None:
+            return self.config.train
+        return self._made_room or (self.meter is not None and self.meter.profile is not None and self.meter.profile.trains)
+
+    @property
+    def allowed(self) -> tuple[int, ...]:
+        """Values of k that memory holds beside what else is wanted now, smallest first."""
+        return self.room.allowed(trains=self.trains, opened=self._opened())
+
+    def _opened(self) -> Footprint | None:
+        optimizer = self.optimizer()
+        return optimizer.footprint() if optimizer is not None and self.driven else None
+
+    def _update_s(self, units: int) -> tuple[float, ...]:
+        """For each block, seconds in which the optimizer that is open keeps the disk busy that blocks come from; () if none is open."""
+        optimizer = self.optimizer()
+        if optimizer is None or not self.driven:
+            return ()
+        figures, moved = self.stats(), optimizer.footprint()
+        rate = float(figures["bandwidth"])
+        if not figures["disk_bytes"] or not rate:
+            return (0.0,) * units
+        return ((moved.read / rate + moved.written / (optimizer.write_rate or rate)) / units,) * units
 
     # -- choosing ------------------------------------------------------------------------------------------------------------------
 
-    def pass_begun(self) -> None:
+    def before_pass(self, module: nn.Module) -> None:
+        """Called by the root's layer before a pass: the knobs that a training pass asked for are set now.
+
+        Between a step and the next forward no weight is on its way to an optimizer.
+        """
+        meter = self.meter
+        if meter is None or not self.config.chooses or not self.plan.slots or self._in_turns():
+            return
+        self.backward.settle()
+        with self.lock:
+            if meter.inside or self.backward.running or self.stepping:
+                return
+            if self._unchosen:
+                self._choose()
+            elif self._begins_training(module):
+                self._make_room()
+
+    def pass_begun(self, module: nn.Module) -> None:
         """Called by the root's layer."""
         if self.meter is not None and not self._in_turns():
-            self.meter.pass_begun()
+            self.meter.pass_begun(
+                wanted=not self.backward.running and (torch.is_grad_enabled() or not (self.config.train or self._made_room))
+            )
 
-    def pass_ended(self, *, whole: bool) -> None:
+    def pass_ended(self, module: nn.Module, *, whole: bool) -> None:
         """Called by the root's layer, with the model's lock."""
-        if self.meter is None or self._in_turns() or not self.meter.pass_ended(whole=whole):
+        if self.meter is None or self._in_turns():
             return
+        follows = self._may_train(module)
+        if self.meter.pass_ended(whole=whole, backward=follows):
+            self._unchosen = self.config.chooses
+            if self._unchosen and not follows:
+                self._choose()
+
+    def _may_train(self, module: nn.Module) -> bool:
+        """Whether a backward is to be expected of the pass that runs: nothing tells for sure before it comes."""
+        wanted = self.config.train if self.config.train is not None else module.training
+        return wanted and torch.is_grad_enabled()
+
+    def _begins_training(self, module: nn.Module) -> bool:
+        """Whether the pass is the first of training, and memory was divided as for forwards so far."""
+        return self.config.train is None and not self.trains and self.driven and self._may_train(module)
+
+    def _make_room(self) -> None:
+        """From now on for training: no more blocks than that leaves room for, and what was chosen for forwards is chosen again."""
+        self._made_room = True
+        setting, allowed = self.config, self.allowed
+        if setting.k == "auto":
+            k = max((other for other in allowed if other <= self.knobs.k), default=1)
+            k = max(k, setting.k_prime if isinstance(setting.k_prime, int) else 1)
+            if k != self.knobs.k:
+                self._turn(Knobs(k, min(k, self.knobs.k_prime), self.knobs.units))
+        if self.chosen is not None and self.meter is not None:
+            self.meter.arm()
+
+    def _choose(self) -> None:
+        """Set the knobs by the measured pass."""
+        self._unchosen = False
         profile, setting = self.profile, self.config
-        if profile is None or not self.plan.slots or not setting.chooses:
+        if profile is None or not self.plan.slots:
             return
         chosen = choose(
             profile,
             max_slowdown=setting.max_slowdown,
-            allowed=self.allowed,
+            allowed=self.allowed or (1,),
             k=min(setting.k, profile.units) if isinstance(setting.k, int) else None,
             k_prime=min(setting.k_prime, profile.units) if isinstance(setting.k_prime, int) else None,
         )
         # A pass may leave blocks out (a decoder's, of a model with an encoder): k is then a window over those it uses.
         k = setting.k if isinstance(setting.k, int) else chosen.k
         self.chosen = Choice(k, chosen.k_prime, chosen.slowdown)
-        self.turn(k, chosen.k_prime)
+        self._turn(Knobs(k, chosen.k_prime, self.knobs.units))
 
     def _in_turns(self) -> bool:
         """Whether this pass is one of several that go through the blocks together; what such a pass takes says nothing."""
         return self.engine is not None and self.engine.turns is not None
 
     def tune(self) -> None:
-        """Measure the next pass, which makes it slower; "auto" chooses again by it, for inputs of another size, say."""
+        """Measure the next pass, which makes it slower; "auto" chooses again by it, for inputs of another size, say.
+
+        With `train=None` that pass decides anew whether it is about training; with `train=True` it is the next one with gradients.
+        """
         with self.lock:
+            self._made_room = False
             if self.meter is not None:
                 self.meter.arm()
 
@@ -139,17 +183,22 @@ class SuperpipelineHandle(WeightsHandle):
 
         Raises:
             ConfigError: not 1 <= k' <= k <= n, or fewer than all after all were kept.
-            BudgetError: memory, or `device_memory`, does not hold k blocks.
+            BudgetError: memory, or `device_memory`, does not hold k blocks beside what training takes, if the model is trained.
         """
-        knobs = Knobs(k, k_prime, self.knobs.units)
-        if k not in self.allowed:
+        knobs, allowed = Knobs(k, k_prime, self.knobs.units), self.allowed
+        if k not in allowed:
+            needed, limit = self.room.needed(k, trains=self.trains), self.room.limit(trains=self.trains, opened=self._opened())
             raise errors.BudgetError(
-                f"superpipeline: k={k} blocks need {format_bytes(self._held(knobs))}, and {format_bytes(self.plan.budget)} are allowed",
-                needed=self._held(knobs),
-                available=self.plan.budget,
+                f"superpipeline: k={k} blocks need {format_bytes(needed)}, and {format_bytes(limit)} are allowed",
+                needed=needed,
+                available=limit,
                 where="k",
-                fix=f"Use one of k={', '.join(map(str, self.allowed))}, or apply it again with a larger device_memory.",
+                fix=(f"Use one of k={', '.join(map(str, allowed))}, or apply" if allowed else "Apply")
+                + " it again with a larger device_memory.",
             )
+        self._turn(knobs)
+
+    def _turn(self, knobs: Knobs) -> None:
         with self.lock:
             if not self.plan.slots and knobs.k < knobs.units:
                 raise errors.ConfigError(
@@ -180,7 +229,7 @@ class SuperpipelineHandle(WeightsHandle):
                 self.engine.stay(piece)
         everything = frozenset(piece.index for piece in self.pieces)
         self.plan = dataclasses.replace(
-            self.plan, resident=everything, resident_bytes=self.block_bytes, slots=0, slot_bytes=0, streamed_bytes=0
+            self.plan, resident=everything, resident_bytes=self.room.block_bytes, slots=0, slot_bytes=0, streamed_bytes=0
         )
         self.engine.resize(self.plan)
 
@@ -193,10 +242,10 @@ class SuperpipelineHandle(WeightsHandle):
 
     def bytes_moved(self) -> int:
         """Bytes of blocks brought in per forward pass in the long run."""
-        return self._moved(self.knobs)
+        return int(self.room.block_bytes * self.knobs.moved_per_pass / self.knobs.units)
 
     def predict(self, *, batch: int = 1, tokens: int = 128, k: int | None = None, k_prime: int | None = None) -> Prediction:
-        """What a forward pass takes, with the knobs as they are or with others.
+        """What a pass takes, with the knobs as they are or with others: a forward, or a forward and its backward if `trains`.
 
         Args:
             batch: sequences (or images) per call.
@@ -217,38 +266,45 @@ class SuperpipelineHandle(WeightsHandle):
         elif k_prime is None:
             k_prime = min(Knobs(k, 1, self.knobs.units).k, self.knobs.k_prime)
         knobs = Knobs(k, self.knobs.k_prime if k_prime is None else k_prime, self.knobs.units)
-        device_bytes = self._held(knobs)
-        known = self.profile
+        device_bytes, known, opened = self.room.held(knobs.k), self.profile, self._opened()
         seconds = known.pass_seconds(knobs.k, knobs.k_prime) if known else None
-        mean_c = sum(known.compute_s) / known.units if known else 0.0
-        mean_x = sum(known.transfer_s) / known.units if known else 0.0
+        mean_c, mean_x = _means(known) if known else (0.0, 0.0)
+        working, reserved, moved = self.activation(batch, tokens), 0, knobs.moved_per_pass
+        if self.trains:
+            working = self.predict_training(batch=batch, tokens=tokens).working_bytes  # 0 if that is not where the model computes
+            working = working or step_bytes(self.activation, head_bytes(self.units, self.pieces), batch, tokens)
+            reserved = working + (self.room.optimizer_bytes(opened) + self.room.needed(knobs.k, trains=True) - device_bytes)
+            moved = knobs.moved_per_update if opened is not None else knobs.moved_per_step
         return Prediction(
             k=knobs.k,
             k_prime=knobs.k_prime,
             units=knobs.units,
             device_bytes=device_bytes,
-            peak_bytes=device_bytes + self.activation(batch, tokens),
+            peak_bytes=device_bytes + max(working, reserved),
             saved=knobs.saved,
-            moved_per_pass=knobs.moved_per_pass,
-            streamed_bytes=self._moved(knobs),
+            moved_per_pass=moved,
+            streamed_bytes=int(self.room.block_bytes * moved / knobs.units),
             seconds_per_pass=seconds,
             resident_seconds=known.resident_s if known else None,
             slowdown=seconds / known.resident_s if known and seconds is not None else None,
             obeys_law=obeys_law(knobs, mean_c, mean_x) if known else None,
-            stall_free=stall_free(knobs, mean_c, mean_x) if known else None,
+            stall_free=stall_free(knobs, mean_c, mean_x) and not known.update_s if known else None,
+            trains=self.trains,
+            reserved_bytes=reserved,
         )
 
     def explain(self) -> str:
         """The window as a table, and the one change that would help most."""
         knobs, now = self.knobs, self.predict()
         rows = [
-            ("blocks", f"{knobs.units} of {format_bytes(self.slot_bytes)} at most"),
+            ("blocks", f"{knobs.units} of {format_bytes(self.room.slot_bytes)} at most"),
             ("present at once (k)", f"{knobs.k}"),
             ("handed on together (k')", f"{knobs.k_prime}"),
             ("always present", format_bytes(self.plan.fixed_bytes)),
             ("present at most, in all", format_bytes(now.device_bytes)),
             ("saved of the blocks", f"{knobs.saved:.0%}"),
-            ("brought in per pass", f"{knobs.moved_per_pass:g} blocks, {format_bytes(now.streamed_bytes)}"),
+            ("brought in per pass", f"{now.moved_per_pass:g} blocks, {format_bytes(now.streamed_bytes)}"),
+            *([("left to a training step", self.room.reserved(self._opened()))] if self.trains else []),
             *((label, format_bytes(nbytes)) for label, nbytes in optimizer_rows(self)),
         ]
         lines = [f"{label:<28} {value}" for label, value in rows]
@@ -261,16 +317,17 @@ class SuperpipelineHandle(WeightsHandle):
             return "Nothing is streamed: all blocks are present."
         if known is None:
             return "No pass was measured yet: call tune() and run one."
-        mean_c, mean_x = (1e3 * sum(times) / known.units for times in (known.compute_s, known.transfer_s))
+        mean_c, mean_x, mean_b = (1e3 * sum(times) / known.units for times in (known.compute_s, known.transfer_s, known.backward_s))
         lines = [
-            f"{mean_c:.2f} ms compute a block, {mean_x:.2f} ms bring one in; predicted slow-down {now.slowdown:.2f}."
-            + (" The law holds: computing does not wait." if now.stall_free else "")
+            f"{mean_c:.2f} ms compute a block{f', {mean_b:.2f} ms its backward' if known.trains else ''}, {mean_x:.2f} ms bring one in; "
+            f"predicted slow-down {now.slowdown:.2f}." + (" The law holds: computing does not wait." if now.stall_free else "")
         ]
         if not now.stall_free:
-            best = choose(known, max_slowdown=1.0, allowed=self.allowed)
+            allowed = self.allowed or (self.knobs.k,)
+            best = choose(known, max_slowdown=1.0, allowed=allowed)
             if best.slowdown < 0.99 * (now.slowdown or math.inf):
                 lines.append(f"What would help most: k={best.k}, k_prime={best.k_prime}, slow-down {best.slowdown:.2f}.")
-            elif self.allowed[-1] < self.knobs.units:
+            elif allowed[-1] < self.knobs.units:
                 lines.append("Bringing blocks in is the slower side: only more memory (device_memory=) or larger inputs help.")
             else:
                 lines.append(f"Bringing blocks in is the slower side: larger inputs help, or k={self.knobs.units}.")
@@ -284,36 +341,41 @@ class SuperpipelineHandle(WeightsHandle):
         """
         return draw([self.predict(k=k, k_prime=k_prime) for k, k_prime in grid(self.knobs.units)], title=title)
 
-    def _held(self, knobs: Knobs) -> int:
-        return self.plan.fixed_bytes + (self.block_bytes if knobs_keep_all(knobs) else knobs.k * self.slot_bytes)
-
-    def _moved(self, knobs: Knobs) -> int:
-        return int(self.block_bytes * knobs.moved_per_pass / knobs.units)
-
     # -- copies and moves ------------------------------------------------------------------------------------------------------------
 
     def inert(self) -> SuperpipelineHandle:
         made = super().inert()
         assert isinstance(made, SuperpipelineHandle)
-        made.configure(self.knobs, slot_bytes=0, block_bytes=0, allowed=self.allowed)
+        made.configure(self.knobs, dataclasses.replace(self.room, fixed_bytes=0, slot_bytes=0, block_bytes=0))
         return made
 
     def twin(self, parameters: dict[int, nn.Parameter]) -> SuperpipelineHandle:
         made = super().twin(parameters)
         assert isinstance(made, SuperpipelineHandle)
-        made.configure(self.knobs, slot_bytes=self.slot_bytes, block_bytes=self.block_bytes, allowed=self.allowed)
+        made.configure(self.knobs, dataclasses.replace(self.room))
         return made
 
     def replan(self) -> None:
         super().replan()
-        if self.plan.slots:
-            self.slot_bytes = self.plan.slot_bytes
-        self.block_bytes = sum(piece.nbytes for unit in self.units for piece in unit.pieces)
+        blocks = [piece for unit in self.units for piece in unit.pieces]
+        self.room = dataclasses.replace(
+            self.room,
+            fixed_bytes=self.plan.fixed_bytes,
+            slot_bytes=self.plan.slot_bytes if self.plan.slots else self.room.slot_bytes,
+            block_bytes=sum(piece.nbytes for piece in blocks),
+            gradient_bytes=sum(piece.nbytes for piece in blocks if piece.parameter.requires_grad),
+        )
 
     def rehome(self, device: Any) -> None:
         super().rehome(device)
         if self.engine is not None:
-            self.meter = Meter(self.engine, device, armed=self.config.chooses)
+            self._measure_on(device)
+
+
+def _means(profile: Profile) -> tuple[float, float]:
+    """Seconds to compute and to bring in a block, on average; in training those of the direction that computes less."""
+    computing = min(sum(profile.compute_s), sum(profile.backward_s)) if profile.trains else sum(profile.compute_s)
+    return computing / profile.units, sum(profile.transfer_s) / profile.units
 
 
 def knobs_keep_all(knobs: Knobs) -> bool:

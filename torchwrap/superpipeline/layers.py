@@ -15,25 +15,26 @@ __all__ = ["BlockLayer", "WindowLayer"]
 
 
 class WindowLayer(RootLayer):
-    """On the root: a pass begins and ends, and after the measured one the knobs may change."""
+    """On the root: a pass begins and ends, and after the measured one, in training before the one that follows it, the knobs may change."""
 
     owner: SuperpipelineHandle
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.owner.before_pass(module)
         result = super().before(module, args, kwargs)
-        self.owner.pass_begun()
+        self.owner.pass_begun(module)
         return result
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         with self.owner.lock:
             output = super().after(module, args, kwargs, output)
-            self.owner.pass_ended(whole=True)
+            self.owner.pass_ended(module, whole=True)
         return output
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
         with self.owner.lock:
             super().failed(module, error)
-            self.owner.pass_ended(whole=False)
+            self.owner.pass_ended(module, whole=False)
 
 
 class BlockLayer(UnitLayer):

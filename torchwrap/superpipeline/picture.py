@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from torchwrap.stream.picture import FAINT, INK, canvas, png
 
 if TYPE_CHECKING:
-    from torchwrap.superpipeline.handle import Prediction
+    from torchwrap.superpipeline.prediction import Prediction
 
 __all__ = ["draw", "grid"]
 

@@ -43,19 +43,25 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Measured times of one pass over n blocks, in seconds.
+    """Measured times of one pass over n blocks, in seconds: of a forward, or of a forward and its backward.
 
     Attributes:
-        compute_s: of each block, in order of use.
+        compute_s: of each block's forward, in order of use.
         transfer_s: to bring in each block, alone.
         rest_s: of everything outside the blocks.
         overhead_s: of each request of a batch, besides the blocks' own transfer.
+        backward_s: of each block's backward, 0 for a block that it does not reach; () for a forward alone.
+        rest_backward_s: of everything in the backward outside the blocks.
+        update_s: in which an optimizer that rewrites the blocks keeps their link busy, for each block; () if there is none.
     """
 
     compute_s: tuple[float, ...]
     transfer_s: tuple[float, ...]
     rest_s: float = 0.0
     overhead_s: float = 0.0
+    backward_s: tuple[float, ...] = ()
+    rest_backward_s: float = 0.0
+    update_s: tuple[float, ...] = ()
 
     @property
     def units(self) -> int:
@@ -63,25 +69,39 @@ class Profile:
         return len(self.compute_s)
 
     @property
+    def trains(self) -> bool:
+        """Whether this is a training pass: a forward and its backward."""
+        return bool(self.backward_s)
+
+    @property
     def resident_s(self) -> float:
         """Seconds of a pass with all blocks present."""
-        return sum(self.compute_s) + self.rest_s
+        computing = sum(self.compute_s) + self.rest_s + sum(self.backward_s) + self.rest_backward_s
+        return max(computing, sum(self.update_s))
 
     def pass_seconds(self, k: int, k_prime: int) -> float:
         """Seconds of a steady pass under these knobs, by simulation."""
         if k >= self.units:
             return self.resident_s
-        warm, passes = 3, k_prime // math.gcd(self.units, k_prime)  # so many passes are a whole number of batches
+        there = list(range(self.units))
+        back = [unit for unit in reversed(there) if self.trains and self.backward_s[unit]]
+        uses = len(there) + len(back)
+        warm, passes = 3, k_prime // math.gcd(uses, k_prime)  # so many passes are a whole number of batches
+        begins = range(0, uses * (warm + passes), uses)
+        ways_back = [(begin + position, unit) for begin in begins for position, unit in enumerate(back, self.units)]
         run = simulate(
-            list(range(self.units)) * (warm + passes),
+            [*there, *back] * (warm + passes),
             slots=k,
             batch=k_prime,
             compute_s=self.compute_s,
             transfer_s=self.transfer_s,
             overhead_s=self.overhead_s,
-            gaps_s={position: self.rest_s for position in range(0, self.units * (warm + passes), self.units)},
+            gaps_s=dict.fromkeys(begins, self.rest_s) | {begin + self.units: self.rest_backward_s for begin in begins if back},
+            longer_s={position: self.backward_s[unit] - self.compute_s[unit] for position, unit in ways_back},
+            link_s={position: self.update_s[unit] for position, unit in ways_back if self.update_s},
+            renewed=begins[1:] if self.update_s else (),
         )
-        ends = [run.uses[(done + 1) * self.units - 1].end for done in range(warm + passes)]
+        ends = [run.uses[begin + uses - 1].end for begin in begins]
         return (ends[-1] - ends[warm - 1]) / passes
 
     def slowdown(self, k: int, k_prime: int) -> float:
@@ -214,14 +234,16 @@ def choose(
     Returns:
         The choice. If no allowed k keeps `max_slowdown`, the smallest of the fastest.
 
-    Cost: about log2(n) simulations of a few passes.
+    Cost: about log2(n) simulations of a few passes, twice as many in training.
     """
     n = profile.units
     mean_c, mean_x = fmean(profile.compute_s), fmean(profile.transfer_s)
 
     def at(blocks: int) -> Choice:
-        batch = k_prime or fastest_batch(blocks, n, mean_c, mean_x, profile.overhead_s)
-        return Choice(blocks, batch, profile.slowdown(blocks, batch))
+        batches = [k_prime or fastest_batch(blocks, n, mean_c, mean_x, profile.overhead_s)]
+        if k_prime is None and profile.trains:
+            batches = sorted({1, *batches})  # the law is about a scan in one direction
+        return min((Choice(blocks, batch, profile.slowdown(blocks, batch)) for batch in batches), key=lambda choice: choice.slowdown)
 
     if k is not None:
         return at(k)

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from torchwrap.activations.expected import recomputes_itself
 from torchwrap.activations.modes import check_tier
 from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
@@ -30,11 +31,13 @@ from torchwrap.superpipeline.config import Superpipeline
 from torchwrap.superpipeline.handle import SuperpipelineHandle
 from torchwrap.superpipeline.layers import BlockLayer, WindowLayer
 from torchwrap.superpipeline.policy import Knobs
+from torchwrap.superpipeline.room import Room
 from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_uninitialised
 from torchwrap.weights.budget import Budget, weight_budget
 from torchwrap.weights.folder import SOURCES
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.technique import StreamingTechnique, activation_layers
+from torchwrap.weights.training import training_of
 
 __all__ = ["SuperpipelineTechnique", "superpipeline"]
 
@@ -44,16 +47,10 @@ _FIRST_K = 2
 
 @dataclass(slots=True, kw_only=True)
 class Window(Blueprint):
-    """A blueprint with knobs.
-
-    Attributes:
-        allowed: values of k that memory allows, smallest first.
-    """
+    """A blueprint with knobs, and how far they can be turned."""
 
     knobs: Knobs
-    slot_bytes: int
-    block_bytes: int
-    allowed: tuple[int, ...]
+    room: Room
 
 
 class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
@@ -65,7 +62,8 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
 
     Raises:
         ConfigError: not 1 <= k_prime <= k <= number of blocks, or store="host" without a separate device.
-        BudgetError: k blocks are more than `device_memory`, or all are more than host memory.
+        BudgetError: k blocks are more than `device_memory` or memory, with `train=True` beside a training step, or all are more than host
+            memory.
         UnsupportedModelError: there are no repeated blocks, or parameters are on several devices or on meta.
 
     Exactness: bit-identical to the unwrapped model on the same device and dtype.
@@ -116,9 +114,22 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
         slot_bytes = max(region_bytes(piece.nbytes for piece in unit.pieces) for unit in division.units)
         block_bytes = sum(unit.nbytes for unit in division.units)
         scratch = max(piece.nbytes for piece in division.pieces)
-        budget = weight_budget(config, model, integration, device, scratch)
-        knobs, allowed = _first_knobs(config, len(division.units), fixed, slot_bytes, block_bytes, budget)
-        plan = _plan(division, knobs, fixed, slot_bytes, block_bytes, budget)
+        mode = "recompute" if recomputes_itself(model.modules()) else config.activations
+        training = training_of(division.units, division.pieces, mode)
+        room = Room(
+            units=len(division.units),
+            fixed_bytes=fixed,
+            slot_bytes=slot_bytes,
+            block_bytes=block_bytes,
+            gradient_bytes=sum(p.nbytes for unit in division.units for p in unit.pieces if p.parameter.requires_grad),
+            forward=weight_budget(config, model, integration, device, scratch),
+            step=weight_budget(config, model, integration, device, scratch, training),
+            optimizer=training.optimizer if config.reserve is None else 0,
+            shared=device.type == "cpu",
+        )
+        budget = room.step if config.train else room.forward
+        knobs = _first_knobs(config, room, budget)
+        plan = _plan(division, knobs, room, budget)
         layers: list[Place] = [*activation_layers(config, division.units), ("", model, WindowLayer(None))]
         for unit in division.units if plan.slots else ():
             assert unit.module is not None
@@ -127,6 +138,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
             *division.notes,
             f"k={knobs.k}, k_prime={knobs.k_prime} of {knobs.units} blocks; {format_bytes(plan.held_bytes)} present at most"
             + (', until "auto" has measured a pass' if config.chooses and plan.slots else ""),
+            *([f"left to a training step: {room.reserved()}"] if config.train else []),
         ]
         origin = next((p.device for p in model.parameters()), device)
         window = Window(
@@ -140,9 +152,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
             integration=integration,
             tier=config.store or ("host" if separate else "disk"),
             knobs=knobs,
-            slot_bytes=slot_bytes,
-            block_bytes=block_bytes,
-            allowed=allowed,
+            room=room,
         )
         return Prepared(config=config, layers=layers, notes=notes, data=window)
 
@@ -151,7 +161,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
         window: Window = prepared.data
         handle = super().attach(model, prepared)
         assert isinstance(handle, SuperpipelineHandle)
-        handle.configure(window.knobs, slot_bytes=window.slot_bytes, block_bytes=window.block_bytes, allowed=window.allowed)
+        handle.configure(window.knobs, window.room)
         return handle
 
 
@@ -169,12 +179,9 @@ def _into_blocks(model: nn.Module, found: UnitMap) -> UnitMap:
     return UnitMap(blocks, fixed, found.buffer_bytes, found.notes)
 
 
-def _first_knobs(
-    config: Superpipeline, units: int, fixed: int, slot_bytes: int, block_bytes: int, budget: Budget
-) -> tuple[Knobs, tuple[int, ...]]:
-    """The knobs until "auto" has measured, and the values of k that memory allows."""
-    needed = {k: fixed + k * slot_bytes for k in range(1, units)} | {units: fixed + block_bytes}
-    allowed = tuple(k for k in range(1, units + 1) if needed[k] <= budget.device)
+def _first_knobs(config: Superpipeline, room: Room, budget: Budget) -> Knobs:
+    """The knobs until "auto" has measured."""
+    units, allowed = room.units, room.allowed(trains=bool(config.train))
     batch = config.k_prime if isinstance(config.k_prime, int) else 1
     if isinstance(config.k, int):
         k = Knobs(config.k, batch, units).k
@@ -183,15 +190,17 @@ def _first_knobs(
         wanted = max(least, min(_FIRST_K, units - 1))
         k = min((other for other in allowed if other >= least), key=lambda other: abs(other - wanted), default=least)
     if k not in allowed:
+        needed = room.needed(k, trains=bool(config.train))
+        beside = f", beside {room.reserved()}" if config.train else ""
         raise errors.BudgetError(
-            f"superpipeline: {k} block(s) and what is outside them take {format_bytes(needed[k])}, "
-            f"and {format_bytes(budget.device)} are allowed",
-            needed=needed[k],
+            f"superpipeline: {k} block(s) and what is outside them take {format_bytes(needed)}, "
+            f"and {format_bytes(budget.device)} are allowed{beside}",
+            needed=needed,
             available=budget.device,
             where="k",
-            fix=f"{budget.remedy(needed[k])}{_fewer(config, allowed)}.",
+            fix=f"{budget.remedy(needed)}{_fewer(config, allowed)}.",
         )
-    return Knobs(k, batch, units), allowed
+    return Knobs(k, batch, units)
 
 
 def _fewer(config: Superpipeline, allowed: tuple[int, ...]) -> str:
@@ -202,11 +211,11 @@ def _fewer(config: Superpipeline, allowed: tuple[int, ...]) -> str:
     return f", or k_prime={allowed[-1]}" if allowed else ""
 
 
-def _plan(division: UnitMap, knobs: Knobs, fixed: int, slot_bytes: int, block_bytes: int, budget: Budget) -> ResidencyPlan:
+def _plan(division: UnitMap, knobs: Knobs, room: Room, budget: Budget) -> ResidencyPlan:
     if knobs.k == knobs.units:
         everything = frozenset(piece.index for piece in division.pieces)
-        return ResidencyPlan(budget.device, fixed, everything, block_bytes, 0, 0, 0, 0)
-    return ResidencyPlan(budget.device, fixed, frozenset(), 0, knobs.k, slot_bytes, block_bytes, 0)
+        return ResidencyPlan(budget.device, room.fixed_bytes, everything, room.block_bytes, 0, 0, 0, 0)
+    return ResidencyPlan(budget.device, room.fixed_bytes, frozenset(), 0, knobs.k, room.slot_bytes, room.block_bytes, 0)
 
 
 superpipeline: SuperpipelineTechnique = register(SuperpipelineTechnique())
