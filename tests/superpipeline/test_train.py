@@ -228,9 +228,8 @@ def little(patch: pytest.MonkeyPatch, blocks: int) -> None:
 
 @pytest.mark.parametrize("train", [True, None], ids=["asked", "seen"])
 def test_auto_takes_no_more_blocks_than_training_leaves_room_for(patch: pytest.MonkeyPatch, train: bool | None) -> None:
-    with pytest.MonkeyPatch.context() as inner:
-        little(inner, 3)
-        model, handle, _ = auto(patch, training=True, train=train, max_slowdown=1.0)
+    little(patch, 3)
+    model, handle, _ = auto(patch, training=True, train=train, max_slowdown=1.0)
     for _ in range(4):
         step(model)
         assert handle.knobs.k <= 3
@@ -242,9 +241,8 @@ def test_auto_takes_no_more_blocks_than_training_leaves_room_for(patch: pytest.M
 
 
 def test_blocks_of_forwards_make_room_when_an_optimizer_trains(patch: pytest.MonkeyPatch) -> None:
-    with pytest.MonkeyPatch.context() as inner:
-        little(inner, 2)
-        model, handle, machine = auto(patch, max_slowdown=1.0)
+    little(patch, 2)
+    model, handle, machine = auto(patch, max_slowdown=1.0)
     pass_seconds(model, machine, 2)
     assert handle.chosen is not None and not handle.trains
     handle.turn(5, 1)
@@ -259,14 +257,13 @@ def test_blocks_of_forwards_make_room_when_an_optimizer_trains(patch: pytest.Mon
     optimizer.close()
 
 
-def test_too_little_for_training_is_refused_with_what_training_takes() -> None:
-    with pytest.MonkeyPatch.context() as inner:
-        little(inner, 0)
-        model = Blocks(Machine(), 4, 0.0)
-        with pytest.raises(tw.BudgetError, match="for a backward") as caught:
-            tw.superpipeline(model, k=2, train=True)
-        assert caught.value.where == "k" and tw.wrappers_of(model) == {}
-        tw.superpipeline(model, k=2)
+def test_too_little_for_training_is_refused_with_what_training_takes(patch: pytest.MonkeyPatch) -> None:
+    little(patch, 0)
+    model = Blocks(Machine(), 4, 0.0)
+    with pytest.raises(tw.BudgetError, match="for a backward") as caught:
+        tw.superpipeline(model, k=2, train=True)
+    assert caught.value.where == "k" and tw.wrappers_of(model) == {}
+    tw.superpipeline(model, k=2)
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
         UnsupportedModelError: there are no repeated blocks, or parameters are on several devices or on meta.
 
     Exactness: bit-identical to the unwrapped model on the same device and dtype.
-    Cost: what is outside the blocks and k slots of the largest block, on the device; see `handle.predict()`.
+    Cost: what is outside the blocks and k slots of the largest block, on the device; see `handle.predict()`. `train=True` leaves room for
+        a backward and an `OffloadedOptimizer` beside them.
 
     Example:
         >>> import torch, torchwrap
