@@ -1,6 +1,6 @@
 """How many blocks memory holds: while only forwards run, and in training, where a backward and an optimizer want memory too.
 
-The room of a training step is the one `offload(goal="train")` leaves: working memory of a step on blocks that are computed again, and what
+The room of a training step is the one `offload(goal="train")` leaves: working memory of a step with its `activations`, and what
 an Adam takes until there is an optimizer (torchwrap/weights/training.py). From then on the open one counts with what it really takes. That
 is host memory, so beside a separate device it limits where blocks lie, not how many are present.
 """
