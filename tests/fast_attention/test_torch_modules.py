@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import torchwrap as tw
+from torchwrap.attention.service import Service
 
 B, T, S, E = 2, 7, 5, 16
 
@@ -472,3 +473,18 @@ def test_modules_that_call_the_function_are_equal_when_compiled() -> None:
     model, inputs = tw.fast_attention(own()), x(B, T, E)
     assert torch.equal(torch.compile(model, backend="eager")(inputs), model(inputs))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_of_long_rows_is_given_as_where_their_keys_lie(monkeypatch: pytest.MonkeyPatch, causal: bool) -> None:
+    layer, length, seen = nn.MultiheadAttention(16, 2, batch_first=True).eval(), 160, []
+    padding = torch.zeros(2, length, dtype=torch.bool)
+    padding[0, 100:] = True
+    options = {"attn_mask": torch.ones(length, length).triu(1).bool(), "is_causal": True} if causal else {}
+    inputs, whole = torch.randn(2, length, 16), Service.attend
+    monkeypatch.setattr(Service, "attend", lambda *args, **given: seen.append(given["mask"]) or whole(*args, **given))
+    with torch.no_grad():
+        expected = layer(inputs, inputs, inputs, key_padding_mask=padding, need_weights=False, **options)[0]
+        got = tw.fast_attention(layer)(inputs, inputs, inputs, key_padding_mask=padding, need_weights=False, **options)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert [mask.kv_end.tolist() for mask in seen] == [[100, length]] and seen[0].key_mask is None

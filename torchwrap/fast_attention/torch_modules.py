@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torchwrap.attention.contract import SMALL
 from torchwrap.attention.divert import FunctionLayer
 from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.masks.packing import key_conditions
 from torchwrap.attention.service import Service
 from torchwrap.attention.transforms import is_mapped
 from torchwrap.core.integration import AttentionRoute
@@ -190,7 +191,10 @@ def _masks(
         if padding.dtype == torch.bool and mask is None and small:
             return ~padding[:, None, None, :], None
         if padding.dtype == torch.bool:
-            conditions["key_mask"] = ~padding
+            # Where rows begin and end is read from the tensor, which a graph cannot do, and which pays for what is not small.
+            long = padding.is_cpu and max(rows, columns) > SMALL
+            read = long and not (torch.compiler.is_compiling() or is_mapped(padding))
+            conditions.update(key_conditions(~padding) if read else {"key_mask": ~padding})
         else:
             bias = padding[:, None, None, :]
     if mask is not None and given["is_causal"]:  # torch's own contract: with the hint the mask is a causal one
@@ -200,8 +204,8 @@ def _masks(
         mask = mask.view(batch, heads, rows, columns) if mask.dim() == 3 else mask[None, None]
         if mask.dtype != torch.bool:
             bias = mask if bias is None else bias + mask
-        elif conditions:
-            return ~mask & conditions["key_mask"][:, None, None, :], bias
+        elif padding is not None and padding.dtype == torch.bool:
+            return ~mask & ~padding[:, None, None, :], bias
         else:
             return ~mask, bias
     if not conditions:
