@@ -266,6 +266,18 @@ def test_too_little_for_training_is_refused_with_what_training_takes(patch: pyte
     tw.superpipeline(model, k=2)
 
 
+def test_blocks_that_all_stay_are_neither_moved_nor_counted_twice() -> None:
+    torch.manual_seed(0)
+    model = tw.superpipeline(nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(4))).train(), k=4, train=True)
+    handle = handle_of(model)
+    before = handle.predict().reserved_bytes
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3)
+    now = handle.predict()
+    assert (now.moved_per_pass, now.streamed_bytes) == (0, 0)
+    assert now.reserved_bytes <= before
+    optimizer.close()
+
+
 # --- the choice -----------------------------------------------------------------------------------------------------------------
 
 

@@ -273,7 +273,9 @@ class SuperpipelineHandle(WeightsHandle):
         if self.trains:
             working = self.predict_training(batch=batch, tokens=tokens).working_bytes  # 0 if that is not where the model computes
             working = working or step_bytes(self.activation, head_bytes(self.units, self.pieces), batch, tokens)
-            reserved = working + (self.room.optimizer_bytes(opened) + self.room.needed(knobs.k, trains=True) - device_bytes)
+            reserved = working + self.room.optimizer_bytes(opened)
+            if opened is None or not knobs_keep_all(self.knobs):  # else the open optimizer counts the gradients of blocks that stay
+                reserved += self.room.needed(knobs.k, trains=True) - device_bytes
             moved = knobs.moved_per_update if opened is not None else knobs.moved_per_step
         return Prediction(
             k=knobs.k,
@@ -288,7 +290,7 @@ class SuperpipelineHandle(WeightsHandle):
             resident_seconds=known.resident_s if known else None,
             slowdown=seconds / known.resident_s if known and seconds is not None else None,
             obeys_law=obeys_law(knobs, mean_c, mean_x) if known else None,
-            stall_free=stall_free(knobs, mean_c, mean_x) and not known.update_s if known else None,
+            stall_free=stall_free(knobs, mean_c, mean_x) and not (moved and known.update_s) if known else None,
             trains=self.trains,
             reserved_bytes=reserved,
         )

@@ -164,7 +164,7 @@ class Knobs:
     @property
     def moved_per_update(self) -> int:
         """The same for a step after which an optimizer rewrote every block: those present at its end are then out of date."""
-        return 2 * self.units - self.k
+        return 2 * self.units - self.k if self.k < self.units else 0
 
     @property
     def saved(self) -> float:
