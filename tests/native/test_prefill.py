@@ -48,6 +48,7 @@ def bfloat16(seed: int, **given: Any) -> tuple[Call, str]:
     return make(seed, dtype=torch.bfloat16, **given)
 
 
+in_every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 in_both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -71,7 +72,7 @@ def test_every_extra(extra: str, instruction_set: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("width", [1, 5, 16, 48, 72, 96, 128, 200, 512])
-@in_both_types
+@in_every_type
 def test_every_width(width: int, instruction_set: str, dtype: torch.dtype) -> None:
     call, what = make(width, width=width, q_length=127, past=0, heads=(4, 2), mask="window 7", extra="plain", dtype=dtype)
     assert_correct(Native(instruction_set), call, what)
@@ -103,7 +104,7 @@ def test_large_scores_and_wide_heads_keep_the_law(
 
 
 @pytest.mark.parametrize("mask", ["causal", "packed", "padded window"])
-@in_both_types
+@in_every_type
 def test_threads_and_strides_change_no_bit(mask: str, dtype: torch.dtype) -> None:
     call, _ = make(3, heads=(8, 2), batch=3, q_length=300, past=333, mask=mask, extra="sinks", dtype=dtype)
     out, lse = Native(threads=1).forward(call)
@@ -120,7 +121,7 @@ def test_threads_and_strides_change_no_bit(mask: str, dtype: torch.dtype) -> Non
     assert all(map(torch.equal, again[:3], grads[:3])) and again[0].stride() == strided.q.stride()
 
 
-@in_both_types
+@in_every_type
 def test_what_nobody_sees_may_hold_anything(dtype: torch.dtype) -> None:
     call, _ = make(4, batch=2, q_length=128, past=0, width=40, heads=(4, 2), mask="none", extra="plain", dtype=dtype)
     limits = torch.tensor([[20, 90]]).expand(2, 128, 2).int().contiguous()
@@ -157,7 +158,7 @@ def test_reference_is_the_same_function(dtype: torch.dtype, tolerance: float) ->
         torch.testing.assert_close(found.double(), true, atol=tolerance, rtol=tolerance)
 
 
-@in_both_types
+@in_every_type
 def test_marks_instead_of_memory_are_resolved(dtype: torch.dtype) -> None:
     q, k, v, grad = (torch.randn(1, 2, 9, 16).to(dtype) for _ in range(4))
     minus, plain = torch._neg_view(q), torch.neg(q)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torchwrap.core.errors import UnsupportedModelError
 
-__all__ = ["available", "describe", "instruction_sets", "library", "reason"]
+__all__ = ["available", "describe", "instruction_sets", "library", "most_bytes", "reason"]
 
 PATH = Path(__file__).with_name("kernels.native.so")
-INTERFACE = 6  # TORCHWRAP_INTERFACE in src/call.h
+INTERFACE = 7  # TORCHWRAP_INTERFACE in src/call.h
 BUILD = "install a C++17 compiler and build again: pip install -e .  or  python setup.py build_ext --inplace"
 
 
@@ -33,6 +33,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     loaded.torchwrap_compiler.restype = ctypes.c_char_p
     loaded.torchwrap_threads.restype = ctypes.c_char_p
     loaded.torchwrap_instruction_set.restype = ctypes.c_char_p
+    loaded.torchwrap_memory.restype = ctypes.c_int64
     for function in (loaded.torchwrap_decode, loaded.torchwrap_prefill, loaded.torchwrap_gradients):
         function.argtypes = [ctypes.c_void_p]
     loaded.torchwrap_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
@@ -71,6 +72,15 @@ def instruction_sets() -> dict[str, int]:
         return {}
     names = {number: library().torchwrap_instruction_set(number) for number in range(library().torchwrap_instruction_sets())}
     return {name.decode(): number for number, name in names.items() if name is not None}
+
+
+def most_bytes() -> int:
+    """Bytes that the kernels of all threads took beside tensors, at the moment since the last question when these were most.
+
+    Raises:
+        UnsupportedModelError: the library is not there.
+    """
+    return int(library().torchwrap_memory())
 
 
 def describe() -> dict[str, object]:

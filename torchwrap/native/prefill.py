@@ -1,8 +1,9 @@
-"""Attention of many queries in float32 or bfloat16, and its gradients, with every sum in float32; each query sees an interval of keys.
+"""Attention of many queries in float32 or halves, and its gradients, with every sum in float32; each query sees an interval of keys.
 
 In bfloat16 products are of its numbers, as torch's CPU kernel has them. But that kernel adds gradients up in bfloat16, over the heads of a
-group, blocks of rows and blocks of keys; here all sums stay in float32 until the end. Neither function has an operator of torch around it:
-they are the inside of one (`torchwrap.attention.attend`), which knows about autograd and has checked what it is given.
+group, blocks of rows and blocks of keys; here all sums stay in float32 until the end. float16 is widened block by block, and multiplied in
+float32. Neither function has an operator of torch around it: they are the inside of one (`torchwrap.attention.attend`), which knows about
+autograd and has checked what it is given.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torchwrap.native.library import instruction_sets, library
 
 __all__ = ["Backward", "Forward", "gradients", "in_memory", "prefill", "unread"]
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTERS = ("q", "k", "v", "out", "lse", "limits", "sinks", "grad_out", "grad_lse", "dq", "dk", "dv", "delta")
 _STRIDED = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
 
@@ -70,7 +71,7 @@ def prefill(
         UnsupportedModelError: the native library is not available.
         BudgetError: no memory for a block of keys.
 
-    Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), all float32 or all bfloat16; limits (B or 1, Sq, 2) int32;
+    Shapes: q (B, Hq, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), all float32, bfloat16 or float16; limits (B or 1, Sq, 2) int32;
         sinks (Hq); none of the sizes 0, D and Dv <= 512. out (B, Hq, Sq, Dv), lse (B, Hq, Sq). Nothing is checked
         here: what does not fit is read as addresses.
 
@@ -132,8 +133,8 @@ def gradients(
 
     Exactness: as in `prefill`; in bfloat16 gradients of scores too are rounded once, for their products.
 
-    Cost: `10 * (visible pairs) * D` operations for each query head; `4 * B * Hkv * Sk * (D + Dv)` bytes where several tasks share keys, and
-        about a megabyte for each thread.
+    Cost: `10 * (visible pairs) * D` operations for each query head; about a megabyte for each thread, and in halves
+        `4 * min(B * Hkv, threads) * Sk * (D + Dv)` bytes for sums.
 
     Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2.
     """

@@ -3,7 +3,7 @@
 A mask is handed over as the interval of columns that each query sees, so causal, window, padding, packed sequences and chunks are one case:
 hidden tiles cost nothing, and nothing is merged. In float32 that takes 0.3 to 0.75 of the time of torch's kernel; in bfloat16 a third, and
 torch's backward adds gradients up in it, over heads of a group and blocks of rows and keys, with 2 to 6 times the errors of the definition
-(docs/figures.md). float16 is computed from float32 copies.
+(docs/figures.md). float16 is widened to float32 block by block.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torchwrap.attention.merge import grad_of_sinks
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
-__all__ = ["backward", "computed", "describe", "forward", "is_one", "limits", "refuses"]
+__all__ = ["backward", "describe", "forward", "is_one", "limits", "refuses"]
 
 _WORDS = {
     torch.float32: "measured faster than torch's",
     torch.bfloat16: "sums are in float32",
-    torch.float16: "from float32 copies",
+    torch.float16: "products and sums are in float32",
 }
 
 
@@ -76,9 +76,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Out and lse, as in `contract`."""
     from torchwrap.native.prefill import prefill
 
-    q, k, v = computed(call.q, call.k, call.v)
-    out, lse = prefill(q, k, v, limits(call.mask), call.sinks, scale=call.scale, softcap=call.softcap)
-    return out.to(call.q.dtype), lse
+    return prefill(call.q, call.k, call.v, limits(call.mask), call.sinks, scale=call.scale, softcap=call.softcap)
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
@@ -93,15 +91,9 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     """
     from torchwrap.native.prefill import gradients
 
-    q, k, v, out, grad_out = computed(call.q, call.k, call.v, out, grad_out)
-    *found, delta = gradients(q, k, v, out, lse, grad_out, grad_lse, limits(call.mask), scale=call.scale, softcap=call.softcap)
-    dq, dk, dv = (tensor.to(call.q.dtype) for tensor in found)
+    q, k, v, seen = call.q, call.k, call.v, limits(call.mask)
+    dq, dk, dv, delta = gradients(q, k, v, out, lse, grad_out, grad_lse, seen, scale=call.scale, softcap=call.softcap)
     return dq, dk, dv, None if call.sinks is None else grad_of_sinks(call.sinks, lse, delta), None
-
-
-def computed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as the kernel takes them: float16 as copies in float32."""
-    return tuple(tensor.float() if tensor.dtype == torch.float16 else tensor for tensor in tensors)
 
 
 def limits(mask: TileMask | None) -> Tensor | None:

@@ -100,27 +100,22 @@ class Many:
     """
 
     name = "cpu"
-    __slots__ = ("_backward", "_forward", "_half", "_how", "kind", "trains")
+    __slots__ = ("_backward", "_forward", "_how", "kind", "trains")
 
     def __init__(self, call: Call, trains: bool) -> None:
-        self._half, self.trains, self.kind = call.q.dtype == torch.float16, trains, ""
+        self.trains, self.kind = trains, ""
         self._how: dict[str, Any] = dict(limits=prefill.limits(call.mask), scale=call.scale, softcap=call.softcap)
-        self._forward = Forward(*prefill.computed(call.q, call.k, call.v), **self._how)
+        self._forward = Forward(call.q, call.k, call.v, **self._how)
         self._backward: tuple[tuple[int, ...], Backward] | None = None  # for gradients of these strides
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
         """Out and lse."""
-        if not self._half:
-            return self._forward(q, k, v, wants_lse=wants_lse)
-        out, lse = self._forward(q.float(), k.float(), v.float(), wants_lse=wants_lse)
-        return out.half(), lse
+        return self._forward(q, k, v, wants_lse=wants_lse)
 
     def backward(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
-        if self._half:
-            q, k, v, out, grad_out = prefill.computed(q, k, v, out, grad_out)
         grad_out = in_memory(grad_out)
         if grad_out.stride(3) != 1:
             grad_out = grad_out.contiguous()
@@ -128,7 +123,7 @@ class Many:
         if held is None or held[0] != strides:
             held = self._backward = strides, Backward(q, k, v, out, grad_out, **self._how)
         dq, dk, dv, _ = held[1](q, k, v, out, lse, grad_out, None if grad_lse is None else in_memory(grad_lse).contiguous())
-        return (dq.half(), dk.half(), dv.half()) if self._half else (dq, dk, dv)
+        return dq, dk, dv
 
 
 class Recomputed:

@@ -74,21 +74,43 @@ INLINE Vector if_seen(Vector x, Range seen, int64_t left, Vector otherwise) {
     return if_below(sub(zeros(), column), (float)(left - seen.end + 1), otherwise, x);
 }
 
+// A row as products take it: where it is, or, in float16, widened to float32.
+template <class T, class E> using Wide = T[std::is_same_v<T, E> ? 1 : MAX_WIDTH];
+template <class T> INLINE const T *row_as(const T *row, int64_t, T *) { return row; }
+INLINE const float *row_as(const Float16 *row, int64_t width, float *wide) {
+    for (int64_t d = 0; d < width; d += 2 * W) {
+        const int64_t count = width - d < 2 * W ? width - d : 2 * W;
+        Vector a, b;
+        float both[2 * W];
+        if (count == 2 * W) load_pair(row + d, a, b);
+        else load_pair(row + d, (int)count, a, b);
+        store(both, a), store(both + W, b);
+        memcpy(wide + d, both, count * sizeof *both);
+    }
+    return wide;
+}
+
 // Keys or values of a block, of which a task sees those in `span`; the others count as zeros, whatever they hold. Tiles behind the last are not
-// packed.
-template <class T> struct Keys {
-    const T *base;
+// packed. They are T in products and E in memory.
+template <class T, class E> struct Keys {
+    const E *base;
     int64_t stride, block, count;
     Range span;
     Keys(const void *tensor, const int64_t *strides, const PrefillTask &task, int64_t block, Range span)
-        : base((const T *)tensor + task.batch * strides[0] + task.head * strides[1]), stride(strides[2]), block(block), span(span) {
+        : base((const E *)tensor + task.batch * strides[0] + task.head * strides[1]), stride(strides[2]), block(block), span(span) {
         count = span.end - block < BLOCK ? up(span.end - block, COLUMNS<T>) : BLOCK;
     }
-    const T *operator()(int64_t n) const { return block + n >= span.first && block + n < span.end ? base + (block + n) * stride : nullptr; }
-    void pack_columns(int64_t width, int64_t padded, Word<T> *to) const { columns_of<T>(*this, count, width, padded, to); }
+    const T *row(int64_t n, int64_t width, T *wide) const {
+        return block + n >= span.first && block + n < span.end ? row_as(base + (block + n) * stride, width, wide) : nullptr;
+    }
+    void pack_columns(int64_t width, int64_t padded, Word<T> *to) const {
+        Wide<T, E> wide[4];
+        columns_of<T>([&](int64_t n) { return row(n, width, wide[n % 4]); }, count, width, padded, to);
+    }
     void pack_across(int64_t width, int64_t padded, Word<T> *to) const {
+        Wide<T, E> wide;
         for (int64_t n = 0; n < count; n += PACKED<T>, to += padded) {
-            const T *rows[2] = {(*this)(n), (*this)(n + PACKED<T> - 1)};
+            const T *rows[2] = {row(n, width, wide), PACKED<T> == 1 ? nullptr : row(n + 1, width, wide)};
             across(rows, width, padded, to);
         }
     }
@@ -99,6 +121,14 @@ INLINE void store_row(const float *from, float factor, int64_t width, float *to)
 }
 INLINE void store_row(const float *from, float factor, int64_t width, BFloat16 *to) {
     for (int64_t d = 0; d < width; d++) to[d].bits = (uint16_t)rounded(from[d] * factor);
+}
+INLINE void store_row(const float *from, float factor, int64_t width, Float16 *to) {
+    int64_t d = 0;
+#if defined(__F16C__)
+    for (; d + 8 <= width; d += 8)
+        _mm_storeu_si128((__m128i *)(to + d), _mm256_cvtps_ph(_mm256_mul_ps(_mm256_loadu_ps(from + d), _mm256_set1_ps(factor)), 0));
+#endif
+    for (; d < width; d++) to[d] = halved(from[d] * factor);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 // Raised with every change of what Python and the library say to each other; torchwrap/native/library.py holds the same number.
-#define TORCHWRAP_INTERFACE 6
+#define TORCHWRAP_INTERFACE 7
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -57,7 +57,7 @@ struct Kernel {
     void (*piece)(const DecodeCall &, const Piece &, void *scratch);  // scratch is aligned to 64 bytes
 };
 
-// A call of `prefill`, and of the gradients of one: many queries, in float32 or bfloat16. G query heads share a key/value head.
+// A call of `prefill`, and of the gradients of one: many queries. G query heads share a key/value head.
 extern "C" struct PrefillCall {
     const void *q, *k, *v;       // (B, G * H, Q, D), (B, H, S, D), (B, H, S, V)
     void *out;                   // (B, G * H, Q, V)
@@ -72,7 +72,7 @@ extern "C" struct PrefillCall {
     int64_t batch, heads, kv_heads, q_length, k_length, width, value_width;
     float scale, softcap;        // softcap 0: none
     int32_t limits_shared, threads, instruction_set, dtype;
-    // From here on the library's own: rows of one task, float32 sums of (B, H, S, padded width).
+    // From here on the library's own: rows of one task, float32 sums of (places, S, padded width).
     int64_t part;
     float *dk_sums, *dv_sums;
 
@@ -91,9 +91,10 @@ static inline Range seen_by(const PrefillCall &call, int64_t batch, int64_t row)
 // Of the tasks that add to one block of keys, which one this is; -1: it does not.
 struct Turn { int32_t number, of; };
 
-// Some rows of (batch, head): `begin` to `end` of all G * Q queries that share it. For gradients, `turns` has an entry for each block of keys.
+// Some rows of (batch, head): `begin` to `end` of all G * Q queries that share it. For gradients, `turns` has an entry for each block of keys, and
+// `place` is that of the sums.
 struct PrefillTask {
-    int64_t batch, head, begin, end;
+    int64_t batch, head, begin, end, place;
     const Turn *turns;
     void *progress;
     void (*wait)(const PrefillTask &, int64_t block);  // until the tasks before have added to this block

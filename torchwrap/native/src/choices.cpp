@@ -40,6 +40,7 @@ EXPORT const char *torchwrap_compiler() {
     return "gcc " __VERSION__;
 #endif
 }
+EXPORT int64_t torchwrap_memory() { return torchwrap::most_bytes(); }
 EXPORT const char *torchwrap_threads() { return torchwrap::thread_source(); }
 EXPORT int torchwrap_instruction_sets() { return torchwrap::CHOICES; }
 EXPORT const char *torchwrap_instruction_set(int index) {

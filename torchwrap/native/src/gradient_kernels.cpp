@@ -1,4 +1,5 @@
-// Gradients of attention in float32 or bfloat16, with every sum in float32: some rows of queries against all the keys they see.
+// Gradients of attention, with every sum in float32: some rows of queries against all the keys they see. Products are of float32 or bfloat16;
+// float16 is widened to float32 where it is packed.
 //
 // With P = exp(S - lse) and delta = sum(dO * O) - dlse of each row: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale * dS K,
 // dK = scale * dS^T Q. Keys go in blocks of BLOCK, rows in blocks of HEIGHT. Of a pair of blocks, tiles of ROWS x COLUMNS
@@ -56,18 +57,22 @@ template <class T> float dot(const T *a, const T *b, int64_t width) {
 }
 
 // Left and right factors of the rows, and their numbers. Rows that see nothing are zeros, whatever they hold.
-template <class T> void pack_rows(const PrefillCall &call, const PrefillTask &task, const Scratch<T> &at, int64_t rows) {
+template <class T, class E> void pack_rows(const PrefillCall &call, const PrefillTask &task, const Scratch<T> &at, int64_t rows) {
     for (int64_t r = 0; r < rows; r += 2) {
         const T *q[2] = {}, *grad[2] = {};
+        Wide<T, E> wide[5];
         for (int64_t i = r; i < r + 2; i++) {
             const int64_t row = task.begin + i;
             at.lse[i] = at.delta[i] = 0;
             if (!at.seen[i].empty()) {
                 const float lse = call.lse[lse_of(call, task, row)];
-                q[i - r] = (const T *)call.q + place_of(call.q_strides, call, task, row);
-                grad[i - r] = (const T *)call.grad_out + place_of(call.grad_strides, call, task, row);
+                const auto taken = [&](const void *tensor, const int64_t *strides, int64_t width, T *to) {
+                    return row_as((const E *)tensor + place_of(strides, call, task, row), width, to);
+                };
+                q[i - r] = taken(call.q, call.q_strides, call.width, wide[i - r]);
+                grad[i - r] = taken(call.grad_out, call.grad_strides, call.value_width, wide[2 + i - r]);
                 at.lse[i] = lse == -INFINITY ? 0 : lse;
-                at.delta[i] = dot((const T *)call.out + place_of(call.out_strides, call, task, row), grad[i - r], call.value_width);
+                at.delta[i] = dot(taken(call.out, call.out_strides, call.value_width, wide[4]), grad[i - r], call.value_width);
                 if (call.grad_lse) at.delta[i] -= call.grad_lse[lse_of(call, task, row)];
             }
             copy_row(q[i - r], call.width, at.width, at.q_rows + i * at.width);
@@ -162,12 +167,14 @@ template <class T, bool CAPPED> void pair_of_blocks(const PrefillCall &call, con
                   at.k_across + span.first / PACKED<T> * at.width, columns / PACKED<T>);
 }
 
-// The sums of a block of keys join those of the tasks before, or become the result if this is the last task that sees the block.
-template <class T>
-void deliver(const float *own, int64_t padded, int64_t width, int64_t count, float *sums, bool first, bool last, float factor, T *to,
+// The sums of a block of keys join those of the tasks before, or become the result if this is the last task that sees the block. In float32
+// the result holds the sums.
+template <class E>
+void deliver(const float *own, int64_t padded, int64_t width, int64_t count, float *sums, bool first, bool last, float factor, E *to,
              int64_t stride) {
     for (int64_t n = 0; n < count; n++, own += padded, to += stride) {
         float *sum = sums + n * padded;
+        if constexpr (std::is_same_v<E, float>) sum = to;
         if (!first)
             for (int64_t d = 0; d < width; d++) sum[d] += own[d];
         else if (!last)
@@ -176,28 +183,29 @@ void deliver(const float *own, int64_t padded, int64_t width, int64_t count, flo
     }
 }
 
-template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task, void *memory) {
+// Tensors hold E, products are of T.
+template <class T, class E> void rows_of(const PrefillCall &call, const PrefillTask &task, void *memory) {
     const Scratch<T> at(call, memory);
-    const int64_t rows = up(task.end - task.begin, ROWS<T>), pair = task.batch * call.kv_heads + task.head;
+    const int64_t rows = up(task.end - task.begin, ROWS<T>);
     const Range span = look(call, task, at.seen);
-    pack_rows(call, task, at, rows);
+    pack_rows<T, E>(call, task, at, rows);
     memset(at.dq, 0, rows * at.width * sizeof(float)), memset(at.products, 0, rows * W * sizeof(float));
     for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK) {
         const Turn turn = task.turns[block / BLOCK];
         if (turn.number < 0) continue;
-        const Keys<T> keys(call.k, call.k_strides, task, block, span);
+        const Keys<T, E> keys(call.k, call.k_strides, task, block, span);
         keys.pack_columns(call.width, at.width, at.k_columns), keys.pack_across(call.width, at.width, at.k_across);
-        Keys<T>(call.v, call.v_strides, task, block, span).pack_columns(call.value_width, at.value_width, at.v_columns);
+        Keys<T, E>(call.v, call.v_strides, task, block, span).pack_columns(call.value_width, at.value_width, at.v_columns);
         memset(at.dk, 0, BLOCK * at.width * sizeof(float)), memset(at.dv, 0, BLOCK * at.value_width * sizeof(float));
         for (int64_t top = 0; top < rows; top += HEIGHT) {
             const int64_t count = rows - top < HEIGHT ? rows - top : HEIGHT;
             if (call.softcap > 0) pair_of_blocks<T, true>(call, at, top, count, block);
             else pair_of_blocks<T, false>(call, at, top, count, block);
         }
-        const int64_t count = call.k_length - block < BLOCK ? call.k_length - block : BLOCK, place = pair * call.k_length + block;
+        const int64_t count = call.k_length - block < BLOCK ? call.k_length - block : BLOCK, place = task.place * call.k_length + block;
         const bool first = turn.number == 0, last = turn.number == turn.of - 1;
         auto row = [&](void *tensor, const int64_t *strides) {
-            return (T *)tensor + task.batch * strides[0] + task.head * strides[1] + block * strides[2];
+            return (E *)tensor + task.batch * strides[0] + task.head * strides[1] + block * strides[2];
         };
         task.wait(task, block / BLOCK);
         deliver(at.dk, at.width, call.width, count, call.dk_sums + place * at.width, first, last, call.scale, row(call.dk, call.dk_strides),
@@ -208,16 +216,20 @@ template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task
     }
     for (int64_t r = 0; r < task.end - task.begin; r++) {
         const int64_t row = task.begin + r, place = lse_of(call, task, row);
-        store_row(at.dq + r * at.width, call.scale, call.width, (T *)call.dq + place_of(call.dq_strides, call, task, row));
+        store_row(at.dq + r * at.width, call.scale, call.width, (E *)call.dq + place_of(call.dq_strides, call, task, row));
         call.delta[place] = sum(load(at.products + r * W)) - (call.grad_lse && !at.seen[r].empty() ? call.grad_lse[place] : 0);
     }
 }
 
 size_t scratch_bytes(const PrefillCall &call) {
-    return call.dtype == FLOAT32 ? Scratch<float>(call, nullptr).bytes : Scratch<BFloat16>(call, nullptr).bytes;
+    return call.dtype == BFLOAT16 ? Scratch<BFloat16>(call, nullptr).bytes : Scratch<float>(call, nullptr).bytes;
 }
 void run(const PrefillCall &call, const PrefillTask &task, void *memory) {
-    return call.dtype == FLOAT32 ? rows_of<float>(call, task, memory) : rows_of<BFloat16>(call, task, memory);
+    switch (call.dtype) {
+        case FLOAT32: return rows_of<float, float>(call, task, memory);
+        case BFLOAT16: return rows_of<BFloat16, BFloat16>(call, task, memory);
+        default: return rows_of<float, Float16>(call, task, memory);
+    }
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -18,6 +19,7 @@ namespace {
 using Parallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
 
 const pid_t loaded_in = getpid();
+std::atomic<int64_t> held{0}, most_held{0};
 
 Parallel find() {
     static const Parallel found = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
@@ -25,6 +27,12 @@ Parallel find() {
 }
 
 }  // namespace
+
+void holds(int64_t bytes) {
+    const int64_t now = held.fetch_add(bytes) + bytes;
+    for (int64_t most = most_held; now > most && !most_held.compare_exchange_weak(most, now);) {}
+}
+int64_t most_bytes() { return most_held.exchange(held); }
 
 const char *thread_source() { return find() ? "torch's OpenMP" : "own threads"; }
 

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include <atomic>
+#include <mutex>
 #include <new>
 #include <thread>
 
@@ -25,8 +26,25 @@ struct Work {
     const Turn *turns;   // (B or 1, parts, blocks)
     std::atomic<int> *progress;  // (pairs, blocks): tasks that have added to it
     int64_t parts, blocks, tasks;
-    std::atomic<int64_t> next{0};
+    // Sums that are not the results themselves have places, one for each pair that is worked on: places of pairs, tasks done of pairs, free places.
+    // Pairs come one after another, so that these are at most as many as threads.
+    int32_t *place = nullptr, *finished = nullptr, *free = nullptr;
+    int64_t next = 0;
+    std::mutex taking;
     std::atomic<bool> no_memory{false};
+
+    // The number of the next task, or -1.
+    int64_t take() {
+        const std::lock_guard<std::mutex> lock(taking);
+        if (next == tasks) return -1;
+        if (place && next % parts == 0) place[next / parts] = *free++;
+        return next++;
+    }
+    void give_back(int64_t pair) {
+        if (!place) return;
+        const std::lock_guard<std::mutex> lock(taking);
+        if (++finished[pair] == parts) *--free = place[pair];
+    }
 
     void run() {
         const torchwrap::Memory scratch(kernel.scratch_bytes(call));
@@ -34,12 +52,13 @@ struct Work {
             no_memory = true;
             return;
         }
-        const int64_t pairs = call.batch * call.kv_heads, rows = call.group() * call.q_length;
-        for (int64_t number; (number = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-            const int64_t part = number / pairs, pair = number % pairs, begin = (parts - 1 - part) * call.part;
+        const int64_t rows = call.group() * call.q_length;
+        for (int64_t number; (number = take()) >= 0;) {
+            const int64_t pair = number / parts, part = number % parts, begin = (parts - 1 - part) * call.part;
             const int64_t end = begin + call.part < rows ? begin + call.part : rows, batch = pair / call.kv_heads;
-            kernel.run(call, {batch, pair % call.kv_heads, begin, end, turns + ((call.limits_shared ? 0 : batch) * parts + part) * blocks,
-                              progress + pair * blocks, wait, done}, scratch.at);
+            kernel.run(call, {batch, pair % call.kv_heads, begin, end, place ? place[pair] : 0,
+                              turns + ((call.limits_shared ? 0 : batch) * parts + part) * blocks, progress + pair * blocks, wait, done}, scratch.at);
+            give_back(pair);
         }
     }
 
@@ -86,13 +105,15 @@ int64_t split(PrefillCall &call) {
     return (rows + call.part - 1) / call.part;
 }
 
+int64_t threads_for(const PrefillCall &call, int64_t tasks) {
+    const int64_t threads = call.batch * call.heads * call.q_length * call.k_length * call.width < ALONE ? 1 : call.threads;
+    return threads < tasks ? threads : tasks;
+}
+
 int go(Work &work) {
-    const PrefillCall &call = work.call;
-    int64_t threads = call.batch * call.heads * call.q_length * call.k_length * call.width < ALONE ? 1 : call.threads;
-    if (threads > work.tasks) threads = work.tasks;
-    torchwrap::on_threads((int)threads, [](void *argument) { ((Work *)argument)->run(); }, &work);
+    torchwrap::on_threads((int)threads_for(work.call, work.tasks), [](void *argument) { ((Work *)argument)->run(); }, &work);
     // A thread without memory leaves its share to the others; only when all of them had none is something missing.
-    return work.next.load() < work.tasks && work.no_memory ? 1 : 0;
+    return work.next < work.tasks && work.no_memory ? 1 : 0;
 }
 
 }  // namespace
@@ -122,10 +143,17 @@ EXPORT int torchwrap_gradients(const PrefillCall *asked) {
         shared |= count_turns(call, b, parts, blocks, (Turn *)turns.at + b * parts * blocks, (int32_t *)counts.at);
     for (int64_t i = 0; i < pairs * blocks; i++) new ((std::atomic<int> *)progress.at + i) std::atomic<int>(0);
 
-    const int64_t width = (call.width + 15) / 16 * 16, value_width = (call.value_width + 15) / 16 * 16;
-    const torchwrap::Memory sums(shared ? pairs * call.k_length * (width + value_width) * sizeof(float) : 0);
-    if (!sums.at) return 1;
-    call.dk_sums = (float *)sums.at, call.dv_sums = call.dk_sums + (shared ? pairs * call.k_length * width : 0);
+    const int64_t width = (call.width + 15) / 16 * 16, value_width = (call.value_width + 15) / 16 * 16, threads = threads_for(call, pairs * parts);
+    // In float32 results hold the sums.
+    const int64_t places = !shared || call.dtype == FLOAT32 ? 0 : threads < pairs ? threads : pairs;
+    const torchwrap::Memory sums(places * call.k_length * (width + value_width) * sizeof(float)), holders((2 * pairs + places) * sizeof(int32_t));
+    if (!sums.at || !holders.at) return 1;
+    call.dk_sums = (float *)sums.at, call.dv_sums = call.dk_sums + places * call.k_length * width;
     Work work{call, *chosen->gradients, (Turn *)turns.at, (std::atomic<int> *)progress.at, parts, blocks, pairs * parts};
+    if (places > 0) {
+        work.place = (int32_t *)holders.at, work.finished = work.place + pairs, work.free = work.finished + pairs;
+        memset(work.finished, 0, pairs * sizeof *work.finished);
+        for (int64_t i = 0; i < places; i++) work.free[i] = (int32_t)i;
+    }
     return go(work);
 }

@@ -1,4 +1,5 @@
-// Attention of many queries in float32 or bfloat16, with every sum in float32: some rows of queries over all the keys they see.
+// Attention of many queries, with every sum in float32: some rows of queries over all the keys they see. Products are of float32 or bfloat16;
+// float16 is widened to float32 where it is packed.
 //
 // Keys go in blocks of BLOCK, packed once for all rows of the task, rows in blocks of HEIGHT. Of a block of keys, ROWS rows of scores are
 // computed in registers and kept; the running maximum turns them into weights, which are stored in the type of the values, and another product
@@ -102,15 +103,17 @@ void weigh(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t p
     for (int r = 0; r < ROWS<T>; r++) store(at.sum + (row + r) * W, total[r]);
 }
 
-template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task, void *memory) {
+// Tensors hold E, products are of T.
+template <class T, class E> void rows_of(const PrefillCall &call, const PrefillTask &task, void *memory) {
     const Scratch<T> at(call, memory);
     const Range span = look(call, task, at.seen);
     const int64_t rows = up(task.end - task.begin, ROWS<T>);
     memset(at.values, 0, rows * at.value_width * sizeof(float)), memset(at.sum, 0, rows * W * sizeof(float));
     for (int64_t r = 0; r < rows; r++) {
         const int64_t row = task.begin + r;
-        const T *real = at.seen[r].empty() ? nullptr : (const T *)call.q + place_of(call.q_strides, call, task, row);
-        copy_row(real, call.width, at.width, at.q_rows + r * at.width);
+        Wide<T, E> wide;
+        const E *real = (const E *)call.q + place_of(call.q_strides, call, task, at.seen[r].empty() ? task.begin : row);
+        copy_row(at.seen[r].empty() ? nullptr : row_as(real, call.width, wide), call.width, at.width, at.q_rows + r * at.width);
         at.maximum[r] = -INFINITY;
         if (call.sinks && row < task.end) {
             at.maximum[r] = call.sinks[task.head * call.group() + row / call.q_length];
@@ -118,8 +121,8 @@ template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task
         }
     }
     for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK) {
-        Keys<T>(call.k, call.k_strides, task, block, span).pack_columns(call.width, at.width, at.k_columns);
-        Keys<T>(call.v, call.v_strides, task, block, span).pack_across(call.value_width, at.value_width, at.v_across);
+        Keys<T, E>(call.k, call.k_strides, task, block, span).pack_columns(call.width, at.width, at.k_columns);
+        Keys<T, E>(call.v, call.v_strides, task, block, span).pack_across(call.value_width, at.value_width, at.v_across);
         for (int64_t top = 0; top < rows; top += HEIGHT) {
             const int64_t count = rows - top < HEIGHT ? rows - top : HEIGHT;
             const Range columns = columns_seen<T>(at.seen + top, count, block);
@@ -137,15 +140,19 @@ template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task
         const float total = sum(load(at.sum + r * W)), origin = at.maximum[r] == -INFINITY ? 0 : at.maximum[r];
         call.lse[lse_of(call, task, row)] = total == 0 ? -INFINITY : origin + logf(total);
         store_row(at.values + r * at.value_width, total == 0 ? 0 : 1 / total, call.value_width,
-                  (T *)call.out + place_of(call.out_strides, call, task, row));
+                  (E *)call.out + place_of(call.out_strides, call, task, row));
     }
 }
 
 size_t scratch_bytes(const PrefillCall &call) {
-    return call.dtype == FLOAT32 ? Scratch<float>(call, nullptr).bytes : Scratch<BFloat16>(call, nullptr).bytes;
+    return call.dtype == BFLOAT16 ? Scratch<BFloat16>(call, nullptr).bytes : Scratch<float>(call, nullptr).bytes;
 }
 void run(const PrefillCall &call, const PrefillTask &task, void *memory) {
-    return call.dtype == FLOAT32 ? rows_of<float>(call, task, memory) : rows_of<BFloat16>(call, task, memory);
+    switch (call.dtype) {
+        case FLOAT32: return rows_of<float, float>(call, task, memory);
+        case BFLOAT16: return rows_of<BFloat16, BFloat16>(call, task, memory);
+        default: return rows_of<float, Float16>(call, task, memory);
+    }
 }
 
 }  // namespace

@@ -71,6 +71,20 @@ INLINE uint32_t rounded(float x) {
     memcpy(&bits, &x, sizeof bits);
     return x != x ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+// The same for float16.
+INLINE Float16 halved(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return {(uint16_t)(sign | 0x7e00)};
+    if (bits >= 0x477ff000) return {(uint16_t)(sign | 0x7c00)};  // from 65520 on
+    if (bits >= 0x38800000) return {(uint16_t)(sign | (bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13)};
+    // Below 2^-14 numbers are 2^-24 apart, as those from 1/2 on are in float32.
+    const float moved = fabsf(x) + .5f;
+    memcpy(&bits, &moved, sizeof bits);
+    return {(uint16_t)(sign | (bits - 0x3f000000))};
+}
 INLINE float widened(BFloat16 x) {
     const uint32_t bits = (uint32_t)x.bits << 16;
     float wide;
