@@ -72,7 +72,9 @@ def test_a_chunk_is_read_then_updated_then_written_and_the_bytes_are_those_that_
     moved = {lane: sum(e.nbytes for e in events if e.lane == lane) for lane in ("state", "write")}
     after = optimizer.stats()
     assert moved["write"] == after["bytes_written"] - before["bytes_written"]
-    assert moved["state"] == 4 * 3 * (WIDTH * WIDTH + WIDTH) * 4  # values and two moments of four layers
+    assert moved["state"] == after["bytes_read"] - before["bytes_read"]
+    values = moved["state"] + after["bytes_reused"] - before["bytes_reused"]
+    assert values == 4 * 3 * (WIDTH * WIDTH + WIDTH) * 4  # weights and two moments of four layers
     optimizer.close()
 
 

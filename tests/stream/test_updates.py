@@ -68,6 +68,39 @@ def test_slots_are_not_replaced_while_nobody_keeps_views(tmp_path: Path) -> None
         idle(engine, stored)
 
 
+def test_stored_values_are_copied_from_a_held_unit_and_from_nothing_else(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        unit = stored.units[2]
+        piece = unit.pieces[0]
+        value = stored.values[piece.index].reshape(-1)
+        first, length = value.numel() // 3, value.numel() // 2
+        into = torch.zeros(length, dtype=value.dtype)
+        with using(engine, unit):
+            assert not engine.copy_held(piece, first, into)  # a forward may be about to write to its weights
+        engine.hold(unit)
+        assert not engine.copy_held(stored.units[0].pieces[0], 0, into)
+        assert engine.copy_held(piece, first, into) and torch.equal(into, value[first : first + length])
+        engine.begin_update([piece])
+        assert engine.copy_held(piece, 0, into) and torch.equal(into, value[:length])  # what the update begins with
+        piece.version += 1  # what it ends with is stored
+        assert not engine.copy_held(piece, 0, into)
+        engine.end_update([piece])
+        engine.unhold(unit)
+        assert not engine.copy_held(piece, 0, into)
+
+
+def test_what_a_module_wrote_into_its_slot_is_not_copied(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        unit = stored.units[1]
+        piece = unit.pieces[0]
+        engine.hold(unit)
+        into = torch.zeros(piece.parameter.numel(), dtype=piece.dtype)
+        with torch.no_grad():
+            piece.parameter.fill_(1)
+        assert not engine.copy_held(piece, 0, into)
+        engine.unhold(unit)
+
+
 @pytest.mark.parametrize("how", ["use", "hold", "read"])
 def test_an_update_keeps_readers_out_until_it_ends(tmp_path: Path, how: str) -> None:
     with engine_over(tmp_path, SIZES, 2) as (engine, stored):

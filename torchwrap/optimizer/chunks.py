@@ -25,7 +25,7 @@ from torchwrap.storage.spillfile import SpillFile
 from torchwrap.storage.workers import mismatch
 from torchwrap.stream.pieces import part_of
 from torchwrap.stream.timeline import Timeline
-from torchwrap.stream.units import Home
+from torchwrap.stream.units import Home, Piece
 
 __all__ = ["Chunk", "Chunks", "Parked", "Update"]
 
@@ -113,10 +113,12 @@ class Chunks:
         rule: the optimizer class.
         store: where state, and weights that are not in memory, are written.
         reader: reads.
+        held: copies elements of a weight from where a backward holds it, if it does (`Slots.copy_held`); None where no weight is streamed.
         done: called when a target got its new values; with their home, if they are in the store.
         timeline: where chunks read ("state"), updated and written are recorded, if anywhere.
 
     Attributes:
+        reused: bytes of weights that were copied from where a backward held them, instead of read.
         seconds: spent in the optimizer class.
         writing_s: spent writing.
     """
@@ -126,10 +128,12 @@ class Chunks:
         rule: Rule,
         store: GenerationStore,
         reader: aio.Reader,
+        held: Callable[[Piece, int, torch.Tensor], bool] | None,
         done: Callable[[Target, Home | None], None],
         timeline: Timeline | None = None,
     ) -> None:
-        self._rule, self._store, self._reader, self._done, self._timeline = rule, store, reader, done, timeline
+        self._rule, self._store, self._reader, self._held, self._done, self._timeline = rule, store, reader, held, done, timeline
+        self.reused: int = 0
         self.seconds: float = 0.0
         self.writing_s: float = 0.0
 
@@ -184,11 +188,15 @@ class Chunks:
         if flat_weight(update.target) is not None:
             return []
         assert piece is not None and piece.home is not None
+        begin, end = record.span(index)
+        inside = buffer.tensor()[record.head(index) :][: (end - begin) * record.dtype.itemsize].view(record.dtype)
+        if self._held is not None and self._held(piece, begin, inside):
+            self.reused += inside.nbytes
+            return []
         if piece.home.file is self._store.file:
             return [self._store.read(record, index, buffer, update.drafts[record.name])]
         piece.home.file.check_unchanged()
-        first, last = (element * record.dtype.itemsize for element in record.span(index))
-        return [aio.Read(piece.home.file, piece.home.offset + first, last - first, buffer, record.head(index))]
+        return [aio.Read(piece.home.file, piece.home.offset + begin * record.dtype.itemsize, inside.nbytes, buffer, record.head(index))]
 
     @torch.inference_mode(False)
     @torch.no_grad()

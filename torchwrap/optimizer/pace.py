@@ -24,12 +24,14 @@ class Pace:
 
     Attributes:
         computing_s: seconds of forward, backward and update without what was spent waiting for a disk; None before the first step.
+        reused: bytes of weights that its updates had from where the backward held them, see `Chunks`; 0 before the first step.
     """
 
     def __init__(self, handle: WeightsHandle | None, updater: Updater, chunks: Chunks) -> None:
         self._handle, self._updater, self._chunks = handle, updater, chunks
-        self._before: tuple[float, float, float, float] | None = None
+        self._before: tuple[float, float, float, float, int] | None = None
         self.computing_s: float | None = None
+        self.reused: int = 0
 
     def begin(self) -> None:
         """Gradients were cleared: forward and backward follow."""
@@ -39,20 +41,25 @@ class Pace:
         """A step is done."""
         if self._before is None:
             return
-        wall, stalled, waited, updated = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        wall, stalled, waited, updated, reused = (now - before for now, before in zip(self._now(), self._before, strict=True))
         self._before = None
+        self.reused = int(reused)
         # As long as a wait is no longer than the updates took, it may have been them that were waited for, not the disk.
         self.computing_s = max(0.0, wall - stalled - max(0.0, waited - updated))
 
-    def _now(self) -> tuple[float, float, float, float]:
+    def _now(self) -> tuple[float, float, float, float, int]:
         stalled = float(self._handle.engine.counters["stall_s"]) if self._handle is not None and self._handle.engine is not None else 0.0
-        return time.monotonic(), stalled, self._updater.waited_s, self._chunks.seconds
+        return time.monotonic(), stalled, self._updater.waited_s, self._chunks.seconds, self._chunks.reused
 
 
 def footprint_of(
-    targets: Sequence[Target], store: GenerationStore, chunk: int, timing: Timing, handle: WeightsHandle, kept: int
+    targets: Sequence[Target], store: GenerationStore, chunk: int, timing: Timing, handle: WeightsHandle, kept: int, reused: int
 ) -> Footprint:
-    """What the streamed `targets` of an optimizer, and `kept` bytes of freed tensors, add to a step of the model of `handle`."""
+    """What the streamed `targets` of an optimizer, and `kept` bytes of freed tensors, add to a step of the model of `handle`.
+
+    Args:
+        reused: bytes of weights that updates beside the last backward did not have to read.
+    """
     trained = [target for target in targets if target.parameter.requires_grad and target.numel]
     ring = state = away = total = largest = 0
     for target in trained:
@@ -74,7 +81,7 @@ def footprint_of(
         ring=IN_FLIGHT * ring,
         gradients=gradients,
         kept=kept,
-        read=state + away + parked,
+        read=state + away + parked - (min(reused, away) if timing.take else 0),
         written=state + away + parked,
         overlaps=timing.take,
         grows=timing.backwards == 1 and not timing.park,

@@ -98,8 +98,10 @@ class Workshop:
             self._timeline = timeline = handle.timeline if handle is not None else None
             self.resident: Resident = Resident(rule, timeline)
             self.run: Run = Run(rule, targets, self.store, values, self.resident, site.chunk)
-            self.chunks: Chunks = Chunks(rule, self.store, self.reader, values.landed, timeline)
-            self.updater: Updater = Updater(self.chunks, handle.engine if handle is not None else None, timeout_s, timeline)
+            engine = handle.engine if handle is not None else None
+            held = engine.copy_held if engine is not None else None
+            self.chunks: Chunks = Chunks(rule, self.store, self.reader, held, values.landed, timeline)
+            self.updater: Updater = Updater(self.chunks, engine, timeout_s, timeline)
             self.pace: Pace = Pace(handle, self.updater, self.chunks)
             self.gradients: Gradients = Gradients(groups, handle, self.updater, self.timing(asked))
             self.step: Step = Step(targets, self.gradients, self.updater, max_grad_norm)
@@ -196,6 +198,7 @@ class Workshop:
             "disk_bytes": self.store.file.nbytes,
             "state_bytes": sum(t.numel * dtype.itemsize for t in streamed for dtype in t.layout.values()),
             "bytes_read": self.reader.stats.bytes,
+            "bytes_reused": self.chunks.reused,
             "bytes_written": self.store.bytes_written,
             "update_s": self.chunks.seconds,
             "parameters_streamed": len(streamed),
@@ -205,7 +208,8 @@ class Workshop:
     def footprint(self) -> Footprint:
         """What the optimizer adds to a training step in memory and bytes moved."""
         assert self._handle is not None
-        return footprint_of(self.parameters.streamed, self.store, self.site.chunk, self.gradients.timing, self._handle, self.freed.nbytes)
+        timing, kept, reused = self.gradients.timing, self.freed.nbytes, self.pace.reused
+        return footprint_of(self.parameters.streamed, self.store, self.site.chunk, timing, self._handle, kept, reused)
 
     @property
     def write_rate(self) -> float:

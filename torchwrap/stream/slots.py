@@ -222,7 +222,7 @@ class Slots:
         Bytes are compared once for each value of `training`, and where they lie in host memory.
         """
         unit = fetch.unit
-        shown = list(zip((piece for piece, _ in self.layout(unit).places), self._views(unit, fetch.slot), fetch.versions, strict=True))
+        shown = self._shown(fetch)
         untried = training is not None and (unit.index, training) not in self._compared and not fetch.outdated
         if (found := next(written(shown), None)) is None and untried:
             if self._verify and not self.arena.separate:
@@ -232,6 +232,11 @@ class Slots:
                 self._compared.add((unit.index, training))
         fetch.spoiled = fetch.spoiled or found is not None
         return found
+
+    def _shown(self, fetch: Fetch) -> list[tuple[Piece, torch.Tensor, int]]:
+        """What `written` and `changed_bytes` look at."""
+        places = self.layout(fetch.unit).places
+        return list(zip((piece for piece, _ in places), self._views(fetch.unit, fetch.slot), fetch.versions, strict=True))
 
     def _free_slot(self, spare: set[int]) -> Slot | None:
         """A free slot; else one whose unit is idle and not in `spare`; else None."""
@@ -295,6 +300,24 @@ class Slots:
                             self.arena.before_compute(fetch.slot)  # whatever stream the caller computes on
                             return view.detach(), fetch.stored[piece.index]
         return None
+
+    def copy_held(self, piece: Piece, first: int, into: torch.Tensor) -> bool:
+        """Copy elements of a piece, from `first` on, out of the slot of a unit that a backward holds; any thread may call it.
+
+        Returns:
+            Whether it did: not if no such unit is there, if the slot is on another device, or if what the slot shows is not what is stored.
+        """
+        if self.arena.separate:
+            return False
+        with self.state:  # so that the slot is nobody else's meanwhile: a chunk takes milliseconds
+            for fetch in self._fetches.values():
+                if not fetch.held or fetch.spoiled or fetch.stored.get(piece.index) != piece.version or piece.index in self._late(fetch):
+                    continue
+                for shown in self._shown(fetch):
+                    if shown[0] is piece and next(written([shown]), None) is None:
+                        into.copy_(shown[1].view(-1)[first : first + into.numel()])
+                        return True
+        return False
 
     def shown_version(self, piece: Piece) -> int:
         """Version of the values that the piece's parameter shows, or will show when it is present."""
