@@ -35,13 +35,16 @@ class Native:
         self.how: dict[str, Any] = {"instruction_set": instruction_set, "threads": threads}
 
     def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, **self.how}
-        return native.prefill(call.q, call.k, call.v, limits_of(call.mask), call.sinks, **options)
+        return native.prefill(call.q, call.k, call.v, limits_of(call.mask), call.sinks, **self._options(call))
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        options: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap, **self.how}
-        *found, delta = native.gradients(call.q, call.k, call.v, out, lse, grad_out, grad_lse, limits_of(call.mask), **options)
+        seen = limits_of(call.mask)
+        *found, delta = native.gradients(call.q, call.k, call.v, out, lse, grad_out, grad_lse, seen, **self._options(call))
         return *found, None if call.sinks is None else grad_of_sinks(call.sinks, lse, delta), None
+
+    def _options(self, call: Call) -> dict[str, Any]:
+        seed = 0 if call.seed is None else int(call.seed)
+        return {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": seed, **self.how}
 
 
 def bfloat16(seed: int, **given: Any) -> tuple[Call, str]:
@@ -62,7 +65,7 @@ def test_every_mask_of_intervals(mask: str, instruction_set: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("extra", ["softcap", "sinks", "gradient of lse", "wide values", "strided", "scale"])
+@pytest.mark.parametrize("extra", ["softcap", "sinks", "dropout", "gradient of lse", "wide values", "strided", "scale"])
 @in_both_types
 def test_every_extra(extra: str, instruction_set: str, dtype: torch.dtype) -> None:
     for seed in range(2):
@@ -176,7 +179,7 @@ def test_other_calls_are_refused_with_the_reason() -> None:
     call, _ = bfloat16(6, mask="causal", extra="plain")
     assert refuses(call) is None or "AVX2" in str(refuses(call))
     assert "float64" in str(refuses(make(6, mask="causal", extra="plain", dtype=torch.float64)[0]))
-    for mask, extra, word in (("holes", "plain", "intervals"), ("none", "bias", "bias"), ("none", "dropout", "dropout")):
+    for mask, extra, word in (("holes", "plain", "intervals"), ("none", "bias", "bias")):
         assert word in str(refuses(bfloat16(6, mask=mask, extra=extra)[0]))
     wide = torch.zeros(1, 1, 2, 520, dtype=torch.bfloat16)
     assert "520" in str(refuses(checked(wide, wide, wide)))

@@ -21,6 +21,7 @@ __all__ = ["Backward", "Forward", "gradients", "in_memory", "prefill", "unread"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTERS = ("q", "k", "v", "out", "lse", "limits", "sinks", "grad_out", "grad_lse", "dq", "dk", "dv", "delta")
+_FIRST = struct.Struct(f"{len(_POINTERS)}PQ")  # what is another in each call: addresses and the seed
 _STRIDED = ("q", "k", "v", "out", "grad_out", "dq", "dk", "dv")
 
 
@@ -29,9 +30,11 @@ class _Call(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("seed", ctypes.c_uint64),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in _STRIDED),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "q_length", "k_length", "width", "value_width")),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap", "keep")),
+        ("threshold", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("limits_shared", "threads", "instruction_set", "dtype")),
         ("part", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("dk_sums", "dv_sums")),
@@ -47,6 +50,8 @@ def prefill(
     *,
     scale: float,
     softcap: float | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
     instruction_set: str | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -60,6 +65,8 @@ def prefill(
         sinks: a score for each head that takes weight and has no value; None: none.
         scale: factor of the scores.
         softcap: scores become `softcap * tanh(score / softcap)`; None: they stay.
+        dropout: probability with which a weight becomes 0; the others are multiplied with `1 / (1 - dropout)`.
+        seed: of the weights that become 0, which are those of `torchwrap.attention.dropout.factors`; 64 bits.
         instruction_set: one of `instruction_sets()`, for tests; None: the best.
         threads: None: as torch.get_num_threads().
 
@@ -83,8 +90,8 @@ def prefill(
     Source: Tri Dao, "FlashAttention-2", 2023, algorithm 1.
     """
     q, k, v = _rows(q), _rows(k), _rows(v)
-    work = Forward(q, k, v, limits, scale=scale, softcap=softcap, instruction_set=instruction_set, threads=threads)
-    out, lse = work(q, k, v, None if sinks is None else in_memory(sinks.detach().float().contiguous()))
+    work = Forward(q, k, v, limits, scale=scale, softcap=softcap, dropout=dropout, instruction_set=instruction_set, threads=threads)
+    out, lse = work(q, k, v, None if sinks is None else in_memory(sinks.detach().float().contiguous()), seed=seed)
     assert lse is not None
     return out, lse
 
@@ -101,6 +108,8 @@ def gradients(
     *,
     scale: float,
     softcap: float | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
     instruction_set: str | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -117,6 +126,8 @@ def gradients(
         limits: intervals of columns.
         scale: factor of the scores.
         softcap: bound of the scores.
+        dropout: of the forward.
+        seed: of the forward.
         instruction_set: for tests.
         threads: how many.
 
@@ -131,16 +142,19 @@ def gradients(
     Shapes: as in `prefill`; out and grad_out (B, Hq, Sq, Dv) in the type of q, lse, grad_lse and delta
         (B, Hq, Sq) float32. Results as q, k, v.
 
-    Exactness: as in `prefill`; in bfloat16 gradients of scores too are rounded once, for their products.
+    Exactness: as in `prefill`; in bfloat16 gradients of scores too are rounded once, for their products. With dropout in halves
+        delta is not taken from out, which was rounded.
 
-    Cost: `10 * (visible pairs) * D` operations for each query head; about a megabyte for each thread, and in halves
-        `4 * min(B * Hkv, threads) * Sk * (D + Dv)` bytes for sums.
+    Cost: `10 * (visible pairs) * D` operations for each query head, 14 with dropout in halves; about a megabyte for each thread,
+        and in halves `4 * min(B * Hkv, threads) * Sk * (D + Dv)` bytes for sums.
 
     Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2.
     """
     q, k, v, out, grad_out = (_rows(tensor) for tensor in (q, k, v, out, grad_out))
-    work = Backward(q, k, v, out, grad_out, limits, scale=scale, softcap=softcap, instruction_set=instruction_set, threads=threads)
-    return work(q, k, v, out, in_memory(lse.contiguous()), grad_out, None if grad_lse is None else in_memory(grad_lse.contiguous()))
+    how = dict(scale=scale, softcap=softcap, dropout=dropout, instruction_set=instruction_set, threads=threads)
+    work = Backward(q, k, v, out, grad_out, limits, **how)  # type: ignore[arg-type]
+    of_lse = None if grad_lse is None else in_memory(grad_lse.contiguous())
+    return work(q, k, v, out, in_memory(lse.contiguous()), grad_out, of_lse, seed=seed)
 
 
 def _like(tensor: Tensor, width: int) -> Tensor:
@@ -174,19 +188,20 @@ class _Prepared:
     Args:
         tensors: that have strides, by their names in `_Call`.
         limits: intervals of columns; kept.
-        scale: as in `prefill`, and so softcap, instruction_set, threads.
+        scale: as in `prefill`, and so softcap, dropout, instruction_set, threads.
         softcap: bound of the scores.
+        dropout: of weights.
         instruction_set: for tests.
         threads: how many.
     """
 
     __slots__ = ("_limits", "_limits_at", "_rest", "_rows", "_set", "_sizes")
-    _pack = struct.Struct(f"{len(_POINTERS)}P").pack
+    _pack = _FIRST.pack
     _name = ""
 
     def __init__(
-        self, tensors: dict[str, Tensor], limits: Tensor | None, scale: float, softcap: float | None, instruction_set: str | None,
-        threads: int | None,
+        self, tensors: dict[str, Tensor], limits: Tensor | None, scale: float, softcap: float | None, dropout: float,
+        instruction_set: str | None, threads: int | None,
     ) -> None:  # fmt: skip
         q, k, v = tensors["q"], tensors["k"], tensors["v"]
         self._limits = None if limits is None else in_memory(limits).contiguous()
@@ -198,12 +213,14 @@ class _Prepared:
             **dict(zip(("kv_heads", "k_length", "value_width"), (*k.shape[1:3], v.shape[3]), strict=True)),
             scale=scale,
             softcap=softcap or 0.0,
+            keep=1.0 / (1.0 - dropout),
+            threshold=int(dropout * 2**32),
             limits_shared=limits is None or limits.shape[0] == 1,
             threads=threads or torch.get_num_threads(),
             instruction_set=-1 if instruction_set is None else instruction_sets()[instruction_set],
             dtype=_DTYPES[q.dtype],
         )
-        self._rest = bytes(call)[ctypes.sizeof(ctypes.c_void_p) * len(_POINTERS) :]
+        self._rest = bytes(call)[_FIRST.size :]
 
     def _failed(self, status: int) -> Exception:
         where = f"torchwrap.native.{self._name}"
@@ -224,22 +241,22 @@ class Forward(_Prepared):
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, limits: Tensor | None = None, *, scale: float, softcap: float | None = None,
-        instruction_set: str | None = None, threads: int | None = None,
+        dropout: float = 0.0, instruction_set: str | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         self._width = v.shape[3]
         self._alike = self._width == q.shape[3] and torch.empty_like(q).stride(3) == 1
-        super().__init__({"q": q, "k": k, "v": v, "out": _like(q, self._width)}, limits, scale, softcap, instruction_set, threads)
+        super().__init__({"q": q, "k": k, "v": v, "out": _like(q, self._width)}, limits, scale, softcap, dropout, instruction_set, threads)
         self._run, self._unread = library().torchwrap_prefill, unread(self._rows.numel())
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, wants_lse: bool = True
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, *, wants_lse: bool = True, seed: int = 0
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As `prefill`; sinks are contiguous, in float32. An lse that is not wanted may be None."""
         out = torch.empty_like(q) if self._alike else _like(q, self._width)
         lse = torch.empty(self._rows, dtype=torch.float32) if wants_lse or not self._unread else None
         addresses = self._pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), self._unread if lse is None else lse.data_ptr(), self._limits_at,
-            0 if sinks is None else sinks.data_ptr(), 0, 0, 0, 0, 0, 0,
+            0 if sinks is None else sinks.data_ptr(), 0, 0, 0, 0, 0, 0, seed,
         )  # fmt: skip
         if status := self._run(addresses + self._rest):
             raise self._failed(status)
@@ -254,19 +271,20 @@ class Backward(_Prepared):
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_out: Tensor, limits: Tensor | None = None, *, scale: float,
-        softcap: float | None = None, instruction_set: str | None = None, threads: int | None = None,
+        softcap: float | None = None, dropout: float = 0.0, instruction_set: str | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         read = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out}
         found = {f"d{name}": _like(read[name], read[name].shape[3]) for name in ("q", "k", "v")}
-        super().__init__(read | found, limits, scale, softcap, instruction_set, threads)
+        super().__init__(read | found, limits, scale, softcap, dropout, instruction_set, threads)
         # Where a query sees all keys, all are written.
         all_seen = None if limits is None else (limits[..., 0] <= 0) & (limits[..., 1] >= k.shape[2])
         self._whole = all_seen is None or bool(all_seen.any(-1).all())
         self._run = library().torchwrap_gradients
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None = None,
+        *, seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """As `gradients`; lse and its gradient are contiguous."""
         dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
         if not self._whole:
@@ -274,7 +292,7 @@ class Backward(_Prepared):
         delta = torch.empty(self._rows, dtype=torch.float32)
         addresses = self._pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), self._limits_at, 0, grad_out.data_ptr(),
-            0 if grad_lse is None else grad_lse.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), delta.data_ptr(),
+            0 if grad_lse is None else grad_lse.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), delta.data_ptr(), seed,
         )  # fmt: skip
         if status := self._run(addresses + self._rest):
             raise self._failed(status)

@@ -3,13 +3,14 @@
 A mask is handed over as the interval of columns that each query sees, so causal, window, padding, packed sequences and chunks are one case:
 hidden tiles cost nothing, and nothing is merged. In float32 that takes 0.3 to 0.75 of the time of torch's kernel; in bfloat16 a third, and
 torch's backward adds gradients up in it, over heads of a group and blocks of rows and keys, with 2 to 6 times the errors of the definition
-(docs/figures.md). float16 is widened to float32 block by block.
+(docs/figures.md). float16 is widened to float32 block by block. Dropout is the hash of
+`torchwrap.attention.dropout`, worked out again for the gradients.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def refuses(call: Call) -> str | None:
     """Why the native kernel cannot compute a call of many queries, or None."""
     if call.q.dtype not in _WORDS:
         return f"{call.q.dtype}, the native kernel for many queries is for float32 and halves"
-    for name, there in (("bias", call.bias is not None), ("dropout", bool(call.dropout)), ("an empty call", call.is_empty)):
+    for name, there in (("bias", call.bias is not None), ("an empty call", call.is_empty)):
         if there:
             return f"{name}, which the native kernel does not have"
     if call.mask is not None and not is_ranges(call.mask):
@@ -76,7 +77,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Out and lse, as in `contract`."""
     from torchwrap.native.prefill import prefill
 
-    return prefill(call.q, call.k, call.v, limits(call.mask), call.sinks, scale=call.scale, softcap=call.softcap)
+    return prefill(call.q, call.k, call.v, limits(call.mask), call.sinks, **_numbers(call))
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
@@ -92,8 +93,13 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     from torchwrap.native.prefill import gradients
 
     q, k, v, seen = call.q, call.k, call.v, limits(call.mask)
-    dq, dk, dv, delta = gradients(q, k, v, out, lse, grad_out, grad_lse, seen, scale=call.scale, softcap=call.softcap)
+    dq, dk, dv, delta = gradients(q, k, v, out, lse, grad_out, grad_lse, seen, **_numbers(call))
     return dq, dk, dv, None if call.sinks is None else grad_of_sinks(call.sinks, lse, delta), None
+
+
+def _numbers(call: Call) -> dict[str, Any]:
+    seed = 0 if call.seed is None else int(call.seed)
+    return {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": seed}
 
 
 def limits(mask: TileMask | None) -> Tensor | None:

@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 // Raised with every change of what Python and the library say to each other; torchwrap/native/library.py holds the same number.
-#define TORCHWRAP_INTERFACE 7
+#define TORCHWRAP_INTERFACE 8
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -68,9 +68,12 @@ extern "C" struct PrefillCall {
     const float *grad_lse;       // as lse, or null
     void *dq, *dk, *dv;          // as q, k, v
     float *delta;                // as lse: sum(dO * O) - dlse, from weights that were never rounded
+    uint64_t seed;               // of dropout
     int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], grad_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
     int64_t batch, heads, kv_heads, q_length, k_length, width, value_width;
     float scale, softcap;        // softcap 0: none
+    float keep;                  // what dropout multiplies the weights with that it leaves
+    uint32_t threshold;          // it takes those whose number is below; 0: none
     int32_t limits_shared, threads, instruction_set, dtype;
     // From here on the library's own: rows of one task, float32 sums of (places, S, padded width).
     int64_t part;

@@ -2,7 +2,7 @@
 // float16 is widened to float32 where it is packed.
 //
 // With P = exp(S - lse) and delta = sum(dO * O) - dlse of each row: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale * dS K,
-// dK = scale * dS^T Q. Keys go in blocks of BLOCK, rows in blocks of HEIGHT. Of a pair of blocks, tiles of ROWS x COLUMNS
+// dK = scale * dS^T Q; dropout multiplies P in dV, and dO V^T, with the same factors. Keys go in blocks of BLOCK, rows in blocks of HEIGHT. Of a pair of blocks, tiles of ROWS x COLUMNS
 // of S and dO V^T are computed in registers, turned into P and dS and stored in the type of the tensors; three products then add to dV, dK and
 // dQ. What hides keys is the interval of columns that each row sees: tiles that no row sees are left out, those at its ends are compared.
 // Memory traffic of a pair of blocks stays in the second-level cache; keys and values are packed once for each task.
@@ -10,6 +10,7 @@
 // Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2. Differences: five products in the type of the tensors, rows of all query heads
 // that share a key/value head are one long list.
 #include "blocks.h"
+#include "dropout.h"
 
 #include <math.h>
 
@@ -26,6 +27,7 @@ template <class T> struct Scratch {
     T *score_rows;                                    // (HEIGHT, BLOCK): dS again
     float *dq, *dk, *dv, *lse, *delta, *products;     // products: (rows, W), sums of P * dO V^T
     Range *seen;
+    uint32_t *states;                                 // of the rows, for dropout
     size_t bytes;
 
     Scratch(const PrefillCall &call, void *memory) : width(up(call.width, 16)), value_width(up(call.value_width, 16)) {
@@ -41,7 +43,7 @@ template <class T> struct Scratch {
         take(k_across, BLOCK / PACKED<T> * width), both(q_rows, q_across, rows * width), both(grad_rows, grad_across, rows * value_width);
         both(score_rows, score_across, HEIGHT * BLOCK), take(weight_across, HEIGHT / PACKED<T> * BLOCK);
         take(dq, rows * width), take(dk, BLOCK * width), take(dv, BLOCK * value_width);
-        take(lse, rows), take(delta, rows), take(products, rows * W), take(seen, rows);
+        take(lse, rows), take(delta, rows), take(products, rows * W), take(seen, rows), take(states, rows);
         bytes = take.next - (char *)memory;
     }
 };
@@ -64,6 +66,7 @@ template <class T, class E> void pack_rows(const PrefillCall &call, const Prefil
         for (int64_t i = r; i < r + 2; i++) {
             const int64_t row = task.begin + i;
             at.lse[i] = at.delta[i] = 0;
+            if (call.threshold) at.states[i] = state_of(call, task, row);
             if (!at.seen[i].empty()) {
                 const float lse = call.lse[lse_of(call, task, row)];
                 const auto taken = [&](const void *tensor, const int64_t *strides, int64_t width, T *to) {
@@ -87,10 +90,11 @@ template <class T, class E> void pack_rows(const PrefillCall &call, const Prefil
 // Differences of scores first, then log2(e): the product of a large score with it, rounded, would be an error of the exponent.
 INLINE Vector power(Vector x, Vector scale, Vector shift) { return exp2(mul(fma(x, scale, shift), all(LOG2E))); }
 
-// P and dS of ROWS rows from `row` of the task, `place` of the block of rows, and COLUMNS columns from `column` of the block of keys.
+// P and dS of ROWS rows from `row` of the task, `place` of the block of rows, and COLUMNS columns from `column` of the block of keys; or only
+// what they add to the rows' products.
 template <class T, bool CUT, bool CAPPED>
-void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t column, int64_t block) {
-    alignas(64) float kept[ROWS<T>][COLUMNS<T>], slopes[CAPPED ? ROWS<T> : 1][COLUMNS<T>];
+void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t column, int64_t block, bool only_products) {
+    alignas(64) float kept[ROWS<T>][COLUMNS<T>], left[ROWS<T>][COLUMNS<T>], slopes[CAPPED ? ROWS<T> : 1][COLUMNS<T>];
     const float inside = CAPPED ? call.scale / call.softcap : 0;
     {
         Vector weight[ROWS<T>][VECTORS<T>];
@@ -111,14 +115,24 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
                 store(kept[r] + j * W, weight[r][j]);
             }
         }
-        UNROLL for (int r = 0; r < ROWS<T>; r += 2)
-            UNROLL for (int j = 0; j < VECTORS<T>; j++)
-                store_across(weight[r][j], weight[r + 1][j], at.weight_across + (place + r) / PACKED<T> * BLOCK + column + j * W);
+        if (call.threshold)
+            UNROLL for (int r = 0; r < ROWS<T>; r++)
+                UNROLL for (int j = 0; j < VECTORS<T>; j++) {
+                    const Vector factor = factors(call, at.states[row + r], block + column + j * W);
+                    store(left[r] + j * W, factor), weight[r][j] = mul(weight[r][j], factor);
+                }
+        if (!only_products)
+            UNROLL for (int r = 0; r < ROWS<T>; r += 2)
+                UNROLL for (int j = 0; j < VECTORS<T>; j++)
+                    store_across(weight[r][j], weight[r + 1][j], at.weight_across + (place + r) / PACKED<T> * BLOCK + column + j * W);
     }
     Vector score[ROWS<T>][VECTORS<T>];
     const int64_t steps = at.value_width / PACKED<T>;
     long_product<T, VECTORS<T>>(score, {(const Word<T> *)(at.grad_rows + row * at.value_width), steps, 1}, at.v_columns + column * steps,
                                 COLUMNS<T>, steps);
+    if (call.threshold)
+        UNROLL for (int r = 0; r < ROWS<T>; r++)
+            UNROLL for (int j = 0; j < VECTORS<T>; j++) score[r][j] = mul(score[r][j], load(left[r] + j * W));
     UNROLL for (int r = 0; r < ROWS<T>; r++) {
         const Vector delta = all(at.delta[row + r]);
         Vector products = load(at.products + (row + r) * W);
@@ -132,6 +146,7 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
         }
         store(at.products + (row + r) * W, products);
     }
+    if (only_products) return;
     UNROLL for (int r = 0; r < ROWS<T>; r += 2)
         UNROLL for (int j = 0; j < VECTORS<T>; j++) {
             T *row = at.score_rows + (place + r) * BLOCK + column + j * W;
@@ -148,16 +163,18 @@ template <class T> void no_scores(const Scratch<T> &at, int64_t place, int64_t c
     }
 }
 
-template <class T, bool CAPPED> void pair_of_blocks(const PrefillCall &call, const Scratch<T> &at, int64_t top, int64_t count, int64_t block) {
+template <class T, bool CAPPED> void pair_of_blocks(const PrefillCall &call, const Scratch<T> &at, int64_t top, int64_t count, int64_t block,
+                                                        bool only_products) {
     const Range span = columns_seen<T>(at.seen + top, count, block);
     if (span.empty()) return;
     for (int64_t column = span.first; column < span.end; column += COLUMNS<T>)
         for (int64_t r = 0; r < count; r += ROWS<T>)
             switch (sight<T>(at.seen + top + r, block + column)) {
                 case NOTHING: no_scores<T>(at, r, column); break;
-                case SOME: scores<T, true, CAPPED>(call, at, top + r, r, column, block); break;
-                case EVERYTHING: scores<T, false, CAPPED>(call, at, top + r, r, column, block); break;
+                case SOME: scores<T, true, CAPPED>(call, at, top + r, r, column, block, only_products); break;
+                case EVERYTHING: scores<T, false, CAPPED>(call, at, top + r, r, column, block, only_products); break;
             }
+    if (only_products) return;
     const int64_t columns = span.end - span.first;
     add_matrix<T>(at.dv + span.first * at.value_width, columns, at.value_width, {at.weight_across + span.first, 1, BLOCK},
                   at.grad_across + top / PACKED<T> * at.value_width, count / PACKED<T>);
@@ -190,18 +207,32 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
     const Range span = look(call, task, at.seen);
     pack_rows<T, E>(call, task, at, rows);
     memset(at.dq, 0, rows * at.width * sizeof(float)), memset(at.products, 0, rows * W * sizeof(float));
+    const auto pairs = [&](int64_t block, bool only_products) {
+        Keys<T, E>(call.k, call.k_strides, task, block, span).pack_columns(call.width, at.width, at.k_columns);
+        Keys<T, E>(call.v, call.v_strides, task, block, span).pack_columns(call.value_width, at.value_width, at.v_columns);
+        for (int64_t top = 0; top < rows; top += HEIGHT) {
+            const int64_t count = rows - top < HEIGHT ? rows - top : HEIGHT;
+            if (call.softcap > 0) pair_of_blocks<T, true>(call, at, top, count, block, only_products);
+            else pair_of_blocks<T, false>(call, at, top, count, block, only_products);
+        }
+    };
+    const auto delta_of = [&](int64_t r) {
+        return sum(load(at.products + r * W)) - (call.grad_lse && !at.seen[r].empty() ? call.grad_lse[lse_of(call, task, task.begin + r)] : 0);
+    };
+    // A row with one large weight has gradients near zero, as differences of large numbers. Its out is a value times 1 / (1 - p), rounded to a
+    // half type, and delta with it: so there delta comes from a pass of its own. Without dropout such an out is the value, exactly.
+    if (call.threshold && !std::is_same_v<E, float>) {
+        for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK)
+            if (task.turns[block / BLOCK].number >= 0) pairs(block, true);
+        for (int64_t r = 0; r < task.end - task.begin; r++) at.delta[r] = delta_of(r);
+        memset(at.products, 0, rows * W * sizeof(float));
+    }
     for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK) {
         const Turn turn = task.turns[block / BLOCK];
         if (turn.number < 0) continue;
-        const Keys<T, E> keys(call.k, call.k_strides, task, block, span);
-        keys.pack_columns(call.width, at.width, at.k_columns), keys.pack_across(call.width, at.width, at.k_across);
-        Keys<T, E>(call.v, call.v_strides, task, block, span).pack_columns(call.value_width, at.value_width, at.v_columns);
+        Keys<T, E>(call.k, call.k_strides, task, block, span).pack_across(call.width, at.width, at.k_across);
         memset(at.dk, 0, BLOCK * at.width * sizeof(float)), memset(at.dv, 0, BLOCK * at.value_width * sizeof(float));
-        for (int64_t top = 0; top < rows; top += HEIGHT) {
-            const int64_t count = rows - top < HEIGHT ? rows - top : HEIGHT;
-            if (call.softcap > 0) pair_of_blocks<T, true>(call, at, top, count, block);
-            else pair_of_blocks<T, false>(call, at, top, count, block);
-        }
+        pairs(block, false);
         const int64_t count = call.k_length - block < BLOCK ? call.k_length - block : BLOCK, place = task.place * call.k_length + block;
         const bool first = turn.number == 0, last = turn.number == turn.of - 1;
         auto row = [&](void *tensor, const int64_t *strides) {
@@ -215,9 +246,9 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
         task.done(task, block / BLOCK);
     }
     for (int64_t r = 0; r < task.end - task.begin; r++) {
-        const int64_t row = task.begin + r, place = lse_of(call, task, row);
+        const int64_t row = task.begin + r;
         store_row(at.dq + r * at.width, call.scale, call.width, (E *)call.dq + place_of(call.dq_strides, call, task, row));
-        call.delta[place] = sum(load(at.products + r * W)) - (call.grad_lse && !at.seen[r].empty() ? call.grad_lse[place] : 0);
+        call.delta[lse_of(call, task, row)] = delta_of(r);
     }
 }
 

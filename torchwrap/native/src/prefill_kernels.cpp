@@ -5,10 +5,12 @@
 // computed in registers and kept; the running maximum turns them into weights, which are stored in the type of the values, and another product
 // adds weights times values to what the rows have so far. What hides keys is the interval of columns that each row sees: tiles that no row
 // sees are left out, those at its ends are compared. A sink is a score that comes first and has no value.
+// Dropout changes what is stored and not what is summed up.
 //
 // Source: Tri Dao, "FlashAttention-2", 2023, algorithm 1. Differences: keys in the outer loop, rows of all query heads that share a
 // key/value head are one long list.
 #include "blocks.h"
+#include "dropout.h"
 
 #include <math.h>
 
@@ -22,6 +24,7 @@ template <class T> struct Scratch {
     T *q_rows, *weights;              // (part, width), (HEIGHT, BLOCK): left factors
     float *values, *maximum, *sum;    // (part, value_width), (part), (part, W): what the rows have so far
     Range *seen;
+    uint32_t *states;                 // of the rows, for dropout
     size_t bytes;
 
     Scratch(const PrefillCall &call, void *memory) : width(up(call.width, 16)), value_width(up(call.value_width, 16)) {
@@ -29,6 +32,7 @@ template <class T> struct Scratch {
         take(k_columns, BLOCK * width / PACKED<T>), take(v_across, BLOCK / PACKED<T> * value_width);
         take(q_rows, call.part * width), take(weights, HEIGHT * BLOCK);
         take(values, call.part * value_width), take(maximum, call.part), take(sum, call.part * W), take(seen, call.part);
+        take(states, call.part);
         bytes = take.next - (char *)memory;
     }
 };
@@ -92,13 +96,21 @@ void weigh(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t p
             for (int r = 0; r < ROWS<T>; r++) memset((void *)(to + r * BLOCK), 0, COLUMNS<T> * sizeof *to);
             continue;
         }
-        UNROLL for (int r = 0; r < ROWS<T>; r++)
-            UNROLL for (int j = 0; j < VECTORS<T>; j += 2) {
-                const Vector one = power(kept[r] + column + j * W, origin[r]);
-                const Vector two = power(kept[r] + column + (j + 1) * W, origin[r]);
-                total[r] = add(total[r], add(one, two));
-                store_rounded(one, two, to + r * BLOCK + j * W);
-            }
+        const auto tile = [&](auto drops) {
+            UNROLL for (int r = 0; r < ROWS<T>; r++)
+                UNROLL for (int j = 0; j < VECTORS<T>; j += 2) {
+                    Vector one = power(kept[r] + column + j * W, origin[r]);
+                    Vector two = power(kept[r] + column + (j + 1) * W, origin[r]);
+                    total[r] = add(total[r], add(one, two));
+                    if constexpr (drops) {
+                        one = mul(one, factors(call, at.states[row + r], block + column + j * W));
+                        two = mul(two, factors(call, at.states[row + r], block + column + (j + 1) * W));
+                    }
+                    store_rounded(one, two, to + r * BLOCK + j * W);
+                }
+        };
+        if (call.threshold) tile(std::true_type{});
+        else tile(std::false_type{});
     }
     for (int r = 0; r < ROWS<T>; r++) store(at.sum + (row + r) * W, total[r]);
 }
@@ -115,6 +127,7 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
         const E *real = (const E *)call.q + place_of(call.q_strides, call, task, at.seen[r].empty() ? task.begin : row);
         copy_row(at.seen[r].empty() ? nullptr : row_as(real, call.width, wide), call.width, at.width, at.q_rows + r * at.width);
         at.maximum[r] = -INFINITY;
+        if (call.threshold) at.states[r] = state_of(call, task, row);
         if (call.sinks && row < task.end) {
             at.maximum[r] = call.sinks[task.head * call.group() + row / call.q_length];
             at.sum[r * W] = at.maximum[r] == -INFINITY ? 0 : 1;
