@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import geometric_mean, median
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +42,11 @@ TURN_S = 0.04
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DECODE = ((9, 3, 64, 16384), (9, 3, 64, 65536), (32, 8, 128, 32768), (8, 1, 128, 65536))
 """Hq, Hkv, D, S of single queries: the rows with groups in section 9 of the specification."""
+DROPOUT = (
+    (1, 64, 12, "causal", False), (4, 512, 12, "padded", False), (1, 16, 12, "whole", True), (1, 64, 12, "causal", True),
+    (8, 128, 12, "padded", True), (4, 512, 12, "padded", True), (1, 1024, 12, "causal", True), (1, 4096, 2, "causal", True),
+)  # fmt: skip
+"""Batch, S, H, what is seen, whether with gradients: attention as BERT and GPT-2 train it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,7 @@ class Row:
     mask: Callable[[], TileMask] | None = None
     causal: bool = False
     train: bool = False
+    dropout: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     rivals: tuple[str, ...] = ("sdpa", "transformers")
 
@@ -105,6 +111,15 @@ def rows() -> Iterator[Row]:
             group="training, dense causal", name=f"2048 {dtype}", q_length=2048, kv_length=2048, dtype=dtype, causal=True, train=True,
             **small,
         )  # fmt: skip
+    for dtype in DTYPES:
+        for batch, length, heads, kind, train in DROPOUT:
+            lengths = [length - row * length // (2 * batch) for row in range(batch)]
+            yield Row(
+                group="training, dropout" if train else "dropout", name=f"{batch}x{heads}x{length} {kind} {dtype}", batch=batch,
+                heads=(heads, heads), width=64, q_length=length, kv_length=length, dtype=dtype, dropout=0.1, causal=kind == "causal",
+                mask=(lambda lengths=lengths: TileMask.padded(lengths, lengths[0], lengths[0])) if kind == "padded" else None,  # type: ignore[misc]
+                train=train, rivals=("sdpa",),
+            )  # fmt: skip
     causal: dict[str, Any] = {"q_length": 4096, "kv_length": 4096, "mask": lambda: TileMask.causal(1, 4096, 4096), "rivals": ("eager",)}
     yield Row(group="softcap and sinks at 4096", name="softcap", options={"softcap": 50.0}, **causal, **small)
     yield Row(group="softcap and sinks at 4096", name="sinks", options={"sinks": torch.linspace(-1, 1, 9)}, **causal, **small)
@@ -178,9 +193,11 @@ def table(summary: dict[str, Any]) -> str:
 
 def _measured(row: Row, rounds: int) -> dict[str, Any]:
     contenders, live, by = _contenders(row)
+    # Each drops other weights: results are compared where none are dropped.
+    compared = _contenders(replace(row, dropout=0.0))[0] if row.dropout else contenders
     # Rows that see nothing differ by contract: ours are 0.
     results = {
-        name: [tensor.float() * (live if tensor.shape[1] == row.q_length else 1.0) for tensor in run()] for name, run in contenders.items()
+        name: [tensor.float() * (live if tensor.shape[1] == row.q_length else 1.0) for tensor in run()] for name, run in compared.items()
     }
     tolerance = 2e-4 if row.dtype == "float32" else 6e-2
     difference = max(
@@ -189,7 +206,7 @@ def _measured(row: Row, rounds: int) -> dict[str, Any]:
         if name != "ours"
         for mine, theirs in zip(results["ours"], other, strict=True)
     )
-    del results
+    del results, compared
     assert difference <= tolerance, f"{row.group}: {row.name}: results differ by {difference}, not timed"
     repeats = {name: max(1, math.ceil(TURN_S / _seconds(run, 1))) for name, run in contenders.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -221,13 +238,13 @@ def _contenders(row: Row) -> tuple[dict[str, Callable[[], tuple[Tensor, ...]]], 
     seen = None if row.mask is None or tile is None else tile.rectangles((0, row.q_length), (0, row.kv_length))
     module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
     forms: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: attend(q, k, v, mask=tile, **row.options).transpose(1, 2).contiguous(),
-        "sdpa": lambda: _sdpa(q, k, v, seen, row.causal).transpose(1, 2).contiguous(),
+        "ours": lambda: attend(q, k, v, mask=tile, dropout=row.dropout, **row.options).transpose(1, 2).contiguous(),
+        "sdpa": lambda: _sdpa(q, k, v, seen, row.causal, row.dropout).transpose(1, 2).contiguous(),
         "transformers": lambda: _transformers()(module, q, k, v, seen)[0],
         "packed": lambda: _transformers()(module, q, k, v, seen if seen is not None else _everything(row))[0],
         "eager": lambda: _eager(q, k, v, seen, **row.options).transpose(1, 2).contiguous(),
     }  # fmt: skip
-    call = checked(q, k, v, mask=tile, **row.options)
+    call = checked(q, k, v, mask=tile, dropout=row.dropout, **row.options)
 
     def of(form: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def run() -> tuple[Tensor, ...]:
@@ -252,8 +269,8 @@ def _transformers() -> Callable[..., tuple[Tensor, None]]:
     return sdpa_attention_forward
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=True)
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, causal: bool, dropout: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, enable_gqa=True)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:

@@ -444,3 +444,20 @@ def test_masks_that_torch_would_misread_take_the_whole_way() -> None:
     assert known(q, k, v, mask=torch.zeros(20, 20, requires_grad=True)) is None
     with pytest.raises(errors.ConfigError, match="the mask is"):
         attend(q, k, v, mask=torch.ones(20, 19).bool())
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_calls_with_dropout_draw_one_number_each_before_and_after_they_are_known(trains: bool) -> None:
+    tensors = [tensor.requires_grad_(trains) for tensor in inputs(lengths=(9, 9))]
+    prepared.forget()
+
+    def run(backend: str, seed: int, p: float) -> list[Tensor]:
+        torch.manual_seed(seed)
+        out = attend(*tensors, dropout=p, backend=backend)
+        grads = torch.autograd.grad(out.square().sum(), tensors) if trains else ()
+        return [out.detach(), *grads, torch.rand(2)]
+
+    for seed, p in ((1, 0.3), (2, 0.3), (2, 0.5), (3, 0.0)):  # new, known, another number, none
+        for found, same in zip(run("auto", seed, p), run("eager", seed, p), strict=True):
+            torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-5)
+    assert known(*tensors, dropout=0.3) is not None

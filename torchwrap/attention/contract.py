@@ -23,7 +23,7 @@ from torchwrap.core import errors
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
-__all__ = ["SMALL", "Backend", "Call", "Gradients", "Mode", "Prepared", "checked"]
+__all__ = ["SMALL", "Backend", "Call", "Drawing", "Gradients", "Mode", "Prepared", "checked"]
 
 SMALL = 128
 """Rows and columns up to which a mask that is a tensor is taken whole: looking for what it hides costs more than that (measured)."""
@@ -194,6 +194,13 @@ class Prepared(Protocol):
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v, as `Backend.backward`."""
+
+
+class Drawing(Prepared, Protocol):
+    """What is prepared for calls with dropout."""
+
+    def drawn(self) -> Prepared:
+        """For one call: its seed is drawn now."""
 
 
 def checked(

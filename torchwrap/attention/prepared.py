@@ -8,12 +8,13 @@ call that no back end has prepared.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from torchwrap.attention.contract import Prepared, checked
+from torchwrap.attention.contract import Drawing, Prepared, checked
 from torchwrap.attention.dispatch import prepare, revision
 from torchwrap.attention.settings import Settings
 from torchwrap.attention.transforms import is_traced, transformed
@@ -56,7 +57,7 @@ def prepared(
     if transformed() or is_traced() or _modes() or stuck() or q.is_neg() or k.is_neg() or v.is_neg():
         return None
     kinds = type(scale), type(softcap), type(dropout)
-    if kinds not in _NUMBERS or dropout:
+    if kinds not in _NUMBERS or not 0.0 <= dropout < 1.0:
         return None
     held, rule = (_plain, None) if mask is None else _of(mask, q)
     if held is None:
@@ -66,19 +67,22 @@ def prepared(
     try:
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-            rule, scale, softcap, said, trains, _threads(), revision(),
+            rule, scale, softcap, dropout, said, trains, _threads(), revision(),
         )  # fmt: skip
         found = held.get(key, _NEW)
     except (RuntimeError, TypeError):  # sparse and nested tensors have no strides; what is no name of a back end may have no hash
         return None
     if found is _NEW:
         call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, wants_lse=trains)
+        call = replace(call, dropout=dropout) if dropout else call  # without a seed: each call draws its own
         found = prepare(call, backend, trains, type(mask) is Tensor)
         if len(held) >= MOST:
             held.clear()
         held[key] = found
     # Zeros have no memory.
-    return found if q.data_ptr() and k.data_ptr() and v.data_ptr() else None
+    if found is None or not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
+        return None
+    return cast(Drawing, found).drawn() if dropout else found
 
 
 _NEW: Any = object()

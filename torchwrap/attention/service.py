@@ -140,7 +140,7 @@ class Service:
                 known.kind = kind = known.kind or _kind(q, k, mask, softcap, sinks, bias, dropout)
                 if (known.name, kind) not in self.reasons:
                     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap)
-                    self.reasons[known.name, kind] = choose(call, self.backend).reason + _mask_memory(call, mask)
+                    self.reasons[known.name, kind] = choose(replace(call, dropout=dropout), self.backend).reason + _mask_memory(call, mask)
                 with _lock:
                     self.served[where, known.name, kind] += 1
                 return found

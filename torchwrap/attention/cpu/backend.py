@@ -57,7 +57,7 @@ class Composed:
         from torchwrap.attention.cpu import prepared  # here: loads the library
 
         if masked:
-            return prepared.Masked(call) if not trains and compose.is_one_call(call) else None
+            return prepared.Masked(call) if not (trains or call.dropout) and compose.is_one_call(call) else None
         if way == "many":
             return prepared.Many(call, trains)
         if not trains:

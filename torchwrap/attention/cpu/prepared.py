@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchwrap.attention.contract import Call
+from torchwrap.attention.contract import Call, Prepared
 from torchwrap.attention.cpu import decode, kernel, prefill
 from torchwrap.attention.torch_kernels.masks import added, is_causal
 from torchwrap.native.decode import Prepared as Decode
 from torchwrap.native.prefill import Backward, Forward, in_memory, unread
 
-__all__ = ["Few", "Many", "Masked", "One", "Recomputed"]
+__all__ = ["Drawn", "Few", "Many", "Masked", "One", "Recomputed"]
 
 
 class Few:
@@ -104,16 +104,22 @@ class Many:
 
     def __init__(self, call: Call, trains: bool) -> None:
         self.trains, self.kind = trains, ""
-        self._how: dict[str, Any] = dict(limits=prefill.limits(call.mask), scale=call.scale, softcap=call.softcap)
+        self._how: dict[str, Any] = dict(limits=prefill.limits(call.mask), scale=call.scale, softcap=call.softcap, dropout=call.dropout)
         self._forward = Forward(call.q, call.k, call.v, **self._how)
         self._backward: tuple[tuple[int, ...], Backward] | None = None  # for gradients of these strides
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    def drawn(self) -> Prepared:
+        """For one call with dropout."""
+        return Drawn(self)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool, seed: int = 0
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Out and lse."""
-        return self._forward(q, k, v, wants_lse=wants_lse)
+        return self._forward(q, k, v, wants_lse=wants_lse, seed=seed)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, seed: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         grad_out = in_memory(grad_out)
@@ -122,8 +128,38 @@ class Many:
         held, strides = self._backward, grad_out.stride()
         if held is None or held[0] != strides:
             held = self._backward = strides, Backward(q, k, v, out, grad_out, **self._how)
-        dq, dk, dv, _ = held[1](q, k, v, out, lse, grad_out, None if grad_lse is None else in_memory(grad_lse).contiguous())
+        dq, dk, dv, _ = held[1](q, k, v, out, lse, grad_out, None if grad_lse is None else in_memory(grad_lse).contiguous(), seed=seed)
         return dq, dk, dv
+
+
+class Drawn:
+    """One call of `Many` with dropout; forward and backward take the weights of one seed, drawn as `contract.checked` draws it."""
+
+    name = "cpu"
+    __slots__ = ("_many", "_seed", "trains")
+
+    def __init__(self, many: Many) -> None:
+        self._many, self.trains = many, many.trains
+        self._seed = int(torch.randint(2**62, (), dtype=torch.int64))
+
+    @property
+    def kind(self) -> str:
+        """That of all calls of the layout."""
+        return self._many.kind
+
+    @kind.setter
+    def kind(self, kind: str) -> None:
+        self._many.kind = kind
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Out and lse."""
+        return self._many.forward(q, k, v, mask, wants_lse, self._seed)
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        return self._many.backward(q, k, v, out, lse, grad_out, grad_lse, self._seed)
 
 
 class Recomputed:
@@ -157,7 +193,7 @@ class One(Many):
     """One query, with gradients, by torch's kernel, whose backward needs no blocks of keys.
 
     Args:
-        call: one that `prefill.is_one` names.
+        call: one that `prefill.is_one` names, without dropout.
     """
 
     __slots__ = ("_added", "_live", "_scale")
@@ -169,13 +205,13 @@ class One(Many):
         self._added = None if numbers is None else numbers.expand(call.batch, call.heads, 1, call.kv_length)
         self._live = None if live is None or bool(live.all()) else live
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
         """Out and lse, by the kernel whose backward it will be."""
         out, lse = kernel.flash(q, k, v, 0.0, False, attn_mask=self._added, scale=self._scale)
         return out, lse if self._live is None else lse.masked_fill(~self._live, -math.inf)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, seed: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         if grad_lse is not None:
