@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from torchwrap.fast_attention.technique import fast_attention as fast_attention
     from torchwrap.offload.config import Offload as Offload
     from torchwrap.offload.technique import offload as offload
+    from torchwrap.optimizer.master import master_weights as master_weights
     from torchwrap.optimizer.optimizer import OffloadedOptimizer as OffloadedOptimizer
     from torchwrap.superpipeline.config import Superpipeline as Superpipeline
     from torchwrap.superpipeline.technique import superpipeline as superpipeline
@@ -68,6 +69,7 @@ _WHERE = {
         # Not in __all__: these two need transformers.
         "torchwrap.integrations.transformers.callbacks": ("OffloadCallback", "PlanCallback"),
         "torchwrap.offload.config": ("Offload",),
+        "torchwrap.optimizer.master": ("master_weights",),
         "torchwrap.optimizer.optimizer": ("OffloadedOptimizer",),
         "torchwrap.superpipeline.config": ("Superpipeline",),
         "torchwrap.trace.config": ("Trace",),
@@ -79,8 +81,8 @@ __all__ = [
     "BudgetError", "Config", "ConfigError", "ConflictError", "CorruptDataError", "DiskFullError", "FastAttention", "Handle",
     "NotAppliedError", "Offload", "OffloadedOptimizer", "Plan", "PlanError", "Report", "StorageError", "Superpipeline", "Technique",
     "TorchwrapError", "TorchwrapWarning", "Trace", "UnsafePathError", "UnsupportedModelError", "__version__", "applied", "apply",
-    "check", "core", "describe", "disabled", "fast_attention", "handle_of", "offload", "plan_of", "superpipeline", "trace",
-    "unwrap", "wrappers_of",
+    "check", "core", "describe", "disabled", "fast_attention", "handle_of", "master_weights", "offload", "plan_of", "superpipeline",
+    "trace", "unwrap", "wrappers_of",
 ]
 
 

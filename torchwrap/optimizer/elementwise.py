@@ -22,7 +22,7 @@ import torch
 
 from torchwrap.core import errors
 
-__all__ = ["Rule", "settings_of", "step_of"]
+__all__ = ["Rule", "plain_step", "settings_of", "step_of"]
 
 _WAY_OUT = (
     "Use a class that treats elements one by one (SGD, Adam, AdamW, Adagrad, RMSprop, ...), or give this one the parameters that stay in "
@@ -181,9 +181,13 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def step_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
     """The step of an instance of ours, without the hooks on all optimizers, which are for the steps that the user takes."""
-    step = type(optimizer).step
-    plain = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step  # torch 2.13: _patch_step_function
-    return functools.partial(plain, optimizer)
+    return functools.partial(plain_step(type(optimizer)), optimizer)
+
+
+def plain_step(cls: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """The class's step without those hooks."""
+    step = cls.step
+    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step  # torch 2.13: _patch_step_function
 
 
 def _equal(left: Any, right: Any) -> bool:

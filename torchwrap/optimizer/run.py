@@ -81,7 +81,8 @@ class Run:
                 value = value.to(dtype=torch.float32, device=target.parameter.device) if on_device else value
             elif isinstance(value, torch.Tensor) and not target.streamed:
                 floating = target.parameter.is_floating_point()
-                value = value.to(dtype=target.parameter.dtype if floating else value.dtype, device=target.parameter.device)
+                dtype = target.layout.get(key, target.parameter.dtype) if floating else value.dtype
+                value = value.to(dtype=dtype, device=target.parameter.device)
             plain[key] = value
         if target.streamed:
             self._values.load_state(target, plain)
