@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,20 @@ def test_what_others_write_to_a_weight_is_where_the_next_step_begins() -> None:
         moved = (masters["master"] - before).abs()
         assert moved[3].max() > 0.01 > moved[:3].max()  # only that row began anew
         assert differences(plain, reference, model, optimizer) == []
+
+
+def test_an_optimizer_is_copied_and_pickled_with_its_masters() -> None:
+    weight = nn.Parameter(torch.randn(7, dtype=torch.bfloat16))
+    optimizer = tw.master_weights(torch.optim.AdamW)([weight], lr=1e-2)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        (other,) = again.param_groups[0]["params"]
+        other.grad = torch.ones_like(other)
+        again.step()
+        assert type(again) is type(optimizer) and not torch.equal(again.state[other]["master"], optimizer.state[weight]["master"])
+    optimizer.step()
+    assert torch.equal(again.state[other]["master"], optimizer.state[weight]["master"]) and torch.equal(other, weight)
 
 
 def test_what_is_no_optimizer_class_is_refused_and_the_same_class_comes_back() -> None:

@@ -10,7 +10,6 @@ checkpoint, a clamp) is noticed element by element, and its copy begins anew fro
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -27,7 +26,9 @@ MASTER = "master"
 """Name of the float32 weights in `optimizer.state[parameter]`."""
 
 
-@functools.cache
+_made: dict[Any, type[torch.optim.Optimizer]] = {}  # by the class wrapped: the same class each time, so that a run is found again
+
+
 def master_weights(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """A class that does what `cls` does to float32 copies of weights in bfloat16 and float16; other weights are as with `cls`.
 
@@ -55,7 +56,12 @@ def master_weights(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimiz
     """
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise errors.ConfigError(f"master_weights: {cls!r} is no optimizer class", where="cls", fix="Pass the class: torch.optim.AdamW.")
+    if cls not in _made:
+        _made[cls] = _make(cls)
+    return _made[cls]
 
+
+def _make(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     def step(self: Any, closure: Callable[[], float] | None = None) -> float | None:
         loss: float | None = None
         if closure is not None:
@@ -81,9 +87,17 @@ def master_weights(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimiz
                 if key != "step" and isinstance(value, torch.Tensor):
                     self.state[parameter][key] = value.to(parameter.device, copy=True)
 
+    def reduce(self: Any) -> tuple[Any, ...]:
+        return _blank, (cls,), self.__getstate__()  # no module has a name for the class
+
     name = f"master_weights({cls.__name__})"
-    members = {"step": step, "load_state_dict": load_state_dict, "__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": name}
-    return type(name, (cls,), members)
+    members: dict[str, Any] = {"step": step, "load_state_dict": load_state_dict, "__reduce__": reduce, "__doc__": cls.__doc__}
+    return type(name, (cls,), {**members, "__module__": cls.__module__, "__qualname__": name})
+
+
+def _blank(cls: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    made = master_weights(cls)
+    return made.__new__(made)
 
 
 @torch.no_grad()

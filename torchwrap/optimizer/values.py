@@ -80,7 +80,7 @@ class Values:
             raise errors.ConfigError(
                 f"OffloadedOptimizer: the state of {target.name} lacks {missing[0]!r}",
                 where=target.name,
-                fix="Construct with the settings the state was made with (amsgrad, momentum).",
+                fix="Construct with the settings the state was made with (amsgrad, momentum, master_weights).",
             )
         for key, dtype in target.layout.items() if entries else ():
             self._store.put(target.state_name(key), entries[key].detach().reshape(target.parameter.shape).to(dtype))
