@@ -44,7 +44,7 @@ def test_intervals_of_keys_are_for_the_native_kernel(dtype: torch.dtype) -> None
     if reason is not None:
         pytest.skip(reason)
     assert prefill.describe(call) in choose(call).reason and "native" in CPU.describe(call)
-    assert "native" not in CPU.describe(make(2, mask="holes", extra="plain", dtype=dtype, q_length=300)[0])
+    assert "native" in CPU.describe(make(2, mask="holes", extra="bias", dtype=dtype, q_length=300)[0])
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -344,7 +344,12 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
     _check_added(mask, shape, "mask")
     _same_device(q, mask, "the mask")
     mask = mask[(None,) * (4 - mask.dim())]
-    return (TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None) if mask.dtype == torch.bool else (None, mask)
+    if mask.dtype != torch.bool:
+        return None, mask
+    if mask.is_cpu and mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] == shape[3]:
+        # Padding, whole or with holes: nothing has to be looked for in tiles. A copy, as masks never change.
+        return TileMask(mask.shape[0], *shape[2:], key_mask=mask[:, 0, 0].clone()), None
+    return TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None
 
 
 def _check_added(given: Tensor, shape: tuple[int, int, int, int], name: str) -> None:

@@ -143,14 +143,14 @@ def attempt(call: Call, given: str | Settings, work: Callable[[Backend], R], doi
                 )
 
 
-def prepare(call: Call, given: str | Settings, trains: bool, masked: bool) -> Prepared | None:
+def prepare(call: Call, given: str | Settings, trains: bool, mask: torch.Tensor | None) -> Prepared | None:
     """What computes calls like this one from now on, if the back end for them has it ready, until `revision` says otherwise.
 
     Args:
         call: the call.
         given: as in `choose`.
         trains: with gradients, which the same back end has to be the choice for.
-        masked: the mask is a tensor, and another one in the next call.
+        mask: as a tensor, of which only the layout is the same in the next call; None: that of the call, if there is one.
     """
     settings = settings_of(given)
     doings: tuple[Doing, ...] = ("forward", "backward") if trains else ("forward",)
@@ -162,7 +162,7 @@ def prepare(call: Call, given: str | Settings, trains: bool, masked: bool) -> Pr
     make = getattr(found, "prepare", None)
     if make is None or (trains and choose(call, settings, "backward").backend is not found):
         return None
-    made: Prepared | None = make(call, trains, masked)
+    made: Prepared | None = make(call, trains, mask)
     return made
 
 

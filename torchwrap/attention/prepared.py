@@ -75,7 +75,7 @@ def prepared(
     if found is _NEW:
         call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, wants_lse=trains)
         call = replace(call, dropout=dropout) if dropout else call  # without a seed: each call draws its own
-        found = prepare(call, backend, trains, type(mask) is Tensor)
+        found = prepare(call, backend, trains, mask if type(mask) is Tensor else None)
         if len(held) >= MOST:
             held.clear()
         held[key] = found
@@ -97,7 +97,7 @@ def _of(mask: Any, q: Tensor) -> tuple[dict[Any, Prepared | None] | None, object
     """
     if type(mask) is Tensor:
         known = mask.is_cpu and not (mask.requires_grad or mask.is_neg()) and mask.layout == torch.strided and not mask.is_nested
-        return (_plain, (mask.shape, mask.dtype)) if known else (None, None)
+        return (_plain, (mask.shape, mask.stride(), mask.dtype)) if known else (None, None)
     found = getattr(mask, "_found", None)
     if found is None or mask.device.type != "cpu":
         return None, None

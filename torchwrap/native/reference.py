@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torchwrap.native.prefill import Hidden
 
 __all__ = ["decode_reference", "prefill_reference"]
 
@@ -53,6 +58,8 @@ def prefill_reference(
     limits: Tensor | None = None,
     sinks: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
+    hidden: Hidden | None = None,
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -62,12 +69,37 @@ def prefill_reference(
 
     Cost: `B * Hq * Sq * Sk` numbers for the scores, several times.
     """
-    (batch, heads, queries, width), kv_heads = q.shape, k.shape[1]
-    rows = q.reshape(batch, kv_heads, -1, width)
-    each = None if limits is None else limits.expand(batch, -1, -1).repeat(1, heads // kv_heads, 1)
-    out, lse = decode_reference(rows, k, v, limits=each, scale=scale, softcap=softcap)
-    out, lse = out.reshape(batch, heads, queries, -1), lse.reshape(batch, heads, queries)
-    if sinks is None:
-        return out, lse
-    total = torch.logaddexp(lse, sinks.to(lse)[:, None])
-    return out * torch.exp(lse - total)[..., None], total
+    wide, group = torch.float64 if q.dtype == torch.float64 else torch.float32, q.shape[1] // k.shape[1]
+    keys, values = (tensor.to(wide).repeat_interleave(group, 1) for tensor in (k, v))
+    scores = q.to(wide) @ keys.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(wide)
+    seen = _seen(scores, limits, hidden)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(wide)[:, None, None].expand(*q.shape[:3], 1)], -1)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - torch.where(lse == float("-inf"), 0, lse)[..., None])[..., : k.shape[2]]
+    # Values that no row sees may hold anything, also what is not a number.
+    return weights @ values.masked_fill(~seen.any(2)[..., None], 0), lse
+
+
+def _seen(scores: Tensor, limits: Tensor | None, hidden: Hidden | None) -> Tensor:
+    """Which keys each query sees, (B, Hq, Sq, Sk)."""
+    columns = torch.arange(scores.shape[3], device=scores.device)
+    seen = torch.ones_like(scores, dtype=torch.bool)
+    if limits is not None:
+        seen = seen & (columns >= limits[:, None, :, :1]) & (columns < limits[:, None, :, 1:])
+    if hidden is not None and hidden.shown is not None:
+        seen = seen & hidden.shown
+    if hidden is not None and hidden.q_segments is not None and hidden.k_segments is not None:
+        seen = seen & (hidden.q_segments[:, None, :, None] == hidden.k_segments[:, None, None])
+    if hidden is not None and hidden.codes is not None and hidden.tiles is not None:
+        (_, height, width), (row, column) = hidden.tiles.shape, hidden.start
+        line, place = torch.arange(scores.shape[2]) + row, columns + column
+        number = hidden.codes[:, :, (line // height)[:, None], place // (8 * width)].long()
+        byte = hidden.tiles[number, (line % height)[:, None], place % (8 * width) // 8]
+        seen = seen & (byte >> (place % 8).to(torch.uint8) & 1).bool()
+    return seen

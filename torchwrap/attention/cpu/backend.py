@@ -47,17 +47,17 @@ class Composed:
             return decode.forward(call, way)
         return compose.forward(call) if compose.refuses(call) is None else tiled.forward(call)
 
-    def prepare(self, call: Call, trains: bool, masked: bool) -> Prepared | None:
-        """A kernel, ready for calls of this layout, or with `masked` for any mask of it; None: there is more to do than to call one."""
+    def prepare(self, call: Call, trains: bool, mask: Tensor | None) -> Prepared | None:
+        """A kernel, ready for calls of this layout, or for any mask laid out as `mask`; None: there is more to do than to call one."""
         if call.is_empty or call.sinks is not None or not all(tensor.stride(3) == 1 for tensor in (call.q, call.k, call.v)):
             return None
         way = _way(call)
-        if not masked and way not in ("native", "many"):
+        if way not in (("native", "many") if mask is None else ("many",)):
             return None
         from torchwrap.attention.cpu import prepared  # here: loads the library
 
-        if masked:
-            return prepared.Masked(call) if not (trains or call.dropout) and compose.is_one_call(call) else None
+        if mask is not None:
+            return None if trains or call.dropout else prepared.Masked(call, mask)
         if way == "many":
             return prepared.Many(call, trains)
         if not trains:

@@ -14,12 +14,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torchwrap.attention.contract import SMALL, Call, Gradients
+from torchwrap.attention.contract import Call, Gradients
 from torchwrap.attention.cpu import kernel
 from torchwrap.attention.cpu.parts import Block, Part, Span, Strip, plan
 from torchwrap.attention.merge import grad_of_sinks, merge, with_sinks
 
-__all__ = ["backward", "forward", "is_one_call", "refuses"]
+__all__ = ["backward", "forward", "refuses"]
 
 SLAB = 8
 """Tiles of a window whose gradients of keys are in memory at once."""
@@ -32,15 +32,6 @@ def refuses(call: Call) -> str | None:
     if call.dropout:
         return f"dropout={call.dropout}: torch's kernel has none"
     return None
-
-
-def is_one_call(call: Call) -> bool:
-    """Whether a mask that is a tensor is best given to torch's own function: it is small, and nothing is lost or rounded there.
-
-    What there is to leave out in a small mask is not worth looking for.
-    """
-    alike = call.q.dtype == torch.float32 and (call.bias is None or call.bias.dtype == torch.float32)
-    return alike and max(call.q_length, call.kv_length) <= SMALL and call.kv_length >= kernel.FEWEST and refuses(call) is None
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:

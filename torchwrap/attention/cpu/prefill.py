@@ -1,7 +1,8 @@
 """Many queries, forward and backward, by the native kernel (`torchwrap.native.prefill`).
 
 A mask is handed over as the interval of columns that each query sees, so causal, window, padding, packed sequences and chunks are one case:
-hidden tiles cost nothing, and nothing is merged. In float32 that takes 0.3 to 0.75 of the time of torch's kernel; in bfloat16 a third, and
+hidden tiles cost nothing, and nothing is merged. Holes, segments that return and dictionaries are handed over as they are, for the kernel
+to make bits of, and a bias as it lies in memory. In float32 that takes 0.3 to 0.75 of the time of torch's kernel; in bfloat16 a third, and
 torch's backward adds gradients up in it, over heads of a group and blocks of rows and keys, with 2 to 6 times the errors of the definition
 (docs/figures.md). float16 is widened to float32 block by block. Dropout is the hash of
 `torchwrap.attention.dropout`, worked out again for the gradients.
@@ -17,13 +18,14 @@ from torch import Tensor
 
 from torchwrap.attention.contract import Call, Gradients
 from torchwrap.attention.cpu import kernel
-from torchwrap.attention.cpu.decode import MOST_WIDTH, is_ranges, native_library, without_memory
+from torchwrap.attention.cpu.decode import MOST_WIDTH, native_library, without_memory
 from torchwrap.attention.merge import grad_of_sinks
 
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
+    from torchwrap.native.prefill import Hidden
 
-__all__ = ["backward", "describe", "forward", "is_one", "limits", "refuses"]
+__all__ = ["backward", "describe", "forward", "hidden", "is_one", "limits", "refuses"]
 
 _WORDS = {
     torch.float32: "measured faster than torch's",
@@ -36,11 +38,8 @@ def refuses(call: Call) -> str | None:
     """Why the native kernel cannot compute a call of many queries, or None."""
     if call.q.dtype not in _WORDS:
         return f"{call.q.dtype}, the native kernel for many queries is for float32 and halves"
-    for name, there in (("bias", call.bias is not None), ("an empty call", call.is_empty)):
-        if there:
-            return f"{name}, which the native kernel does not have"
-    if call.mask is not None and not is_ranges(call.mask):
-        return "queries do not see intervals of keys"
+    if call.is_empty:
+        return "an empty call, which the native kernel does not have"
     if max(call.width, call.value_width) > MOST_WIDTH:
         return f"widths {call.width} and {call.value_width} are beyond {MOST_WIDTH}"
     return _library() or without_memory(call)
@@ -77,11 +76,11 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Out and lse, as in `contract`."""
     from torchwrap.native.prefill import prefill
 
-    return prefill(call.q, call.k, call.v, limits(call.mask), call.sinks, **_numbers(call))
+    return prefill(call.q, call.k, call.v, limits(call.mask), call.sinks, **_more(call))
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-    """Gradients of q, k, v and the sinks.
+    """Gradients of everything; that of the bias only where it requires one.
 
     Args:
         call: as given to `forward`.
@@ -93,13 +92,16 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     from torchwrap.native.prefill import gradients
 
     q, k, v, seen = call.q, call.k, call.v, limits(call.mask)
-    dq, dk, dv, delta = gradients(q, k, v, out, lse, grad_out, grad_lse, seen, **_numbers(call))
-    return dq, dk, dv, None if call.sinks is None else grad_of_sinks(call.sinks, lse, delta), None
+    wants_bias = call.bias is not None and call.bias.requires_grad
+    dq, dk, dv, delta, dbias = gradients(q, k, v, out, lse, grad_out, grad_lse, seen, wants_bias=wants_bias, **_more(call))
+    dsinks = None if call.sinks is None else grad_of_sinks(call.sinks, lse, delta)
+    return dq, dk, dv, dsinks, None if dbias is None or call.bias is None else dbias.to(call.bias.dtype)
 
 
-def _numbers(call: Call) -> dict[str, Any]:
+def _more(call: Call) -> dict[str, Any]:
     seed = 0 if call.seed is None else int(call.seed)
-    return {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": seed}
+    numbers = {"scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "seed": seed}
+    return {"bias": call.bias, "hidden": hidden(call), **numbers}
 
 
 def limits(mask: TileMask | None) -> Tensor | None:
@@ -112,4 +114,27 @@ def limits(mask: TileMask | None) -> Tensor | None:
         return torch.stack([spans.first, torch.maximum(spans.first, spans.end)], -1)
 
     found: Tensor = mask._once("limits", work)
+    return found
+
+
+def hidden(call: Call) -> Hidden | None:
+    """What hides keys inside the intervals of `limits`; None: nothing. No tensor is made of the mask's size."""
+    from torchwrap.native.prefill import Hidden
+
+    mask = call.mask
+    if mask is None or mask.plain is not None:
+        return None
+
+    def work() -> Hidden | None:
+        fields: dict[str, Any] = {}
+        if mask.key_mask is not None:
+            fields["shown"] = mask.key_mask[:, None, None].expand(call.batch, call.heads, call.q_length, -1)
+        if mask.q_segments is not None and mask.k_segments is not None and not mask.spans().exact:
+            fields |= {name: getattr(mask, name).contiguous().expand(call.batch, -1) for name in ("q_segments", "k_segments")}
+        if (tiles := mask.dictionary) is not None:
+            codes = tiles.codes.int().contiguous().expand(call.batch, call.heads, -1, -1)
+            fields |= {"codes": codes, "tiles": tiles.tiles.contiguous(), "start": tiles.start}
+        return Hidden(**fields) if fields else None
+
+    found: Hidden | None = mask._once(("hidden", call.batch, call.heads, call.q_length), work)
     return found

@@ -10,14 +10,13 @@ import math
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchwrap.attention.contract import Call, Prepared
 from torchwrap.attention.cpu import decode, kernel, prefill
 from torchwrap.attention.torch_kernels.masks import added, is_causal
 from torchwrap.native.decode import Prepared as Decode
-from torchwrap.native.prefill import Backward, Forward, in_memory, unread
+from torchwrap.native.prefill import Backward, Forward, Hidden, in_memory, readable, unread
 
 __all__ = ["Drawn", "Few", "Many", "Masked", "One", "Recomputed"]
 
@@ -64,27 +63,33 @@ class Few:
 
 
 class Masked:
-    """A small mask that is a tensor, without gradients: one call of torch's kernel.
+    """Many queries and a mask that is a tensor, without gradients; the kernel reads the mask where it is.
 
     Args:
-        call: one that `compose.is_one_call` names.
+        call: one that `prefill.refuses` does not refuse, without sinks.
+        mask: one of the layout.
     """
 
     name, trains = "cpu", False
-    __slots__ = ("_grouped", "_scale", "_shape", "kind")
+    __slots__ = ("_forward", "kind")
 
-    def __init__(self, call: Call) -> None:
-        self._scale, self._grouped, self.kind = call.scale, call.group > 1, ""
-        self._shape = call.batch, call.heads, call.q_length, call.kv_length
+    def __init__(self, call: Call, mask: Tensor) -> None:
+        self.kind = ""
+        how: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
+        if mask.dtype == torch.bool:
+            strides = mask.expand(call.batch, call.heads, call.q_length, call.kv_length).stride()
+            # Without memory, which would be kept.
+            shown = torch.empty_strided((call.batch, call.heads, call.q_length, call.kv_length), strides, dtype=torch.bool, device="meta")
+            self._forward = Forward(call.q, call.k, call.v, hidden=Hidden(shown=shown), **how)
+        else:
+            self._forward = Forward(call.q, call.k, call.v, bias=readable(mask), **how)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
         """Out and lse."""
         assert mask is not None
-        if not wants_lse and mask.dim() > 1:
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=self._scale, enable_gqa=self._grouped), None
-        numbers = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else mask
-        live = (numbers.amax(-1) != -math.inf).expand(self._shape[:3])
-        return kernel.forward(q, k, v, self._scale, added=numbers.expand(self._shape), live=live)
+        if mask.dtype == torch.bool:
+            return self._forward(q, k, v, shown=in_memory(mask), wants_lse=wants_lse)
+        return self._forward(q, k, v, bias=readable(mask), wants_lse=wants_lse)
 
     def backward(self, *_: Any) -> NoReturn:
         """Not for calls that train."""
@@ -104,7 +109,9 @@ class Many:
 
     def __init__(self, call: Call, trains: bool) -> None:
         self.trains, self.kind = trains, ""
-        self._how: dict[str, Any] = dict(limits=prefill.limits(call.mask), scale=call.scale, softcap=call.softcap, dropout=call.dropout)
+        self._how: dict[str, Any] = dict(
+            limits=prefill.limits(call.mask), hidden=prefill.hidden(call), scale=call.scale, softcap=call.softcap, dropout=call.dropout
+        )  # fmt: skip
         self._forward = Forward(call.q, call.k, call.v, **self._how)
         self._backward: tuple[tuple[int, ...], Backward] | None = None  # for gradients of these strides
 
@@ -128,7 +135,7 @@ class Many:
         held, strides = self._backward, grad_out.stride()
         if held is None or held[0] != strides:
             held = self._backward = strides, Backward(q, k, v, out, grad_out, **self._how)
-        dq, dk, dv, _ = held[1](q, k, v, out, lse, grad_out, None if grad_lse is None else in_memory(grad_lse).contiguous(), seed=seed)
+        dq, dk, dv, *_ = held[1](q, k, v, out, lse, grad_out, None if grad_lse is None else in_memory(grad_lse).contiguous(), seed=seed)
         return dq, dk, dv
 
 

@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 // Raised with every change of what Python and the library say to each other; torchwrap/native/library.py holds the same number.
-#define TORCHWRAP_INTERFACE 8
+#define TORCHWRAP_INTERFACE 9
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -68,18 +68,28 @@ extern "C" struct PrefillCall {
     const float *grad_lse;       // as lse, or null
     void *dq, *dk, *dv;          // as q, k, v
     float *delta;                // as lse: sum(dO * O) - dlse, from weights that were never rounded
+    const void *bias;            // (B, G * H, Q, S), or null: added to the scores after the cap; strides of 0 where a number serves many
+    void *dbias;                 // the same for its gradient, of zeros; or null. Sums of many numbers are float64: one chain of 4096 loses too much
+    // What hides keys one by one. Each of it may be null; a key is seen if all that is there shows it.
+    const uint8_t *shown;                    // (B, G * H, Q, S): 0 or 1
+    const int32_t *q_segments, *k_segments;  // (B, Q), (B, S): only tokens of equal number see each other
+    const int32_t *codes;                    // (B, G * H, down, across): numbers of tiles
+    const uint8_t *tiles;                    // (N, tile_rows, tile_columns / 8): a bit for each key, the leftmost lowest
     uint64_t seed;               // of dropout
     int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3], grad_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
+    int64_t bias_strides[4], dbias_strides[4], shown_strides[4], segment_strides[2], code_strides[3];
+    int64_t tile_rows, tile_columns, first_row, first_column;  // where in the tiles the first row and column are
     int64_t batch, heads, kv_heads, q_length, k_length, width, value_width;
     float scale, softcap;        // softcap 0: none
     float keep;                  // what dropout multiplies the weights with that it leaves
     uint32_t threshold;          // it takes those whose number is below; 0: none
-    int32_t limits_shared, threads, instruction_set, dtype;
+    int32_t limits_shared, threads, instruction_set, dtype, bias_dtype, dbias_wide;
     // From here on the library's own: rows of one task, float32 sums of (places, S, padded width).
     int64_t part;
     float *dk_sums, *dv_sums;
 
     int64_t group() const { return heads / kv_heads; }
+    bool hides() const { return shown || q_segments || codes; }
 };
 
 // Rows and keys of one pair of blocks; width that queries, keys and values have at most.
@@ -95,13 +105,13 @@ static inline Range seen_by(const PrefillCall &call, int64_t batch, int64_t row)
 struct Turn { int32_t number, of; };
 
 // Some rows of (batch, head): `begin` to `end` of all G * Q queries that share it. For gradients, `turns` has an entry for each block of keys, and
-// `place` is that of the sums.
+// `place` is that of the sums. Of the tasks that add to the gradient of the bias where this one does, it is number `bias_turn`.
 struct PrefillTask {
-    int64_t batch, head, begin, end, place;
+    int64_t batch, head, begin, end, place, bias_turn;
     const Turn *turns;
-    void *progress;
-    void (*wait)(const PrefillTask &, int64_t block);  // until the tasks before have added to this block
-    void (*done)(const PrefillTask &, int64_t block);
+    void *progress, *bias_progress;
+    void (*wait)(void *progress, int64_t block, int64_t number);  // until so many tasks have added to this block
+    void (*done)(void *progress, int64_t block);
 };
 
 struct PrefillKernel {

@@ -4,13 +4,14 @@
 // With P = exp(S - lse) and delta = sum(dO * O) - dlse of each row: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale * dS K,
 // dK = scale * dS^T Q; dropout multiplies P in dV, and dO V^T, with the same factors. Keys go in blocks of BLOCK, rows in blocks of HEIGHT. Of a pair of blocks, tiles of ROWS x COLUMNS
 // of S and dO V^T are computed in registers, turned into P and dS and stored in the type of the tensors; three products then add to dV, dK and
-// dQ. What hides keys is the interval of columns that each row sees: tiles that no row sees are left out, those at its ends are compared.
+// dQ. What hides keys is the interval of columns that each row sees, or bits (masks.h): tiles that no row sees are left out, those that rows
+// see in part are compared. The gradient of a bias is the sum of dS over all that share its numbers; tasks add to it in turn.
 // Memory traffic of a pair of blocks stays in the second-level cache; keys and values are packed once for each task.
 //
 // Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2. Differences: five products in the type of the tensors, rows of all query heads
 // that share a key/value head are one long list.
-#include "blocks.h"
 #include "dropout.h"
+#include "masks.h"
 
 #include <math.h>
 
@@ -26,6 +27,8 @@ template <class T> struct Scratch {
     Word<T> *weight_across, *score_across;            // (HEIGHT, BLOCK) elements: P and dS of a pair of blocks
     T *score_rows;                                    // (HEIGHT, BLOCK): dS again
     float *dq, *dk, *dv, *lse, *delta, *products;     // products: (rows, W), sums of P * dO V^T
+    float *kept;                                      // (HEIGHT, BLOCK): dS in float32, for the gradient of the bias
+    int64_t *bias;                                    // where the rows' numbers are
     Range *seen;
     uint32_t *states;                                 // of the rows, for dropout
     size_t bytes;
@@ -44,6 +47,7 @@ template <class T> struct Scratch {
         both(score_rows, score_across, HEIGHT * BLOCK), take(weight_across, HEIGHT / PACKED<T> * BLOCK);
         take(dq, rows * width), take(dk, BLOCK * width), take(dv, BLOCK * value_width);
         take(lse, rows), take(delta, rows), take(products, rows * W), take(seen, rows), take(states, rows);
+        take(bias, call.bias ? rows : 0), take(kept, call.dbias ? HEIGHT * BLOCK : 0);
         bytes = take.next - (char *)memory;
     }
 };
@@ -67,6 +71,7 @@ template <class T, class E> void pack_rows(const PrefillCall &call, const Prefil
             const int64_t row = task.begin + i;
             at.lse[i] = at.delta[i] = 0;
             if (call.threshold) at.states[i] = state_of(call, task, row);
+            if (call.bias) at.bias[i] = place_in(call.bias_strides, call, task, row);
             if (!at.seen[i].empty()) {
                 const float lse = call.lse[lse_of(call, task, row)];
                 const auto taken = [&](const void *tensor, const int64_t *strides, int64_t width, T *to) {
@@ -93,10 +98,16 @@ INLINE Vector power(Vector x, Vector scale, Vector shift) { return exp2(mul(fma(
 // P and dS of ROWS rows from `row` of the task, `place` of the block of rows, and COLUMNS columns from `column` of the block of keys; or only
 // what they add to the rows' products.
 template <class T, bool CUT, bool CAPPED>
-void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t column, int64_t block, bool only_products) {
+void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t column, int64_t block, const Shown *bits,
+            bool only_products) {
     alignas(64) float kept[ROWS<T>][COLUMNS<T>], left[ROWS<T>][COLUMNS<T>], slopes[CAPPED ? ROWS<T> : 1][COLUMNS<T>];
     const float inside = CAPPED ? call.scale / call.softcap : 0;
+    const auto cut = [&](Vector x, int r, int j) {
+        return bits ? if_shown(x, bits->at(place + r, column + j * W), zeros()) : if_seen(x, at.seen[row + r], block + column + j * W, zeros());
+    };
     {
+        Added<T> bias;
+        if (call.bias) bias.read(call, at.bias + row, block + column);
         Vector weight[ROWS<T>][VECTORS<T>];
         const int64_t steps = at.width / PACKED<T>;
         long_product<T, VECTORS<T>>(weight, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, at.k_columns + column * steps,
@@ -107,11 +118,12 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
                 if (CAPPED) {
                     const Vector t = tanh(mul(weight[r][j], all(inside)));
                     store(slopes[r] + j * W, sub(all(1.f), mul(t, t)));
-                    weight[r][j] = power(t, all(call.softcap), shift);
-                } else {
-                    weight[r][j] = power(weight[r][j], all(call.scale), shift);
+                    weight[r][j] = t;
                 }
-                if (CUT) weight[r][j] = if_seen(weight[r][j], at.seen[row + r], block + column + j * W, zeros());
+                const Vector factor = all(CAPPED ? call.softcap : call.scale);
+                if (call.bias) weight[r][j] = power(fma(weight[r][j], factor, load(bias.row[r] + j * W)), all(1.f), shift);
+                else weight[r][j] = power(weight[r][j], factor, shift);
+                if (CUT) weight[r][j] = cut(weight[r][j], r, j);
                 store(kept[r] + j * W, weight[r][j]);
             }
         }
@@ -140,9 +152,10 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
             const Vector weight = load(kept[r] + j * W);
             products = fma(weight, score[r][j], products);
             score[r][j] = mul(sub(score[r][j], delta), weight);
-            if (CAPPED) score[r][j] = mul(score[r][j], load(slopes[r] + j * W));
             // Again: a row's delta may be no number.
-            if (CUT) score[r][j] = if_seen(score[r][j], at.seen[row + r], block + column + j * W, zeros());
+            if (CUT) score[r][j] = cut(score[r][j], r, j);
+            if (call.dbias) store(at.kept + (place + r) * BLOCK + column + j * W, score[r][j]);
+            if (CAPPED) score[r][j] = mul(score[r][j], load(slopes[r] + j * W));
         }
         store(at.products + (row + r) * W, products);
     }
@@ -154,27 +167,32 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
         }
 }
 
-template <class T> void no_scores(const Scratch<T> &at, int64_t place, int64_t column) {
+template <class T> void no_scores(const Scratch<T> &at, int64_t place, int64_t column, bool kept) {
     for (int64_t r = 0; r < ROWS<T>; r++) {
         memset((void *)(at.score_rows + (place + r) * BLOCK + column), 0, COLUMNS<T> * sizeof(T));
+        if (kept) memset(at.kept + (place + r) * BLOCK + column, 0, COLUMNS<T> * sizeof(float));
         if (r % PACKED<T>) continue;
         memset(at.weight_across + (place + r) / PACKED<T> * BLOCK + column, 0, COLUMNS<T> * sizeof(Word<T>));
         memset(at.score_across + (place + r) / PACKED<T> * BLOCK + column, 0, COLUMNS<T> * sizeof(Word<T>));
     }
 }
 
-template <class T, bool CAPPED> void pair_of_blocks(const PrefillCall &call, const Scratch<T> &at, int64_t top, int64_t count, int64_t block,
-                                                        bool only_products) {
-    const Range span = columns_seen<T>(at.seen + top, count, block);
-    if (span.empty()) return;
+// Returns the columns that some row sees.
+template <class T, bool CAPPED>
+Range pair_of_blocks(const PrefillCall &call, const PrefillTask &task, const Scratch<T> &at, int64_t top, int64_t count, int64_t block,
+                     bool only_products) {
+    Range span = columns_seen<T>(at.seen + top, count, block);
+    Shown shown, *const bits = call.hides() ? &shown : nullptr;
+    if (bits && !span.empty()) span = reveal<T>(call, task, top, count, block, at.seen, span, shown);
+    if (span.empty()) return span;
     for (int64_t column = span.first; column < span.end; column += COLUMNS<T>)
         for (int64_t r = 0; r < count; r += ROWS<T>)
-            switch (sight<T>(at.seen + top + r, block + column)) {
-                case NOTHING: no_scores<T>(at, r, column); break;
-                case SOME: scores<T, true, CAPPED>(call, at, top + r, r, column, block, only_products); break;
-                case EVERYTHING: scores<T, false, CAPPED>(call, at, top + r, r, column, block, only_products); break;
+            switch (bits ? bits->sight<T>(r, column) : sight<T>(at.seen + top + r, block + column)) {
+                case NOTHING: no_scores<T>(at, r, column, call.dbias); break;
+                case SOME: scores<T, true, CAPPED>(call, at, top + r, r, column, block, bits, only_products); break;
+                case EVERYTHING: scores<T, false, CAPPED>(call, at, top + r, r, column, block, bits, only_products); break;
             }
-    if (only_products) return;
+    if (only_products) return span;
     const int64_t columns = span.end - span.first;
     add_matrix<T>(at.dv + span.first * at.value_width, columns, at.value_width, {at.weight_across + span.first, 1, BLOCK},
                   at.grad_across + top / PACKED<T> * at.value_width, count / PACKED<T>);
@@ -182,6 +200,21 @@ template <class T, bool CAPPED> void pair_of_blocks(const PrefillCall &call, con
                   at.q_across + top / PACKED<T> * at.width, count / PACKED<T>);
     add_matrix<T>(at.dq + top * at.width, count, at.width, {(const Word<T> *)(at.score_rows + span.first), BLOCK / PACKED<T>, 1},
                   at.k_across + span.first / PACKED<T> * at.width, columns / PACKED<T>);
+    return span;
+}
+
+// dS of a pair of blocks joins the gradient of the bias.
+template <class S, class T>
+void add_to_bias(const PrefillCall &call, const PrefillTask &task, const Scratch<T> &at, int64_t top, int64_t count, int64_t block, Range span) {
+    const int64_t stride = call.dbias_strides[3], last = call.k_length - block < span.end ? call.k_length - block : span.end;
+    for (int64_t r = 0; r < count && task.begin + top + r < task.end; r++) {
+        S *to = (S *)call.dbias + place_in(call.dbias_strides, call, task, task.begin + top + r) + block * stride;
+        const float *from = at.kept + r * BLOCK;
+        if (stride == 1)
+            for (int64_t c = span.first; c < last; c++) to[c] += from[c];
+        else
+            for (int64_t c = span.first; c < last; c++) to[c * stride] += from[c];
+    }
 }
 
 // The sums of a block of keys join those of the tasks before, or become the result if this is the last task that sees the block. In float32
@@ -207,13 +240,27 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
     const Range span = look(call, task, at.seen);
     pack_rows<T, E>(call, task, at, rows);
     memset(at.dq, 0, rows * at.width * sizeof(float)), memset(at.products, 0, rows * W * sizeof(float));
+    // Turns in the gradient of the bias: one for each block, or one for all where all columns share their numbers. Tasks that add nothing to a
+    // block let their turn pass.
+    const bool apart = call.dbias_strides[3] != 0;
+    int64_t next = 0;
+    bool ours = false;
+    const auto pass = [&](int64_t until) {
+        for (; task.bias_progress && next < until; next++)
+            task.wait(task.bias_progress, next, task.bias_turn), task.done(task.bias_progress, next);
+    };
     const auto pairs = [&](int64_t block, bool only_products) {
         Keys<T, E>(call.k, call.k_strides, task, block, span).pack_columns(call.width, at.width, at.k_columns);
         Keys<T, E>(call.v, call.v_strides, task, block, span).pack_columns(call.value_width, at.value_width, at.v_columns);
         for (int64_t top = 0; top < rows; top += HEIGHT) {
             const int64_t count = rows - top < HEIGHT ? rows - top : HEIGHT;
-            if (call.softcap > 0) pair_of_blocks<T, true>(call, at, top, count, block, only_products);
-            else pair_of_blocks<T, false>(call, at, top, count, block, only_products);
+            const Range found = call.softcap > 0 ? pair_of_blocks<T, true>(call, task, at, top, count, block, only_products)
+                                                 : pair_of_blocks<T, false>(call, task, at, top, count, block, only_products);
+            if (!call.dbias || only_products) continue;
+            if (task.bias_progress && !ours) task.wait(task.bias_progress, next, task.bias_turn), ours = true;
+            if (found.empty()) continue;
+            if (call.dbias_wide) add_to_bias<double>(call, task, at, top, count, block, found);
+            else add_to_bias<float>(call, task, at, top, count, block, found);
         }
     };
     const auto delta_of = [&](int64_t r) {
@@ -230,21 +277,25 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
     for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK) {
         const Turn turn = task.turns[block / BLOCK];
         if (turn.number < 0) continue;
+        pass(apart ? block / BLOCK : 0);
         Keys<T, E>(call.k, call.k_strides, task, block, span).pack_across(call.width, at.width, at.k_across);
         memset(at.dk, 0, BLOCK * at.width * sizeof(float)), memset(at.dv, 0, BLOCK * at.value_width * sizeof(float));
         pairs(block, false);
+        if (ours && apart) task.done(task.bias_progress, next++), ours = false;
         const int64_t count = call.k_length - block < BLOCK ? call.k_length - block : BLOCK, place = task.place * call.k_length + block;
         const bool first = turn.number == 0, last = turn.number == turn.of - 1;
         auto row = [&](void *tensor, const int64_t *strides) {
             return (E *)tensor + task.batch * strides[0] + task.head * strides[1] + block * strides[2];
         };
-        task.wait(task, block / BLOCK);
+        task.wait(task.progress, block / BLOCK, turn.number);
         deliver(at.dk, at.width, call.width, count, call.dk_sums + place * at.width, first, last, call.scale, row(call.dk, call.dk_strides),
                 call.dk_strides[2]);
         deliver(at.dv, at.value_width, call.value_width, count, call.dv_sums + place * at.value_width, first, last, 1,
                 row(call.dv, call.dv_strides), call.dv_strides[2]);
-        task.done(task, block / BLOCK);
+        task.done(task.progress, block / BLOCK);
     }
+    if (ours) task.done(task.bias_progress, next++);
+    pass(apart ? (call.k_length + BLOCK - 1) / BLOCK : 1);
     for (int64_t r = 0; r < task.end - task.begin; r++) {
         const int64_t row = task.begin + r;
         store_row(at.dq + r * at.width, call.scale, call.width, (E *)call.dq + place_of(call.dq_strides, call, task, row));

@@ -20,12 +20,22 @@ namespace {
 constexpr int64_t TASKS = 32, LONGEST = 512;  // parts are made for as many tasks, of at least two blocks; of one where rows are few
 constexpr int64_t ALONE = 1 << 22;            // products of a row and a key, times widths, below which one thread is enough (chosen)
 
+// Which of those tasks that add to the same numbers of the gradient of the bias a task is, and which of such chains (`of`) it is in. Numbers for all
+// batch entries join tasks alike in all else; those for all heads or rows, all tasks of a batch entry.
+Turn bias_chain(const PrefillCall &call, int64_t parts, int64_t task) {
+    const int64_t each = call.kv_heads * parts, batch = task / each;
+    const bool batches = !call.dbias_strides[0], rest = !call.dbias_strides[1] || !call.dbias_strides[2];
+    if (rest) return {(int32_t)(batches ? task : task % each), (int32_t)(batches ? 0 : batch)};
+    return {(int32_t)(batches ? batch : 0), (int32_t)(batches ? task % each : task)};
+}
+
 struct Work {
     const PrefillCall &call;
     const PrefillKernel &kernel;
     const Turn *turns;   // (B or 1, parts, blocks)
     std::atomic<int> *progress;  // (pairs, blocks): tasks that have added to it
     int64_t parts, blocks, tasks;
+    std::atomic<int> *bias_progress = nullptr;  // (chains, blocks): the same for the gradient of a bias that tasks share
     // Sums that are not the results themselves have places, one for each pair that is worked on: places of pairs, tasks done of pairs, free places.
     // Pairs come one after another, so that these are at most as many as threads.
     int32_t *place = nullptr, *finished = nullptr, *free = nullptr;
@@ -56,17 +66,18 @@ struct Work {
         for (int64_t number; (number = take()) >= 0;) {
             const int64_t pair = number / parts, part = number % parts, begin = (parts - 1 - part) * call.part;
             const int64_t end = begin + call.part < rows ? begin + call.part : rows, batch = pair / call.kv_heads;
-            kernel.run(call, {batch, pair % call.kv_heads, begin, end, place ? place[pair] : 0,
-                              turns + ((call.limits_shared ? 0 : batch) * parts + part) * blocks, progress + pair * blocks, wait, done}, scratch.at);
+            const Turn chain = bias_chain(call, parts, number);
+            kernel.run(call, {batch, pair % call.kv_heads, begin, end, place ? place[pair] : 0, chain.number,
+                              turns + ((call.limits_shared ? 0 : batch) * parts + part) * blocks, progress + pair * blocks,
+                              bias_progress ? bias_progress + chain.of * blocks : nullptr, wait, done}, scratch.at);
             give_back(pair);
         }
     }
 
-    static std::atomic<int> &of(const PrefillTask &task, int64_t block) { return ((std::atomic<int> *)task.progress)[block]; }
-    static void wait(const PrefillTask &task, int64_t block) {
-        while (of(task, block).load(std::memory_order_acquire) != task.turns[block].number) std::this_thread::yield();
+    static void wait(void *progress, int64_t block, int64_t number) {
+        while (((std::atomic<int> *)progress)[block].load(std::memory_order_acquire) != number) std::this_thread::yield();
     }
-    static void done(const PrefillTask &task, int64_t block) { of(task, block).fetch_add(1, std::memory_order_release); }
+    static void done(void *progress, int64_t block) { ((std::atomic<int> *)progress)[block].fetch_add(1, std::memory_order_release); }
 };
 
 // The turns of one batch entry; returns whether some block is added to by more than one task.
@@ -142,6 +153,10 @@ EXPORT int torchwrap_gradients(const PrefillCall *asked) {
     for (int64_t b = 0; b < tables; b++)
         shared |= count_turns(call, b, parts, blocks, (Turn *)turns.at + b * parts * blocks, (int32_t *)counts.at);
     for (int64_t i = 0; i < pairs * blocks; i++) new ((std::atomic<int> *)progress.at + i) std::atomic<int>(0);
+    const int64_t chains = call.dbias ? pairs * parts : 0;
+    const torchwrap::Memory bias_progress(chains * blocks * sizeof(std::atomic<int>));
+    if (!bias_progress.at) return 1;
+    for (int64_t i = 0; i < chains * blocks; i++) new ((std::atomic<int> *)bias_progress.at + i) std::atomic<int>(0);
 
     const int64_t width = (call.width + 15) / 16 * 16, value_width = (call.value_width + 15) / 16 * 16, threads = threads_for(call, pairs * parts);
     // In float32 results hold the sums.
@@ -150,6 +165,7 @@ EXPORT int torchwrap_gradients(const PrefillCall *asked) {
     if (!sums.at || !holders.at) return 1;
     call.dk_sums = (float *)sums.at, call.dv_sums = call.dk_sums + places * call.k_length * width;
     Work work{call, *chosen->gradients, (Turn *)turns.at, (std::atomic<int> *)progress.at, parts, blocks, pairs * parts};
+    if (chains) work.bias_progress = (std::atomic<int> *)bias_progress.at;
     if (places > 0) {
         work.place = (int32_t *)holders.at, work.finished = work.place + pairs, work.free = work.finished + pairs;
         memset(work.finished, 0, pairs * sizeof *work.finished);

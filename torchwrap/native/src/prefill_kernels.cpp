@@ -3,14 +3,14 @@
 //
 // Keys go in blocks of BLOCK, packed once for all rows of the task, rows in blocks of HEIGHT. Of a block of keys, ROWS rows of scores are
 // computed in registers and kept; the running maximum turns them into weights, which are stored in the type of the values, and another product
-// adds weights times values to what the rows have so far. What hides keys is the interval of columns that each row sees: tiles that no row
-// sees are left out, those at its ends are compared. A sink is a score that comes first and has no value.
+// adds weights times values to what the rows have so far. What hides keys is the interval of columns that each row sees, or bits (masks.h):
+// tiles that no row sees are left out, those that rows see in part are compared. A sink is a score that comes first and has no value.
 // Dropout changes what is stored and not what is summed up.
 //
 // Source: Tri Dao, "FlashAttention-2", 2023, algorithm 1. Differences: keys in the outer loop, rows of all query heads that share a
 // key/value head are one long list.
-#include "blocks.h"
 #include "dropout.h"
+#include "masks.h"
 
 #include <math.h>
 
@@ -25,6 +25,7 @@ template <class T> struct Scratch {
     float *values, *maximum, *sum;    // (part, value_width), (part), (part, W): what the rows have so far
     Range *seen;
     uint32_t *states;                 // of the rows, for dropout
+    int64_t *bias;                    // where the rows' numbers are
     size_t bytes;
 
     Scratch(const PrefillCall &call, void *memory) : width(up(call.width, 16)), value_width(up(call.value_width, 16)) {
@@ -33,6 +34,7 @@ template <class T> struct Scratch {
         take(q_rows, call.part * width), take(weights, HEIGHT * BLOCK);
         take(values, call.part * value_width), take(maximum, call.part), take(sum, call.part * W), take(seen, call.part);
         take(states, call.part);
+        take(bias, call.bias ? call.part : 0);
         bytes = take.next - (char *)memory;
     }
 };
@@ -60,19 +62,26 @@ INLINE float largest(Vector x) {
 
 // Weights of ROWS rows over the columns of `span`, and what they change in the rows' sums.
 template <class T, bool CAPPED>
-void weigh(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t block, Range span) {
+void weigh(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t block, Range span, const Shown *bits) {
     alignas(64) float kept[ROWS<T>][BLOCK];
+    Added<T> bias;
     Sight sights[BLOCK / COLUMNS<T>];
     Vector top[ROWS<T>];
     UNROLL for (int r = 0; r < ROWS<T>; r++) top[r] = all(-INFINITY);
     for (int64_t column = span.first; column < span.end; column += COLUMNS<T>) {
-        const Sight how = sights[column / COLUMNS<T>] = sight<T>(at.seen + row, block + column);
+        const Sight how = sights[column / COLUMNS<T>] = bits ? bits->sight<T>(place, column) : sight<T>(at.seen + row, block + column);
         if (how == NOTHING) continue;
+        if (call.bias) bias.read(call, at.bias + row, block + column);
         Vector found[ROWS<T>][VECTORS<T>];
         scores<T, CAPPED>(call, at, row, column, found);
+        if (call.bias)
+            UNROLL for (int r = 0; r < ROWS<T>; r++)
+                UNROLL for (int j = 0; j < VECTORS<T>; j++) found[r][j] = add(found[r][j], load(bias.row[r] + j * W));
         UNROLL for (int r = 0; r < ROWS<T>; r++)
             UNROLL for (int j = 0; j < VECTORS<T>; j++) {
-                if (how == SOME) found[r][j] = if_seen(found[r][j], at.seen[row + r], block + column + j * W, all(-INFINITY));
+                if (how == SOME)
+                    found[r][j] = bits ? if_shown(found[r][j], bits->at(place + r, column + j * W), all(-INFINITY))
+                                       : if_seen(found[r][j], at.seen[row + r], block + column + j * W, all(-INFINITY));
                 top[r] = larger(top[r], found[r][j]);
                 store(kept[r] + column + j * W, found[r][j]);
             }
@@ -120,6 +129,8 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
     const Scratch<T> at(call, memory);
     const Range span = look(call, task, at.seen);
     const int64_t rows = up(task.end - task.begin, ROWS<T>);
+    const bool hides = call.hides();
+    Shown bits;
     memset(at.values, 0, rows * at.value_width * sizeof(float)), memset(at.sum, 0, rows * W * sizeof(float));
     for (int64_t r = 0; r < rows; r++) {
         const int64_t row = task.begin + r;
@@ -128,21 +139,27 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
         copy_row(at.seen[r].empty() ? nullptr : row_as(real, call.width, wide), call.width, at.width, at.q_rows + r * at.width);
         at.maximum[r] = -INFINITY;
         if (call.threshold) at.states[r] = state_of(call, task, row);
+        if (call.bias) at.bias[r] = place_in(call.bias_strides, call, task, row);
         if (call.sinks && row < task.end) {
             at.maximum[r] = call.sinks[task.head * call.group() + row / call.q_length];
             at.sum[r * W] = at.maximum[r] == -INFINITY ? 0 : 1;
         }
     }
     for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK) {
-        Keys<T, E>(call.k, call.k_strides, task, block, span).pack_columns(call.width, at.width, at.k_columns);
-        Keys<T, E>(call.v, call.v_strides, task, block, span).pack_across(call.value_width, at.value_width, at.v_across);
+        bool packed = false;
         for (int64_t top = 0; top < rows; top += HEIGHT) {
             const int64_t count = rows - top < HEIGHT ? rows - top : HEIGHT;
-            const Range columns = columns_seen<T>(at.seen + top, count, block);
+            Range columns = columns_seen<T>(at.seen + top, count, block);
+            if (!columns.empty() && hides) columns = reveal<T>(call, task, top, count, block, at.seen, columns, bits);
             if (columns.empty()) continue;
+            if (!packed) {
+                Keys<T, E>(call.k, call.k_strides, task, block, span).pack_columns(call.width, at.width, at.k_columns);
+                Keys<T, E>(call.v, call.v_strides, task, block, span).pack_across(call.value_width, at.value_width, at.v_across);
+                packed = true;
+            }
             for (int64_t r = 0; r < count; r += ROWS<T>)
-                if (call.softcap > 0) weigh<T, true>(call, at, top + r, r, block, columns);
-                else weigh<T, false>(call, at, top + r, r, block, columns);
+                if (call.softcap > 0) weigh<T, true>(call, at, top + r, r, block, columns, hides ? &bits : nullptr);
+                else weigh<T, false>(call, at, top + r, r, block, columns, hides ? &bits : nullptr);
             add_matrix<T>(at.values + top * at.value_width, count, at.value_width,
                           {(const Word<T> *)(at.weights + columns.first), BLOCK / PACKED<T>, 1},
                           at.v_across + columns.first / PACKED<T> * at.value_width, (columns.end - columns.first) / PACKED<T>);
