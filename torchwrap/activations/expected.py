@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torchwrap.activations.choose import Choice, Cost, peak_bytes
 from torchwrap.stream.units import Unit
 
-__all__ = ["MODES", "expected_costs", "over_recomputed", "recomputes_itself"]
+__all__ = ["MODES", "expected_costs", "in_words", "over_recomputed", "recomputes_itself", "swapped_bytes"]
 
 MODES: Mapping[str | None, Choice] = {"keep": "keep", "host": "swap", "disk": "swap"}
 """What becomes of every block with these settings; with the others it is recomputed, "auto" before the first step included."""
@@ -50,6 +50,19 @@ def over_recomputed(uses: Sequence[Cost], choices: Mapping[int, Choice], gradien
     """
     again: dict[int, Choice] = {use.unit: "recompute" for use in uses}
     return max(0, peak_bytes(uses, choices, gradients) - peak_bytes(uses, again, gradients))
+
+
+def swapped_bytes(units: Sequence[Unit], rows: int, mode: str | None) -> int:
+    """Bytes that are expected to leave in a forward and to come back in its backward, with this setting."""
+    return sum(use.nbytes for use in expected_costs(units, rows)) if MODES.get(mode) == "swap" else 0
+
+
+def in_words(mode: str | None) -> str:
+    """What becomes of every block's activations with this setting, before a step was measured."""
+    if mode == "auto":
+        return "activations: recomputed in the first step, then kept, moved or recomputed as memory and the disk allow"
+    where = {"keep": "kept", "host": "moved to host memory and back", "disk": "moved to the disk and back"}
+    return f"activations of each block: {where.get(str(mode), 'recomputed')}"
 
 
 def recomputes_itself(modules: Iterable[object]) -> bool:

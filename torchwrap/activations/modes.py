@@ -146,6 +146,11 @@ class Activations:
         uses = [use.at(rows) for use in self._uses] or expected_costs(self.units, rows)
         return over_recomputed(uses, {use.unit: self.mode(use.unit) for use in uses}, gradients)
 
+    def swapped(self, rows: int) -> int:
+        """Bytes that leave in a forward and come back in its backward: as measured, else as expected. `rows`: as above."""
+        uses = [use.at(rows) for use in self._uses] or expected_costs(self.units, rows)
+        return sum(use.nbytes for use in uses if self.mode(use.unit) == "swap")
+
     def enter(self, unit: int, module: nn.Module) -> Swapping | Recomputing | None:
         """Take over a call of a block; None leaves it alone."""
         mode = self.mode(unit)

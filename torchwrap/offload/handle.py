@@ -20,7 +20,12 @@ class OffloadHandle(WeightsHandle):
             batch: sequences (or images) per call.
             tokens: tokens per sequence, prompt and cache included.
 
-        Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md; seconds from the bandwidth seen so far.
+        Raises:
+            ConfigError: an argument is no integer of at least 1.
+
+        Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md. Seconds are simulated from the bandwidth seen so far and the
+            computing of the last pass, whatever `batch` and `tokens` are: run one like it first. Before that, they are those of moving
+            weights alone. Beside a separate device a pass is measured when `tune()` was called before it.
         """
         return predict_pass(self, batch=batch, tokens=tokens)
 
@@ -40,8 +45,9 @@ class OffloadHandle(WeightsHandle):
         lines = [f"{label:<52} {format_bytes(int(value)):>12}" for label, value in rows]
         if plan.streamed_bytes:
             need = plan.fixed_bytes + plan.resident_bytes + plan.streamed_bytes
-            rate = float(stats["bandwidth"])
-            seconds = f", {plan.streamed_bytes / rate:.2f} s per pass at {format_bytes(int(rate))}/s" if rate else ""
+            now, rate = self.predict(), float(stats["bandwidth"])
+            known = "" if now.computing_s is not None else "at least "
+            seconds = f", {known}{now.seconds_per_pass:.2f} s per pass at {format_bytes(int(rate))}/s" if rate else ""
             lines.append(
                 f"Each extra byte of budget is one byte less to read per pass{seconds}; nothing is streamed from {format_bytes(need)} on."
             )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchwrap.activations.expected import in_words, swapped_bytes
 from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration, integration_for_folder
 from torchwrap.offload.config import Offload
@@ -17,6 +18,7 @@ from torchwrap.storage.aio import probe
 from torchwrap.weights.blueprint import Blueprint
 from torchwrap.weights.budget import RESERVE_TOKENS, process_bytes, working_bytes
 from torchwrap.weights.folder import WorkFolder, as_placeholders
+from torchwrap.weights.timing import check_inputs, route_of
 from torchwrap.weights.training import TrainingPrediction, expected_footprint, forecast, step_bytes, training_of
 
 __all__ = ["FolderPlan", "plan_folder"]
@@ -32,7 +34,9 @@ class FolderPlan:
         table_bytes: embeddings of which only rows are read.
         bandwidth: bytes per second that the disk gave just now.
         seconds_per_token: of a decoded token when reading is what takes the time; 0 if nothing is streamed.
-        training: a training step by an Adam, if that is the goal; without seconds of computing.
+        working_bytes: memory that a forward of these inputs takes besides weights.
+        reserve: memory that the budget leaves to activations and caches.
+        training: a training step by an Adam on these inputs, if that is the goal; without seconds of computing.
     """
 
     model: str
@@ -48,6 +52,8 @@ class FolderPlan:
     table_bytes: int
     bandwidth: float
     seconds_per_token: float
+    working_bytes: int
+    reserve: int
     training: TrainingPrediction | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +70,7 @@ class FolderPlan:
             "present at once": self.held_bytes,
             "streamed per token": self.streamed_bytes,
             "tables read by row": self.table_bytes,
+            "a forward's memory": self.working_bytes,
         }
         lines = [f"{self.model} on {self.device}"] + [f"  {label:<20} {format_bytes(value):>12}" for label, value in rows.items()]
         speed = (
@@ -71,23 +78,30 @@ class FolderPlan:
             if self.streamed_bytes
             else "nothing is streamed"
         )
-        return "\n".join([*lines, f"  {speed}", *([str(self.training)] if self.training is not None else [])])
+        lines += [f"  {speed}", *([str(self.training)] if self.training is not None else [])]
+        working = max(self.working_bytes, self.training.working_bytes if self.training is not None else 0)
+        if working > self.reserve:
+            lines.append(f"  {format_bytes(self.reserve)} are left to that beside the weights: pass reserve={working} for such inputs")
+        return "\n".join(lines)
 
 
 @torch.inference_mode(False)
-def plan_folder(folder: str | Path, config: Offload) -> FolderPlan:
+def plan_folder(folder: str | Path, config: Offload, *, batch: int = 1, tokens: int = RESERVE_TOKENS) -> FolderPlan:
     """Plan without loading.
 
     Args:
         folder: a checkpoint that an installed integration can build.
         config: the settings `offload` would get.
+        batch, tokens: sequences per call and tokens of each.
 
     Raises:
+        ConfigError: `batch` or `tokens` is no integer of at least 1.
         BudgetError: the budget is below what one unit needs; carries the smallest that works.
         UnsupportedModelError: no integration can build the model.
 
     Cost: the headers, and a third of a second of reading for the bandwidth.
     """
+    check_inputs("offload", batch, tokens)
     path = Path(folder)
     integration = integration_for_folder(path)
     work = WorkFolder(config)
@@ -111,33 +125,40 @@ def plan_folder(folder: str | Path, config: Offload) -> FolderPlan:
             table_bytes=plan.table_bytes,
             bandwidth=bandwidth,
             seconds_per_token=plan.streamed_bytes / bandwidth if bandwidth else 0.0,
-            training=_training(model, blueprint, integration, bandwidth, config.activations) if config.goal == "train" else None,
+            working_bytes=working_bytes(model, integration, batch=batch, tokens=tokens, scratch=blueprint.scratch),
+            reserve=blueprint.budget.reserve,
+            training=_training(model, blueprint, integration, bandwidth, config, batch, tokens) if config.goal == "train" else None,
         )
     finally:
         work.close()
 
 
 def _training(
-    model: nn.Module, blueprint: Blueprint, integration: Integration, bandwidth: float, activations: str | None
+    model: nn.Module, blueprint: Blueprint, integration: Integration, bandwidth: float, config: Offload, batch: int, tokens: int
 ) -> TrainingPrediction:
-    """A step on one sequence of the length that the reserve provides for; writing is taken to be as fast as reading."""
+    """A step; writing is taken to be as fast as reading."""
     division, plan = blueprint.division, blueprint.plan
 
     def activation(batch: int, tokens: int) -> int:
         return working_bytes(model, integration, batch=batch, tokens=tokens, scratch=blueprint.scratch)
 
     fixed = {piece.index for piece in division.fixed}
-    footprint = expected_footprint(division.units, division.pieces, plan.resident | fixed)
+    resident = plan.resident | fixed
+    footprint = expected_footprint(division.units, division.pieces, resident)
     slots, separate = plan.slots * plan.slot_bytes, blueprint.device.type != "cpu"
-    training = training_of(division.units, division.pieces, activations)
-    working = step_bytes(activation, training.head, 1, RESERVE_TOKENS) + RESERVE_TOKENS * training.kept
+    training = training_of(division.units, division.pieces, config.activations)
+    working = step_bytes(activation, training.head, batch, tokens) + batch * tokens * training.kept
     return forecast(
         footprint,
+        route_of(division.units, plan.slots, lambda piece: piece.index not in resident),
         present=process_bytes() + slots + (0 if separate else plan.fixed_bytes + plan.resident_bytes),
         slots=slots,
         working=0 if separate else working,
-        read=2 * plan.streamed_bytes + footprint.read,
+        weights=2 * plan.streamed_bytes,
         read_rate=bandwidth,
         write_rate=bandwidth,
         computing=None,
+        swapped=swapped_bytes(division.units, batch * tokens, config.activations),
+        to_disk=not separate or config.activations == "disk",
+        activations=in_words(config.activations),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+from torchwrap.weights.timing import check_inputs
+
 if TYPE_CHECKING:
     from torchwrap.offload.handle import OffloadHandle
 
@@ -21,7 +23,9 @@ class Prediction:
         host_bytes: weights kept in host memory for a separate device.
         disk_bytes: weights whose home is a file.
         streamed_bytes: weights fetched in one pass.
-        seconds_per_pass: time of a steady pass; None before the first read gave a bandwidth.
+        moving_s: of bringing weights in, were there nothing to compute; None before it was measured.
+        computing_s: of the pass that was measured last, had it not waited; None before one was.
+        seconds_per_pass: of a steady pass; with `computing_s` None the least that one can take, None if that is not known either.
         bottleneck: what the time is spent on.
     """
 
@@ -30,6 +34,8 @@ class Prediction:
     host_bytes: int
     disk_bytes: int
     streamed_bytes: int
+    moving_s: float | None
+    computing_s: float | None
     seconds_per_pass: float | None
     bottleneck: Literal["compute", "read", "copy"]
 
@@ -40,22 +46,24 @@ class Prediction:
 
 def predict_pass(handle: OffloadHandle, *, batch: int, tokens: int) -> Prediction:
     """See `OffloadHandle.predict`."""
-    stats, plan = handle.stats(), handle.plan
+    check_inputs("offload", batch, tokens)
+    stats, plan, route = handle.stats(), handle.plan, handle.route()
     separate = handle.device.type != "cpu"
     slots = plan.slots * plan.slot_bytes
-    rate = float(stats["bandwidth"])
-    from_disk = int(stats["disk_bytes"]) > 0
-    seconds = plan.streamed_bytes / rate if rate and from_disk else None
-    if not plan.streamed_bytes:
-        bottleneck: Literal["compute", "read", "copy"] = "compute"
-    else:
-        bottleneck = "read" if from_disk else "copy"
+    rate = float(stats["bandwidth"]) if stats["disk_bytes"] else 0.0
+    moving = route.pass_seconds(rate, computing=False) if route.moves(rate) else None
+    computing = route.forward.forward_s if route.forward is not None else None
+    bottleneck: Literal["compute", "read", "copy"] = "read" if stats["disk_bytes"] else "copy"
+    if not plan.streamed_bytes or (computing is not None and computing >= (moving or 0.0)):
+        bottleneck = "compute"
     return Prediction(
         peak_process=handle.baseline_bytes + slots + (0 if separate else handle.activation(batch, tokens)),
         device_bytes=plan.held_bytes,
         host_bytes=int(stats["host_bytes"]) + (slots if separate else 0),
         disk_bytes=int(stats["disk_bytes"]),
         streamed_bytes=plan.streamed_bytes,
-        seconds_per_pass=seconds,
+        moving_s=moving,
+        computing_s=computing,
+        seconds_per_pass=route.pass_seconds(rate) if route.moves(rate) and (plan.streamed_bytes or computing is not None) else None,
         bottleneck=bottleneck,
     )

@@ -85,4 +85,5 @@ def footprint_of(
         written=state + away + parked,
         overlaps=timing.take,
         grows=timing.backwards == 1 and not timing.park,
+        backwards=timing.backwards,
     )

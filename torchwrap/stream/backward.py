@@ -46,7 +46,7 @@ class BackwardClock(Protocol):
         """The backward is about to reach the model."""
         ...
 
-    def fetching(self) -> None:
+    def fetching(self, unit: int) -> None:
         """A unit's weights are about to be brought in."""
         ...
 
@@ -132,7 +132,7 @@ class Backward:
         # With create_graph=True what is saved becomes part of a new graph: private copies.
         if self._engine is not None and not torch.is_grad_enabled():
             if self.clock is not None:
-                self.clock.fetching()
+                self.clock.fetching(unit.index)
             self._engine.hold(unit)
             if self.clock is not None:
                 self.clock.computing(unit.index)

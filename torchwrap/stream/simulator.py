@@ -78,7 +78,11 @@ def simulate(
     gaps_s: Mapping[int, float] | None = None,
     longer_s: Mapping[int, float] | None = None,
     link_s: Mapping[int, float] | None = None,
+    written_s: Mapping[int, float] | None = None,
     renewed: Collection[int] = (),
+    closing_s: float = 0.0,
+    alone: Collection[int] = (),
+    present: Collection[int] = (),
     order: Sequence[int] | None = None,
     arrival: Literal["unit", "batch"] = "unit",
 ) -> Run:
@@ -93,16 +97,34 @@ def simulate(
         overhead_s: seconds of the link for each request of one or several units.
         gaps_s: seconds of other work before a use, by its position in `uses`.
         longer_s: seconds that a use takes beyond `compute_s` (a backward's, say), by position.
-        link_s: seconds in which the link moves something else, asked for at the end of a use, by position.
+        link_s: seconds in which the link brings in something else, asked for at the end of a use, by position.
+        written_s: seconds in which something goes the other way, beside what comes in, asked for at the end of a use, by position.
         renewed: positions before which units were rewritten: that traffic is waited for, and whatever is present is out of date.
+        closing_s: seconds of other work before that wait.
+        alone: positions of uses during which nothing is read ahead, and before which what was is given up.
+        present: units that are always there, and take no slot.
         order: first order the schedule assumes; None: units by number.
         arrival: whether a unit can be used when it is present itself, or when all units requested together with it are.
 
     Cost: about `slots` steps per use.
     """
-    return _Simulation(sorted(set(uses)) if order is None else order, slots, batch, transfer_s, overhead_s, arrival).run(
-        uses, compute_s, gaps_s or {}, longer_s or {}, link_s or {}, renewed
-    )
+    first = [unit for unit in (sorted(set(uses)) if order is None else order) if unit not in present]
+    works = _Works(compute_s, gaps_s or {}, longer_s or {}, link_s or {}, written_s or {}, renewed, closing_s, alone)
+    return _Simulation(first, slots, batch, transfer_s, overhead_s, arrival, present).run(uses, works)
+
+
+@dataclass(frozen=True, slots=True)
+class _Works:
+    """What happens besides units coming in; see `simulate`."""
+
+    compute_s: Sequence[float] | None
+    gaps_s: Mapping[int, float]
+    longer_s: Mapping[int, float]
+    link_s: Mapping[int, float]
+    written_s: Mapping[int, float]
+    renewed: Collection[int]
+    closing_s: float
+    alone: Collection[int]
 
 
 class _Simulation:
@@ -114,47 +136,47 @@ class _Simulation:
         transfer_s: Sequence[float] | None,
         overhead_s: float,
         arrival: Literal["unit", "batch"],
+        present: Collection[int],
     ) -> None:
         self.schedule = Schedule()
         self.schedule.seed(list(order))
         self.batches = Batches(batch)
+        self.present = present
         self.slots, self.transfer_s, self.overhead_s, self.arrival = slots, transfer_s, overhead_s, arrival
         self.ready: dict[int, float] = {}  # unit -> when it can be used; in the order of requests, as the engine keeps its fetches
         self.finished: list[int] = []  # used in this batch
         self.link_free = 0.0
-        self.others_end = 0.0  # of what else the link moves
+        self.others_end = self.written_end = 0.0  # of what else the link moves, and of what goes the other way
         self.transfers = 0
 
-    def run(
-        self,
-        uses: Sequence[int],
-        compute_s: Sequence[float] | None,
-        gaps_s: Mapping[int, float],
-        longer_s: Mapping[int, float],
-        link_s: Mapping[int, float],
-        renewed: Collection[int],
-    ) -> Run:
+    def run(self, uses: Sequence[int], works: _Works) -> Run:
         result, now = Run(), 0.0
         for position, unit in enumerate(uses):
-            if position in renewed:
-                now = self._renew(now)
-            now += gaps_s.get(position, 0.0)
+            if position in works.renewed:
+                now = self._renew(now + works.closing_s)
+            now += works.gaps_s.get(position, 0.0)
+            if position in works.alone:
+                self._give_up(unit)
             self.schedule.advance(unit)
-            fetched = unit not in self.ready
-            if fetched:
+            there, fetched = unit in self.ready, unit not in self.ready and unit not in self.present
+            if not there:
                 self._hand_over(self.slots - 1)
+            if fetched:
                 self._make_place({unit})
                 self._request([unit], now)
-            requests = self.batches.begun(present=not fetched)
-            start = max(now, self.ready[unit])
-            if requests:
+            requests = self.batches.begun(present=there)
+            start = max(now, self.ready.get(unit, 0.0))
+            if requests and position not in works.alone:
                 self._prefetch(start, in_use=unit)
             present = frozenset(self.ready)
-            end = start + (compute_s[unit] if compute_s is not None else 0.0) + longer_s.get(position, 0.0)
+            end = start + (works.compute_s[unit] if works.compute_s is not None else 0.0) + works.longer_s.get(position, 0.0)
             result.uses.append(Use(unit, start, end, start - now, present, fetched))
             now = end
-            if position in link_s:
-                self.others_end = self.link_free = max(now, self.link_free) + link_s[position]
+            self._move_others(now, works.link_s.get(position, 0.0), works.written_s.get(position, 0.0))
+            if position in works.alone:
+                self._prefetch(now, in_use=unit)
+            if unit in self.present:
+                continue
             self.finished.append(unit)
             if self.batches.ended():
                 self._hand_over(self.slots)
@@ -162,8 +184,19 @@ class _Simulation:
         result.transfers = self.transfers
         return result
 
+    def _move_others(self, now: float, link_s: float, written_s: float) -> None:
+        if link_s:
+            self.others_end = self.link_free = max(now, self.link_free) + link_s
+        if written_s:
+            self.written_end = max(now, self.written_end) + written_s
+
+    def _give_up(self, spare: int) -> None:
+        """Free the slots of what was read ahead."""
+        self.ready = {unit: at for unit, at in self.ready.items() if unit == spare}
+        self.finished = [unit for unit in self.finished if unit in self.ready]
+
     def _renew(self, now: float) -> float:
-        now = max(now, self.others_end)
+        now = max(now, self.others_end, self.written_end)
         self.ready.clear()
         self.finished.clear()
         self._prefetch(now)
@@ -180,7 +213,7 @@ class _Simulation:
         wanted = self.schedule.predict(self.slots)
         request: list[int] = []
         for unit in wanted:
-            if unit in self.ready or unit in request:
+            if unit in self.ready or unit in request or unit in self.present:
                 continue
             held = sum(1 for other in self.ready if other == in_use or other in wanted) + len(request)
             if held >= self.slots or not self._make_place({*wanted, in_use}, len(request)):

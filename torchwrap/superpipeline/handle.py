@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,13 +14,14 @@ from torchwrap.core.tensors import bind
 from torchwrap.stream.batches import Batches
 from torchwrap.stream.pieces import copy_of
 from torchwrap.superpipeline.config import Superpipeline
-from torchwrap.superpipeline.measure import Meter
 from torchwrap.superpipeline.picture import draw, grid
 from torchwrap.superpipeline.policy import Choice, Knobs, Profile, choose, obeys_law, stall_free
 from torchwrap.superpipeline.prediction import Prediction
 from torchwrap.superpipeline.room import Room
 from torchwrap.weights.budget import optimizer_rows
 from torchwrap.weights.handle import WeightsHandle
+from torchwrap.weights.measure import Meter
+from torchwrap.weights.timing import check_inputs
 from torchwrap.weights.training import Footprint, head_bytes, step_bytes
 
 __all__ = ["Prediction", "SuperpipelineHandle"]
@@ -40,7 +40,6 @@ class SuperpipelineHandle(WeightsHandle):
     config: Superpipeline
     knobs: Knobs
     room: Room
-    meter: Meter | None = None
     chosen: Choice | None = None
     _unchosen: bool = False  # a pass was measured, and the knobs are chosen by it before the next
     _made_room: bool = False  # for the optimizer that is open, though no training pass was measured yet
@@ -50,16 +49,15 @@ class SuperpipelineHandle(WeightsHandle):
         self.knobs, self.room = knobs, room
         if self.engine is not None:
             self.engine.batches = Batches(knobs.k_prime)
-            self._measure_on(self.device)
 
-    def _measure_on(self, device: torch.device) -> None:
-        assert self.engine is not None
-        self.meter = self.backward.clock = Meter(self.engine, device, armed=self.config.chooses)
+    def _new_meter(self) -> Meter | None:
+        return Meter(self.engine, self.device, apart=True, armed=self.config.chooses) if self.engine is not None else None
 
     @property
     def profile(self) -> Profile | None:
         """Measured times of a pass."""
-        known = self.meter.profile if self.meter is not None else None
+        times = self.meter.times if self.meter is not None else None
+        known = Profile.of(times, {unit.index: unit.nbytes for unit in self.units}) if times is not None else None
         return dataclasses.replace(known, update_s=self._update_s(known.units)) if known is not None and known.trains else known
 
     @property
@@ -67,7 +65,7 @@ class SuperpipelineHandle(WeightsHandle):
         """Whether choices and predictions are about training: as `train` says, else as the last measured pass was."""
         if self.config.train is not None:
             return self.config.train
-        return self._made_room or (self.meter is not None and self.meter.profile is not None and self.meter.profile.trains)
+        return self._made_room or (self.meter is not None and self.meter.times is not None and bool(self.meter.times.backward))
 
     @property
     def allowed(self) -> tuple[int, ...]:
@@ -116,7 +114,7 @@ class SuperpipelineHandle(WeightsHandle):
             )
 
     def pass_ended(self, module: nn.Module, *, whole: bool) -> None:
-        """Called by the root's layer, with the model's lock."""
+        """Called by the root's layer, with the model's lock, when nothing of the pass is in use any more."""
         if self.meter is None or self._in_turns():
             return
         follows = self._may_train(module)
@@ -163,10 +161,6 @@ class SuperpipelineHandle(WeightsHandle):
         k = setting.k if isinstance(setting.k, int) else chosen.k
         self.chosen = Choice(k, chosen.k_prime, chosen.slowdown)
         self._turn(Knobs(k, chosen.k_prime, self.knobs.units))
-
-    def _in_turns(self) -> bool:
-        """Whether this pass is one of several that go through the blocks together; what such a pass takes says nothing."""
-        return self.engine is not None and self.engine.turns is not None
 
     def tune(self) -> None:
         """Measure the next pass, which makes it slower; "auto" chooses again by it, for inputs of another size, say.
@@ -258,9 +252,7 @@ class SuperpipelineHandle(WeightsHandle):
 
         Exactness: bytes of weights are counted, those of activations estimated; seconds are simulated from the measured pass.
         """
-        for name, value in (("batch", batch), ("tokens", tokens)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise errors.ConfigError(f"superpipeline: {name}={value!r}", where=name, fix="Use an integer of at least 1.")
+        check_inputs("superpipeline", batch, tokens)
         if k is None:
             k = self.knobs.k
         elif k_prime is None:
@@ -367,11 +359,6 @@ class SuperpipelineHandle(WeightsHandle):
             block_bytes=sum(piece.nbytes for piece in blocks),
             gradient_bytes=sum(piece.nbytes for piece in blocks if piece.parameter.requires_grad),
         )
-
-    def rehome(self, device: Any) -> None:
-        super().rehome(device)
-        if self.engine is not None:
-            self._measure_on(device)
 
 
 def _means(profile: Profile) -> tuple[float, float]:

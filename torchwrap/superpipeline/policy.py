@@ -20,13 +20,12 @@ k' and gives no rule; the rule and the formulas are ours.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from torchwrap.core import errors
-from torchwrap.stream.simulator import simulate
+from torchwrap.stream.passes import Passes, Times, Used
 
 __all__ = [
     "Choice",
@@ -63,6 +62,20 @@ class Profile:
     rest_backward_s: float = 0.0
     update_s: tuple[float, ...] = ()
 
+    @classmethod
+    def of(cls, times: Times, nbytes: Mapping[int, int]) -> Profile:
+        """The profile of a pass measured apart; blocks by their index, `nbytes` of all there are. One used twice counts as one."""
+        forward, backward = (_sums(uses) for uses in (times.forward, times.backward))
+        units = [unit for unit in nbytes if unit in forward]
+        rate = median(seconds / nbytes[unit] for unit, seconds in times.transfer_s.items())
+        return cls(
+            compute_s=tuple(forward[unit] for unit in units),
+            transfer_s=tuple(times.transfer_s.get(unit, rate * nbytes[unit]) for unit in units),
+            rest_s=times.rest_s,
+            backward_s=tuple(backward.get(unit, 0.0) for unit in units) if backward else (),
+            rest_backward_s=times.rest_backward_s,
+        )
+
     @property
     def units(self) -> int:
         """Number of blocks."""
@@ -83,26 +96,22 @@ class Profile:
         """Seconds of a steady pass under these knobs, by simulation."""
         if k >= self.units:
             return self.resident_s
-        there = list(range(self.units))
-        back = [unit for unit in reversed(there) if self.trains and self.backward_s[unit]]
-        uses = len(there) + len(back)
-        warm, passes = 3, k_prime // math.gcd(uses, k_prime)  # so many passes are a whole number of batches
-        begins = range(0, uses * (warm + passes), uses)
-        ways_back = [(begin + position, unit) for begin in begins for position, unit in enumerate(back, self.units)]
-        run = simulate(
-            [*there, *back] * (warm + passes),
+        back = [unit for unit in reversed(range(self.units)) if self.trains and self.backward_s[unit]]
+        times = Times(
+            forward=tuple(Used(unit, seconds) for unit, seconds in enumerate(self.compute_s)),
+            rest_s=self.rest_s,
+            backward=tuple(Used(unit, self.backward_s[unit]) for unit in back),
+            rest_backward_s=self.rest_backward_s,
+        )
+        return Passes(
+            times=times,
             slots=k,
             batch=k_prime,
-            compute_s=self.compute_s,
-            transfer_s=self.transfer_s,
+            transfer_s=dict(enumerate(self.transfer_s)),
             overhead_s=self.overhead_s,
-            gaps_s=dict.fromkeys(begins, self.rest_s) | {begin + self.units: self.rest_backward_s for begin in begins if back},
-            longer_s={position: self.backward_s[unit] - self.compute_s[unit] for position, unit in ways_back},
-            link_s={position: self.update_s[unit] for position, unit in ways_back if self.update_s},
-            renewed=begins[1:] if self.update_s else (),
-        )
-        ends = [run.uses[begin + uses - 1].end for begin in begins]
-        return (ends[-1] - ends[warm - 1]) / passes
+            read_s=dict(enumerate(self.update_s)),
+            renewed=bool(self.update_s),
+        ).seconds
 
     def slowdown(self, k: int, k_prime: int) -> float:
         """`pass_seconds` as a multiple of the time with all blocks present."""
@@ -250,6 +259,13 @@ def choose(
     candidates = [blocks for blocks in allowed or range(1, n + 1) if (k_prime or 1) <= blocks <= n] or [max(k_prime or 1, 1)]
     limit = max(max_slowdown, at(candidates[-1]).slowdown * 1.01)  # what cannot be had with all the memory is not sought
     return at(_first(candidates, lambda blocks: at(blocks).slowdown <= limit))
+
+
+def _sums(uses: Sequence[Used]) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for use in uses:
+        found[use.unit] = found.get(use.unit, 0.0) + use.seconds
+    return found
 
 
 def _first(numbers: Sequence[int], holds: Callable[[int], bool]) -> int:

@@ -29,13 +29,14 @@ from torchwrap.stream.planner import ResidencyPlan, region_bytes
 from torchwrap.stream.units import Home, UnitMap, find_units
 from torchwrap.superpipeline.config import Superpipeline
 from torchwrap.superpipeline.handle import SuperpipelineHandle
-from torchwrap.superpipeline.layers import BlockLayer, WindowLayer
+from torchwrap.superpipeline.layers import WindowLayer
 from torchwrap.superpipeline.policy import Knobs
 from torchwrap.superpipeline.room import Room
 from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_uninitialised
 from torchwrap.weights.budget import Budget, weight_budget
 from torchwrap.weights.folder import SOURCES
 from torchwrap.weights.handle import WeightsHandle
+from torchwrap.weights.layers import UnitLayer
 from torchwrap.weights.technique import StreamingTechnique, activation_layers
 from torchwrap.weights.training import training_of
 
@@ -134,7 +135,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
         layers: list[Place] = [*activation_layers(config, division.units), ("", model, WindowLayer(None))]
         for unit in division.units if plan.slots else ():
             assert unit.module is not None
-            layers += [(unit.name, unit.module, BlockLayer(None, unit.index, where)) for where in ("outside", "inside")]
+            layers += [(unit.name, unit.module, UnitLayer(None, unit.index, where)) for where in ("outside", "inside")]
         notes = [
             *division.notes,
             f"k={knobs.k}, k_prime={knobs.k_prime} of {knobs.units} blocks; {format_bytes(plan.held_bytes)} present at most"

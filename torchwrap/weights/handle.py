@@ -35,9 +35,9 @@ from torchwrap.stream.timeline import Event, Timeline, timeline_of
 from torchwrap.stream.units import Crc, Piece, Unit
 from torchwrap.weights import copying
 from torchwrap.weights.budget import RESERVE_TOKENS
-from torchwrap.weights.many import ManyCalls
 from torchwrap.weights.replicas import watch_replicas
 from torchwrap.weights.stepping import watch_steps
+from torchwrap.weights.timing import TimedPasses, check_inputs
 from torchwrap.weights.training import TrainingPrediction, predict_step, step_to_come
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["WeightsHandle"]
 
 
-class WeightsHandle(ManyCalls):
+class WeightsHandle(TimedPasses):
     """Weights of one model that are not all in memory.
 
     Attributes:
@@ -112,6 +112,7 @@ class WeightsHandle(ManyCalls):
         blocks = {p.index: p.nbytes for unit in units if unit.kind in ("block", "expert") for p in unit.pieces if not p.resident}
         self.keeps_casts: bool = sum(blocks.values()) <= plan.slots * plan.slot_bytes
         self._own_lock = threading.RLock()
+        self.time_passes()
         self._by_id = {id(piece.parameter): piece for piece in pieces}
         self.handed: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # what state dicts got last and its version, by piece
         self.lent: dict[int, Piece] = {}  # shown in full while load_state_dict copies into them
@@ -168,8 +169,13 @@ class WeightsHandle(ManyCalls):
         Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md. What blocks keep or move out is estimated from the shapes of
             their weights, without what attention keeps for each pair of tokens where its kernel is not fused; with activations="auto" it
             is that of the first step, which recomputes, and afterwards what that step measured. Checkpointing by the model itself is seen,
-            by somebody outside of it is not. Seconds are from the bandwidth seen so far, and after the first step from its computing time.
+            by somebody outside of it is not. Seconds are simulated from the bandwidth seen so far and the last step that was measured,
+            whatever `batch` and `tokens` are; before that, they are those of moving bytes alone.
+
+        Raises:
+            ConfigError: an argument is no integer of at least 1.
         """
+        check_inputs(self.config.technique, batch, tokens)
         return predict_step(self, batch=batch, tokens=tokens)
 
     @property
@@ -331,6 +337,7 @@ class WeightsHandle(ManyCalls):
     def rehome(self, device: torch.device) -> None:
         """Compute on another device from now on."""
         copying.rehome(self, device)
+        self.time_passes()
 
     def replan(self) -> None:
         """Dtypes changed: size the slots for what the pieces are now."""

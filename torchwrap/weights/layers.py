@@ -19,6 +19,7 @@ from torchwrap.stream.pieces import check_untouched
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.units import Piece, Unit
 from torchwrap.stream.watch import AbsentUseGuard, can_watch
+from torchwrap.weights.measure import Meter
 from torchwrap.weights.saved import saving_for
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class RootLayer(WeightsLayer):
             if torch.is_grad_enabled():
                 handle.activations.pass_begins()
             self._calls.push(guard)
+            handle.pass_begun(module)
         except BaseException:
             handle.lock.release()
             raise
@@ -79,14 +81,20 @@ class RootLayer(WeightsLayer):
         if self._leave():
             handle.unwatched.discard(module.training)
         handle.passes += 1
-        handle.lock.release()
+        try:
+            handle.pass_ended(module, whole=True)
+        finally:
+            handle.lock.release()
         if torch.is_grad_enabled():
             handle.backward.watch_root(output)
         return output
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
         self._leave()
-        self.handle.lock.release()
+        try:
+            self.handle.pass_ended(module, whole=False)
+        finally:
+            self.handle.lock.release()
 
     def _leave(self) -> bool:
         """End the call; whether it was watched."""
@@ -114,18 +122,29 @@ class UnitLayer(WeightsLayer):
         unit = engine.units[self.unit]
         if self.handle.lent:
             self.handle.hide_lent()
-        engine.acquire(unit, roomy=unit.kind == "leaf" and _copies_weight(args), whole=torch.is_grad_enabled())
+        roomy = unit.kind == "leaf" and _copies_weight(args)
+        meter = self._meter()
+        if meter is not None:
+            meter.fetching(self.unit)
+        engine.acquire(unit, roomy=roomy, whole=torch.is_grad_enabled())
         try:
             scope = _Scope(self.handle, unit)
         except BaseException:
             engine.release(unit)
             raise
         self._calls.push(scope)
+        if meter is not None:
+            meter.computing(self.unit, alone=roomy and not engine.arena.separate)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         scope: _Scope | None = self._calls.peek()
+        meter = self._meter()
+        if meter is not None and meter.apart:  # the end of what the device was given, and nothing of the host's
+            meter.computed(self.unit)
         written = scope.close(module.training) if scope is not None else None
+        if meter is not None:
+            meter.computed(self.unit)
         if written is not None and scope is not None:
             raise errors.UnsupportedModelError(
                 f"{self.name}: the forward of {scope.unit.name} wrote to its weight {written.name}, which is streamed: that is lost",
@@ -136,6 +155,11 @@ class UnitLayer(WeightsLayer):
         if scope is not None and self.where == "outside" and torch.is_grad_enabled():
             self.handle.backward.watch(scope.unit, output)
         return output
+
+    def _meter(self) -> Meter | None:
+        """What takes the time of this use, if anything does."""
+        meter = self.handle.meter if self.where == "outside" else None
+        return meter if meter is not None and meter.running else None
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
         scope: _Scope | None = self._calls.pop()

@@ -2,11 +2,11 @@
 
 Memory is what the process had when the model was wrapped, the slots, the working memory of one block's backward, what blocks keep beyond
 that (torchwrap/activations/expected.py), the ring of chunks that the optimizer streams its state through, and gradients that wait. Time
-is that of whatever takes longest while all of it runs at once: reading, writing, or computing,
-`T = max(bytes_read / rate_read, bytes_written / rate_written, T_forward + T_backward + T_update)`; without overlap it is their sum.
+is simulated (timing.py): units come in for forward and backward, and what the optimizer reads and writes takes its turn behind the
+backward of each unit, or behind the whole of it where updates do not overlap. Reading and writing have the rates that were measured.
 
 Source: the iteration model of Liao et al., "Adding NVMe SSDs to Enable and Accelerate 100B Model Fine-tuning on a Single GPU", 2024, with
-measured rates in place of data-sheet ones, and without its per-layer terms: with a ring of chunks the disk does not wait for layers.
+measured rates in place of data-sheet ones, and a simulation in place of its sums.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from torchwrap.activations.expected import MODES, expected_costs, over_recomputed, recomputes_itself
+from torchwrap.activations.expected import MODES, expected_costs, in_words, over_recomputed, recomputes_itself
 from torchwrap.core.config import format_bytes
 from torchwrap.storage.heap import FreedBlocks, refusal
+from torchwrap.weights.timing import Route, Update
 
 if TYPE_CHECKING:
     from torchwrap.stream.units import Piece, Unit
@@ -60,6 +61,7 @@ class Footprint:
         kept: of freed tensors at most, whose memory is used again (see storage/heap.py).
         read, written: by the optimizer in a step, gradients that wait on the disk included.
         overlaps: whether updates run during backward.
+        backwards: per step.
         grows: whether a backward begins without gradients and leaves some in memory.
     """
 
@@ -70,6 +72,7 @@ class Footprint:
     written: int
     overlaps: bool
     grows: bool = True
+    backwards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +101,12 @@ class TrainingPrediction:
         gradient_bytes: gradients present at once.
         kept_bytes: of freed tensors, whose memory is used again.
         working_bytes: activations and what kernels need besides.
-        read_bytes, written_bytes: in a step.
-        moving_s: reading and writing; None before a rate was measured.
-        computing_s: forward, backward and update; None before the first step.
-        seconds_per_step: None before a rate was measured.
+        read_bytes, written_bytes: in a step, activations that go to the disk included.
+        swapped_bytes: activations that leave in the forward and come back in the backward.
+        activations: what becomes of those of blocks, in words.
+        moving_s: of reading and writing, were there nothing to compute; None before a rate was measured.
+        computing_s: forward, backward and, after a step of an `OffloadedOptimizer`, update; None before a pass was measured.
+        seconds_per_step: None before a rate was measured; with `computing_s` None the least that a step can take.
         bottleneck: what the time is spent on.
     """
 
@@ -113,6 +118,8 @@ class TrainingPrediction:
     working_bytes: int
     read_bytes: int
     written_bytes: int
+    swapped_bytes: int
+    activations: str
     moving_s: float | None
     computing_s: float | None
     seconds_per_step: float | None
@@ -129,13 +136,15 @@ class TrainingPrediction:
             "optimizer's chunks": self.ring_bytes,
             "gradients at once": self.gradient_bytes,
             "freed and used again": self.kept_bytes,
-            "activations": self.working_bytes,
+            "backward's memory": self.working_bytes,
             "read per step": self.read_bytes,
             "written per step": self.written_bytes,
+            **({"activations moved": self.swapped_bytes} if self.swapped_bytes else {}),
         }
         lines = ["training"] + [f"  {label:<22} {format_bytes(value):>12}" for label, value in rows.items()]
+        lines.append(f"  {self.activations}")
         if self.seconds_per_step is not None:
-            what = "" if self.computing_s else " for moving bytes alone"
+            what = "" if self.computing_s is not None else " at least, for moving bytes alone; computing is not known yet"
             lines.append(f"  {self.seconds_per_step:.2f} s per step{what} ({self.bottleneck})")
         return "\n".join(lines)
 
@@ -228,19 +237,27 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
     separate = handle.device.type != "cpu"
     working = step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
     model = handle.root() if handle.root is not None else None
-    if model is None or not recomputes_itself(model.modules()):
+    itself = model is not None and recomputes_itself(model.modules())
+    if not itself:
         working += handle.activations.over_recomputed(batch * tokens, _staying(handle.units, footprint))
     read_rate = float(handle.stats()["bandwidth"])
-    read = 2 * plan.streamed_bytes + footprint.read
+    route = handle.route()
+    if computing is None and route.step is not None:
+        computing = footprint.backwards * route.step.computing_s
     return forecast(
         footprint,
+        route,
         present=handle.baseline_bytes + slots,
         slots=slots,
         working=0 if separate else working,
-        read=read,
+        weights=2 * plan.streamed_bytes * footprint.backwards,
+        swapped=0 if itself else handle.activations.swapped(batch * tokens) * footprint.backwards,
+        to_disk=not separate or handle.config.activations == "disk",
+        activations="activations of blocks: those of the model's own checkpointing" if itself else _in_words(handle),
         read_rate=read_rate,
         write_rate=write_rate or read_rate,
         computing=computing,
+        update=optimizer.computing_s if optimizer is not None else None,
     )
 
 
@@ -257,31 +274,47 @@ def step_to_come(reference: Callable[[], WeightsHandle | None], batch: int, toke
 
 def forecast(
     footprint: Footprint,
+    route: Route,
     *,
     present: int,
     slots: int,
     working: int,
-    read: int,
+    weights: int,
     read_rate: float,
     write_rate: float,
     computing: float | None,
+    update: float | None = None,
+    swapped: int = 0,
+    to_disk: bool = True,
+    activations: str = "",
 ) -> TrainingPrediction:
-    """The formulas of this module.
+    """A step along `route`.
 
     Args:
         present: bytes of the process with its slots, before training.
-        slots, working, read: bytes.
+        slots, working: bytes.
+        weights: bytes of weights brought in.
         read_rate, write_rate: bytes per second; 0 for not known.
-        computing: seconds of forward, backward and update; None for not known.
+        computing: seconds of forward, backward and update, as far as they are known; None for not at all.
+        update: the same where an optimizer measured all three.
+        swapped, to_disk: bytes of activations that leave and come back, and whether that is on the disk.
+        activations: what becomes of them, in words.
     """
-    moving: float | None = None
-    seconds = computing
+    others = swapped if to_disk else 0
+    read, written = weights + footprint.read + others, footprint.written + others
     reading = read / read_rate if read_rate else 0.0
-    writing = footprint.written / write_rate if write_rate else 0.0
+    writing = written / write_rate if write_rate else 0.0
+    moving, seconds = None, computing
     if read_rate and write_rate:
-        moving = max(reading, writing) if footprint.overlaps else reading + writing
-        parts = (moving, computing or 0.0)
-        seconds = max(parts) if footprint.overlaps else sum(parts)
+        does = Update(
+            read_s=(footprint.read + others) / read_rate,
+            written_s=writing,
+            computing_s=update,
+            backwards=footprint.backwards,
+            overlaps=footprint.overlaps,
+        )
+        moving = route.step_seconds(read_rate, does, computing=False)
+        seconds = route.step_seconds(read_rate, does)
     bottleneck: Literal["compute", "read", "write"] = "read" if reading >= writing else "write"
     if computing is not None and computing >= (moving or 0.0):
         bottleneck = "compute"
@@ -293,12 +326,19 @@ def forecast(
         kept_bytes=footprint.kept,
         working_bytes=working,
         read_bytes=read,
-        written_bytes=footprint.written,
+        written_bytes=written,
+        swapped_bytes=swapped,
+        activations=activations,
         moving_s=moving,
         computing_s=computing,
         seconds_per_step=seconds,
         bottleneck=bottleneck,
     )
+
+
+def _in_words(handle: WeightsHandle) -> str:
+    chosen = handle.activations.choices and handle.activations.explain()
+    return chosen[0] if chosen else in_words(handle.config.activations)
 
 
 def _staying(units: Iterable[Unit], footprint: Footprint) -> dict[int, int]:
