@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.cli.conftest import Done
 
@@ -42,6 +45,37 @@ def test_plan_for_training_tells_a_step(cli: Callable[..., Done], pristine: Path
     assert step["read_bytes"] > step["written_bytes"] >= 2 * done.data["plan"]["streamed_bytes"]
     assert step["seconds_per_step"] is None or step["seconds_per_step"] > 0
     assert cli("plan", pristine, "--device-memory", "2MiB", "--json").data["plan"]["training"] is None
+
+
+def test_plan_for_training_tells_what_inputs_and_activations_cost(cli: Callable[..., Done], pristine: Path) -> None:
+    def step(*more: object) -> dict[str, Any]:
+        done = cli("plan", pristine, "--device-memory", "2MiB", "--goal", "train", *more, "--json")
+        assert done.status == 0, done.err
+        return done.data["plan"]["training"]
+
+    small, large = step("--batch", 1, "--tokens", 64), step("--batch", 4, "--tokens", 512)
+    assert large["peak_process"] > small["peak_process"]
+    assert large["working_bytes"] > 3 * small["working_bytes"]
+    keep, again, disk = (step("--batch", 4, "--activations", mode) for mode in ("keep", "recompute", "disk"))
+    assert keep["working_bytes"] > disk["working_bytes"] > again["working_bytes"]
+    assert (keep["swapped_bytes"], again["swapped_bytes"]) == (0, 0) and disk["swapped_bytes"] > 0
+    for name in ("read_bytes", "written_bytes"):
+        assert disk[name] == again[name] + disk["swapped_bytes"]
+    assert [word in each["activations"] for word, each in (("kept", keep), ("recomputed", again), ("disk", disk))] == [True] * 3
+    assert disk["computing_s"] is None and disk["seconds_per_step"] == disk["moving_s"] > again["moving_s"] / 2
+
+
+def test_plan_in_words_says_that_computing_is_not_known_and_what_to_reserve(cli: Callable[..., Done], pristine: Path) -> None:
+    done = cli("plan", pristine, "--device-memory", "2MiB", "--goal", "train", "--batch", 64)
+    assert done.status == 0, done.err
+    for words in ("process at its highest", "read per step", "written per step", "computing is not known yet", "activations", "reserve="):
+        assert words in done.out
+    assert "reserve=" not in cli("plan", pristine, "--device-memory", "2MiB", "--goal", "train").out
+
+
+@pytest.mark.parametrize("given", [("--batch", 0), ("--tokens", "many"), ("--activations", "lost")], ids=str)
+def test_plan_refuses_inputs_that_are_none(cli: Callable[..., Done], pristine: Path, given: tuple[object, ...]) -> None:
+    assert cli("plan", pristine, *given).status == 2
 
 
 def test_plan_with_tiles_needs_less(cli: Callable[..., Done], pristine: Path) -> None:

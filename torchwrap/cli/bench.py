@@ -22,7 +22,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypedDict
 
-from torchwrap.cli.output import Outcome, existing_folder, size, table
+from torchwrap.cli.output import Outcome, existing_folder, positive, size, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,9 +56,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--device-memory", type=size, metavar="SIZE", help="budget of offload (default: what the machine or the limit leaves)"
     )
     parser.add_argument("--host-memory", type=size, metavar="SIZE", help="host budget of offload beside a separate device")
-    parser.add_argument("--rounds", type=_positive, default=3, help="interleaved rounds (default: 3)")
-    parser.add_argument("--prompt", type=_positive, default=128, help="tokens of the prompt (default: 128)")
-    parser.add_argument("--tokens", type=_positive, default=6, help="tokens to decode (default: 6)")
+    parser.add_argument("--rounds", type=positive, default=3, help="interleaved rounds (default: 3)")
+    parser.add_argument("--prompt", type=positive, default=128, help="tokens of the prompt (default: 128)")
+    parser.add_argument("--tokens", type=positive, default=6, help="tokens to decode (default: 6)")
     parser.add_argument("--path", type=existing_folder, help="folder for files that a contender writes (default: the temporary folder)")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="limit of one run (default: 600)")
 
@@ -206,9 +206,3 @@ def _names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
         return names
 
     return parse
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)

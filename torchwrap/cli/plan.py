@@ -4,14 +4,14 @@ Reads only config.json and the headers of the safetensors files. The answer come
 speed measured on the spot. Exit status 1 when the budget is too small; the message names the smallest one that works.
 
 example: torchwrap plan ./my-model --device-memory 1GiB
-example: torchwrap plan ./my-model --device-memory 300MiB --goal train
+example: torchwrap plan ./my-model --device-memory 300MiB --goal train --batch 4 --tokens 512 --activations disk
 """
 
 from __future__ import annotations
 
 import argparse
 
-from torchwrap.cli.output import Outcome, existing_folder, size
+from torchwrap.cli.output import Outcome, existing_folder, positive, size
 
 __all__ = ["SUMMARY", "configure", "run"]
 
@@ -29,6 +29,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="compute device, for example cpu or cuda:0 (default: as offload chooses)")
     parser.add_argument("--tile-above", type=size, metavar="SIZE", help="compute larger linear layers in tiles of that size")
     parser.add_argument("--goal", choices=["infer", "train"], default="infer", help="what the model is for; train: by AdamW from the disk")
+    parser.add_argument("--batch", type=positive, default=1, help="sequences per call or step (default: 1)")
+    parser.add_argument("--tokens", type=positive, default=256, help="tokens of each sequence (default: 256)")
+    parser.add_argument("--activations", choices=["auto", "keep", "recompute", "host", "disk"], help="what blocks save for the backward")
+    parser.add_argument("--reserve", type=size, metavar="SIZE", help="memory left to activations and caches (default: for 256 tokens)")
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
@@ -37,12 +41,13 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from torchwrap.offload.config import Offload
     from torchwrap.offload.plan import plan_folder
 
-    named = ("device", "device_memory", "host_memory", "tile_above")
+    named = ("device", "device_memory", "host_memory", "tile_above", "activations", "reserve")
     given = {name: getattr(arguments, name) for name in named if getattr(arguments, name) is not None}
     config = Offload(goal=arguments.goal, **{**arguments.budget, **given})
     subject = {"model": str(arguments.model), "goal": arguments.goal, "technique": "offload"}
+    subject |= {"batch": arguments.batch, "tokens": arguments.tokens}
     try:
-        plan = plan_folder(arguments.model, config)
+        plan = plan_folder(arguments.model, config, batch=arguments.batch, tokens=arguments.tokens)
     except BudgetError as error:
         finding = {"fits": False, "needed": error.needed, "available": error.available, "largest": error.largest, "message": str(error)}
         return Outcome(data={**subject, **finding}, text=f"offload: does not fit. {error}", ok=False)
