@@ -439,3 +439,33 @@ def test_auto_measures_one_step_and_then_chooses(monkeypatch: pytest.MonkeyPatch
     assert sum(use.nbytes for use in uses) == pytest.approx(moved.stats()["activation_bytes_saved"], rel=0.1)
     assert all(0 < use.input_bytes < use.nbytes and 0 < use.seconds < 10 for use in uses)
     assert "kept" in handle.explain()
+
+
+def test_auto_leaves_the_disk_to_an_optimizer_that_updates_during_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, asked = modes.idle_bytes, []
+
+    def idle_bytes(*args: Any, update_read: int, update_written: int, **rates: Any) -> int:
+        asked.append((update_read, update_written))
+        return plain(*args, update_read=update_read, update_written=update_written, **rates)
+
+    monkeypatch.setattr(modes, "idle_bytes", idle_bytes)
+    _, model, _ = _pair(mode="auto", activation_memory="150KiB")
+
+    def steps(optimizer: Any, count: int) -> None:
+        for step in range(count):
+            _loss(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    overlapping = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3)
+    steps(overlapping, 4)
+    needs = overlapping.footprint()
+    assert asked == [(needs.read, needs.written)] and min(asked[0]) > 0
+    overlapping.close()
+    _loss(model).backward()  # nobody updates any more: chosen again, once
+    model.zero_grad()
+    assert asked[1:] == [(0, 0)]
+    behind = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3, overlap=False)
+    steps(behind, 2)
+    assert asked[2:] == [(0, 0)]
+    behind.close()

@@ -95,3 +95,10 @@ def test_what_a_link_can_move_besides_weights() -> None:
     assert idle_bytes(2.0, 1500, read=1000, write=500) == 250
     assert idle_bytes(2.0, 2500, read=1000, write=500) == 0
     assert idle_bytes(2.0, 0, read=100, write=500) == 400
+
+
+def test_what_a_link_can_move_besides_weights_and_their_updates() -> None:
+    assert idle_bytes(2.0, 0, read=1000, write=500, update_read=1000, update_written=500) == 1000  # two of four seconds are left to read
+    assert idle_bytes(2.0, 0, read=1000, write=500, update_read=2000, update_written=750) == 500
+    assert idle_bytes(2.0, 500, read=1000, write=500, update_read=2000, update_written=500) == 500
+    assert idle_bytes(2.0, 0, read=1000, write=500, update_read=2000, update_written=1000) == 0

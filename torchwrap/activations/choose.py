@@ -103,17 +103,21 @@ def peak_bytes(uses: Sequence[Cost], choices: Mapping[int, Choice], gradients: M
     return peak
 
 
-def idle_bytes(compute_s: float, streamed_bytes: int, *, read: float, write: float) -> int:
-    """Bytes that a disk can write during a forward and read during its backward in the time that weights leave it.
+def idle_bytes(
+    compute_s: float, streamed_bytes: int, *, read: float, write: float, update_read: int = 0, update_written: int = 0
+) -> int:
+    """Bytes that a disk can write during a forward and read during its backward in the time that weights and their updates leave it.
 
     Args:
         compute_s: of the forward; the backward is taken for twice that.
         streamed_bytes: weights read in each direction.
         read: bytes per second.
         write: bytes per second.
+        update_read, update_written: bytes that an optimizer moves during the backward; both are the work of one disk, so their times add.
     """
     busy = streamed_bytes / read
-    return int(min(max(0.0, compute_s - busy) * write, max(0.0, 2 * compute_s - busy) * read))
+    updating = update_read / read + update_written / write
+    return int(min(max(0.0, compute_s - busy) * write, max(0.0, 2 * compute_s - busy - updating) * read))
 
 
 def _saved_per_byte(unit: int, uses: Sequence[Cost]) -> float:

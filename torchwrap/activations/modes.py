@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ from torchwrap.stream.settings import Streaming
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Unit
 
-__all__ = ["Activations", "check_tier"]
+__all__ = ["Activations", "StepToCome", "check_tier"]
 
 _PROBE = 8 << 20  # bytes; chosen: a few hundredths of a second
 _SHARE = 0.7  # chosen: gradients, what is outside of blocks, and temporaries need memory too
@@ -51,6 +52,23 @@ def check_tier(config: Streaming, device: torch.device) -> None:
         )
 
 
+class StepToCome(Protocol):
+    """What a training step takes and moves besides activations; nothing where no optimizer streams its state."""
+
+    @property
+    def driver(self) -> object:
+        """Stands for the optimizer; another object for another one, None for none."""
+        ...
+
+    def needed(self, batch: int, tokens: int) -> int:
+        """Bytes that are not taken yet when a step begins and will be, if blocks are recomputed; by sequences and tokens of each."""
+        ...
+
+    def moved(self) -> tuple[int, int]:
+        """Bytes that the optimizer reads and writes while a backward runs."""
+        ...
+
+
 class Activations:
     """The activations of one model's blocks.
 
@@ -61,8 +79,7 @@ class Activations:
         timeline: where writes, reads and stalls are recorded, if anywhere.
         plan: of the weights; "auto" gives activations what it leaves of the budget and of the disk's time.
         reserve: bytes of activations that `reserve` is estimated to be.
-        step: bytes that are not taken yet when a step with an `OffloadedOptimizer` begins and will be, if blocks are recomputed; by
-            sequences and tokens of each. 0 without such an optimizer.
+        step: what a step takes and moves besides.
 
     Attributes:
         choices: with "auto", the mode of each block by unit index; empty until the first step was measured.
@@ -77,13 +94,14 @@ class Activations:
         timeline: Timeline | None,
         plan: ResidencyPlan,
         reserve: Callable[[], int],
-        step: Callable[[int, int], int],
+        step: StepToCome,
     ) -> None:
         self.config: Streaming = config
         self.units: list[Unit] = units
         self.device: torch.device = device
         self.plan: ResidencyPlan = plan
         self._reserve, self._step = reserve, step
+        self._driver: object = None  # of the step that was chosen for
         self.choices: dict[int, Choice] = {}
         self.buffers: Buffers = Buffers()
         self.allowed: int = 0
@@ -122,7 +140,7 @@ class Activations:
                 self._costs, self._outdated = None, True
             else:
                 self._costs = []
-        if self._outdated:
+        if self._outdated or (self._uses and self._driver is not self._step.driver):
             self._choose()
 
     def replan(self, plan: ResidencyPlan) -> None:
@@ -188,7 +206,13 @@ class Activations:
     def _choose(self) -> None:
         self._rates = self._rates or self.swap.bandwidth(_PROBE)
         write, read = self._rates
-        swappable = idle_bytes(sum(use.seconds for use in self._uses), self.plan.streamed_bytes, read=read, write=write)
+        self._driver = self._step.driver
+        compute_s = sum(use.seconds for use in self._uses)
+        # Beside a separate device activations go to host memory, and an optimizer's state by another way.
+        update_read, update_written = self._step.moved() if self.device.type == "cpu" else (0, 0)
+        swappable = idle_bytes(
+            compute_s, self.plan.streamed_bytes, read=read, write=write, update_read=update_read, update_written=update_written
+        )
         self.allowed = self._allowed()
         self.choices = choose(self._uses, allowed=self.allowed, swappable=swappable)
         self._outdated = False
@@ -200,7 +224,7 @@ class Activations:
             free = memory_available() if self.device.type == "cpu" else torch.cuda.mem_get_info(self.device)[0]
             if free is not None:
                 least = peak_bytes(self._uses, {use.unit: "recompute" for use in self._uses})
-                return min(int(free * _SHARE), free - self._step(*self._inputs) + least)
+                return min(int(free * _SHARE), free - self._step.needed(*self._inputs) + least)
         if config.activation_memory is not None:
             return int(config.activation_memory)
         reserve = int(config.reserve) if config.reserve is not None else self._reserve()

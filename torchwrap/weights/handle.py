@@ -38,7 +38,7 @@ from torchwrap.weights.budget import RESERVE_TOKENS
 from torchwrap.weights.replicas import watch_replicas
 from torchwrap.weights.stepping import watch_steps
 from torchwrap.weights.timing import TimedPasses, check_inputs
-from torchwrap.weights.training import TrainingPrediction, predict_step, step_to_come
+from torchwrap.weights.training import StepToCome, TrainingPrediction, predict_step
 
 if TYPE_CHECKING:
     from torchwrap.optimizer.optimizer import OffloadedOptimizer
@@ -260,8 +260,8 @@ class WeightsHandle(TimedPasses):
         self.activations = self._activations()
 
     def _activations(self) -> Activations:
-        reserve, step = partial(self.activation, 1, RESERVE_TOKENS), partial(step_to_come, weakref.ref(self))
-        return Activations(self.config, self.units, self.device, self.timeline, self.plan, reserve, step)
+        reserve = partial(self.activation, 1, RESERVE_TOKENS)
+        return Activations(self.config, self.units, self.device, self.timeline, self.plan, reserve, StepToCome(self))
 
     @property
     def crc(self) -> Crc:

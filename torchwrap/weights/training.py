@@ -11,6 +11,7 @@ measured rates in place of data-sheet ones, and a simulation in place of its sum
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
@@ -28,6 +29,7 @@ __all__ = [
     "CHUNK",
     "IN_FLIGHT",
     "Footprint",
+    "StepToCome",
     "Training",
     "TrainingPrediction",
     "expected_footprint",
@@ -37,7 +39,6 @@ __all__ = [
     "predict_step",
     "room_for",
     "step_bytes",
-    "step_to_come",
     "training_of",
     "waiting_bytes",
 ]
@@ -261,15 +262,34 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
     )
 
 
-def step_to_come(reference: Callable[[], WeightsHandle | None], batch: int, tokens: int) -> int:
-    """Bytes that are not there when a step begins and will be, if its blocks are recomputed; 0 without an `OffloadedOptimizer`."""
-    handle = reference()
-    optimizer = handle.optimizer() if handle is not None else None
-    if handle is None or optimizer is None:
-        return 0
-    footprint = optimizer.footprint()
-    coming = max(0, footprint.kept - FreedBlocks.counts()["bytes"]) + (footprint.gradients if handle.device.type == "cpu" else 0)
-    return coming + step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
+class StepToCome:
+    """What steps of an `OffloadedOptimizer` take and move beside activations, see `activations.modes.StepToCome`; nothing without one."""
+
+    def __init__(self, handle: WeightsHandle) -> None:
+        self._handle = weakref.ref(handle)
+
+    @property
+    def driver(self) -> object:
+        """The reference to the optimizer that drives the model."""
+        handle = self._handle()
+        return handle.optimizer if handle is not None and handle.driven else None
+
+    def needed(self, batch: int, tokens: int) -> int:
+        """Bytes that are not there when a step begins and will be, if its blocks are recomputed."""
+        handle = self._handle()
+        optimizer = handle.optimizer() if handle is not None else None
+        if handle is None or optimizer is None:
+            return 0
+        footprint = optimizer.footprint()
+        coming = max(0, footprint.kept - FreedBlocks.counts()["bytes"]) + (footprint.gradients if handle.device.type == "cpu" else 0)
+        return coming + step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
+
+    def moved(self) -> tuple[int, int]:
+        """Bytes read and written during a backward; updates that do not overlap come after it."""
+        handle = self._handle()
+        optimizer = handle.optimizer() if handle is not None and handle.driven else None
+        footprint = optimizer.footprint() if optimizer is not None else None
+        return (footprint.read, footprint.written) if footprint is not None and footprint.overlaps else (0, 0)
 
 
 def forecast(
