@@ -2,6 +2,7 @@
 
 Each weight's number is a hash of (seed, batch row and head, query row, key column): two rounds of a 32-bit integer mixer (multiply and
 shift; constants from the search of C. Wellons, "Prospecting for hash functions", 2018). It is dropped where number / 2^32 < p.
+This is the definition: the native kernels (native/src/dropout.h) and those of Triton work out the same numbers where they need them.
 """
 
 from __future__ import annotations
