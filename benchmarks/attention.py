@@ -65,6 +65,8 @@ class Row:
     causal: bool = False
     train: bool = False
     dropout: float = 0.0
+    added: tuple[int, ...] | None = None
+    """Sizes of a bias that is added to the scores; torch gets it as a float mask, with -inf where keys are hidden."""
     options: dict[str, Any] = field(default_factory=dict)
     rivals: tuple[str, ...] = ("sdpa", "transformers")
 
@@ -120,6 +122,28 @@ def rows() -> Iterator[Row]:
                 mask=(lambda lengths=lengths: TileMask.padded(lengths, lengths[0], lengths[0])) if kind == "padded" else None,  # type: ignore[misc]
                 train=train, rivals=("sdpa",),
             )  # fmt: skip
+    for dtype in DTYPES:
+        for windows, heads, places, pictures in ((256, 3, 49, 4), (64, 12, 49, 16), (64, 24, 64, 16)):
+            sizes: dict[str, Any] = {
+                "batch": windows, "heads": (heads, heads), "width": 32, "q_length": places, "kv_length": places, "dtype": dtype,
+                "added": (1, heads, places, places), "rivals": ("sdpa",),
+                "mask": lambda windows=windows, places=places, pictures=pictures: _shifted(windows, places, pictures),
+            }  # fmt: skip
+            for train in (False, True):
+                group = "training, windows of pictures" if train else "windows of pictures"
+                yield Row(group=group, name=f"{windows}x{heads}x{places} {dtype}", train=train, **sizes)
+        for batch, heads, length in ((1, 8, 128), (4, 8, 512), (1, 12, 1024)):
+            sizes = {
+                "batch": batch, "heads": (heads, heads), "width": 64, "q_length": length, "kv_length": length, "dtype": dtype,
+                "rivals": ("sdpa",),
+            }  # fmt: skip
+            for train in (False, True):
+                group = "training, bias or hidden keys" if train else "bias or hidden keys"
+                name = f"{batch}x{heads}x{length} {dtype}"
+                yield Row(group=group, name=f"bias {name}", train=train, added=(1, heads, length, length), **sizes)
+                yield Row(group=group, name=f"padding as numbers {name}", train=train, added=(batch, 1, 1, length), **sizes)
+                yield Row(group=group, name=f"noise {name}", train=train, mask=lambda length=length: _noise(length, 1), **sizes)  # type: ignore[misc]
+                yield Row(group=group, name=f"blocks {name}", train=train, mask=lambda length=length: _noise(length, 64), **sizes)  # type: ignore[misc]
     causal: dict[str, Any] = {"q_length": 4096, "kv_length": 4096, "mask": lambda: TileMask.causal(1, 4096, 4096), "rivals": ("eager",)}
     yield Row(group="softcap and sinks at 4096", name="softcap", options={"softcap": 50.0}, **causal, **small)
     yield Row(group="softcap and sinks at 4096", name="sinks", options={"sinks": torch.linspace(-1, 1, 9)}, **causal, **small)
@@ -236,15 +260,19 @@ def _contenders(row: Row) -> tuple[dict[str, Callable[[], tuple[Tensor, ...]]], 
     tile = row.mask() if row.mask is not None else TileMask.causal(1, row.q_length, row.kv_length) if row.causal else None
     live = torch.ones(1, row.q_length, dtype=torch.bool) if tile is None else tile.live_rows()
     seen = None if row.mask is None or tile is None else tile.rectangles((0, row.q_length), (0, row.kv_length))
+    options = dict(row.options)
+    if row.added is not None:
+        options["bias"] = bias = torch.randn(row.added).to(dtype)
+        seen = (bias if seen is None else torch.where(seen, bias, -math.inf)).expand(-1, -1, row.q_length, -1)
     module = SimpleNamespace(num_key_value_groups=heads // kv_heads, is_causal=True)
     forms: dict[str, Callable[[], Tensor]] = {
-        "ours": lambda: attend(q, k, v, mask=tile, dropout=row.dropout, **row.options).transpose(1, 2).contiguous(),
+        "ours": lambda: attend(q, k, v, mask=tile, dropout=row.dropout, **options).transpose(1, 2).contiguous(),
         "sdpa": lambda: _sdpa(q, k, v, seen, row.causal, row.dropout).transpose(1, 2).contiguous(),
         "transformers": lambda: _transformers()(module, q, k, v, seen)[0],
         "packed": lambda: _transformers()(module, q, k, v, seen if seen is not None else _everything(row))[0],
         "eager": lambda: _eager(q, k, v, seen, **row.options).transpose(1, 2).contiguous(),
     }  # fmt: skip
-    call = checked(q, k, v, mask=tile, dropout=row.dropout, **row.options)
+    call = checked(q, k, v, mask=tile, dropout=row.dropout, **options)
 
     def of(form: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def run() -> tuple[Tensor, ...]:
@@ -257,6 +285,22 @@ def _contenders(row: Row) -> tuple[dict[str, Callable[[], tuple[Tensor, ...]]], 
         return run
 
     return {name: of(forms[name]) for name in ("ours", *row.rivals)}, live[:, :, None, None], choose(call).reason
+
+
+def _shifted(windows: int, places: int, pictures: int) -> TileMask:
+    """Windows of pictures after a shift by half a window: what comes from opposite edges does not see each other (Swin)."""
+    side, across = math.isqrt(places), math.isqrt(windows // pictures)
+    place = torch.arange(side * across)
+    band = (place >= side * across - side).int() + (place >= side * across - side // 2).int()
+    regions = (band[:, None] * 3 + band).view(across, side, across, side).transpose(1, 2).reshape(across * across, places)
+    regions = regions.repeat(pictures, 1)
+    return TileMask(windows, places, places, q_segments=regions, k_segments=regions)
+
+
+def _noise(length: int, block: int) -> TileMask:
+    """Half of the squares of `block` places hidden, none of the diagonal."""
+    seen = (torch.rand(length // block, length // block) < 0.5) | torch.eye(length // block, dtype=torch.bool)
+    return TileMask.from_dense(seen.repeat_interleave(block, 0).repeat_interleave(block, 1)[None, None])
 
 
 def _everything(row: Row) -> Tensor:

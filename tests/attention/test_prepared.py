@@ -436,6 +436,23 @@ def test_masks_that_are_tensors_are_one_call_whatever_they_hide(shape: tuple[int
     assert bool(grad.isfinite().all())
 
 
+def test_one_query_with_a_bias_is_one_call_of_the_same_bits_in_training() -> None:
+    q, k, v = inputs(lengths=(1, 40), heads=(4, 4))
+    bias = torch.randn(1, 4, 1, 40).masked_fill(torch.rand(1, 4, 1, 40) < 0.3, -math.inf)
+    found = attend(q, k, v, bias=bias)
+    torch.testing.assert_close(found, eager(q, k, v, bias=bias))
+    assert torch.equal(found, attend(q, k, v, mask=bias)) and torch.equal(found, attend(q, k, v, bias=bias, return_lse=True)[0])
+    learned = q.clone().requires_grad_()
+    again = attend(learned, k, v, bias=bias)
+    assert torch.equal(again, found)
+    wanted = torch.autograd.grad(eager(learned, k, v, bias=bias).square().sum(), learned)
+    torch.testing.assert_close(torch.autograd.grad(again.square().sum(), learned), wanted)
+    with pytest.raises(errors.ConfigError, match="the bias is"):
+        attend(q, k, v, bias=bias[..., :39])
+    with pytest.raises(errors.ConfigError, match="the bias is"):
+        attend(q, k, v, bias=bias > 0)
+
+
 def test_masks_of_one_shape_may_have_other_strides_and_dtypes() -> None:
     q, k, v = inputs(lengths=(20, 20))
     seen = torch.rand(2, 4, 20, 20) > 0.5

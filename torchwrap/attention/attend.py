@@ -141,10 +141,12 @@ def attend(
             )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
-    if sinks is bias is need_rows is None and not recorded():
-        known = prepared(q, k, v, mask, scale, softcap, dropout, backend)
+    only_bias = mask is None and type(bias) is Tensor and bias.is_floating_point()
+    if sinks is need_rows is None and (bias is None or only_bias) and not recorded():
+        changes = bias if only_bias else mask
+        known = prepared(q, k, v, changes, scale, softcap, dropout, backend, "bias" if only_bias else "mask")
         if known is not None:
-            found, of_rows = node.prepared(known, q, k, v, mask, return_lse)
+            found, of_rows = node.prepared(known, q, k, v, changes, return_lse)
             return found if of_rows is None or not return_lse else (found, of_rows)
     if isinstance(mask, Tensor) and (is_mapped(mask) or (type(mask) is Tensor and (mask.is_meta or is_traced()))):
         mask = node.added(mask, q)

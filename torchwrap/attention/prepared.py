@@ -9,7 +9,7 @@ call that no back end has prepared.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ _threads, _learns = torch.get_num_threads, torch.is_grad_enabled
 
 def prepared(
     q: Tensor, k: Tensor, v: Tensor, mask: TileMask | Tensor | None, scale: float | None, softcap: float | None, dropout: float,
-    backend: str | Settings,
+    backend: str | Settings, name: Literal["mask", "bias"] = "mask",
 ) -> Prepared | None:  # fmt: skip
     """What computes this call, known from another one of its layout or made now; None: take the whole way.
 
@@ -48,6 +48,7 @@ def prepared(
         softcap: bound of the scores.
         dropout: of weights.
         backend: name or settings.
+        name: what the mask was called; a bias is a floating one that is a tensor.
 
     Raises:
         ConfigError, UnsupportedModelError: as `attend`.
@@ -73,7 +74,8 @@ def prepared(
     except (RuntimeError, TypeError):  # sparse and nested tensors have no strides; what is no name of a back end may have no hash
         return None
     if found is _NEW:
-        call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, wants_lse=trains)
+        given: dict[str, Any] = {name: mask}
+        call = checked(q, k, v, **given, scale=scale, softcap=softcap, wants_lse=trains)
         call = replace(call, dropout=dropout) if dropout else call  # without a seed: each call draws its own
         found = prepare(call, backend, trains, mask if type(mask) is Tensor else None)
         if len(held) >= MOST:

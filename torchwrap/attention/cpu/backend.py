@@ -51,13 +51,13 @@ class Composed:
         """A kernel, ready for calls of this layout, or for any mask laid out as `mask`; None: there is more to do than to call one."""
         if call.is_empty or call.sinks is not None or not all(tensor.stride(3) == 1 for tensor in (call.q, call.k, call.v)):
             return None
-        way = _way(call)
-        if way not in (("native", "many") if mask is None else ("many",)):
+        way, one = _way(call), mask is not None and prefill.is_one_changed(call) and prefill.refuses(call) is None
+        if not one and way not in (("native", "many") if mask is None else ("many",)):
             return None
         from torchwrap.attention.cpu import prepared  # here: loads the library
 
         if mask is not None:
-            return None if trains or call.dropout else prepared.Masked(call, mask)
+            return None if trains or call.dropout else prepared.MaskedOne(call) if one else prepared.Masked(call, mask)
         if way == "many":
             return prepared.Many(call, trains)
         if not trains:
@@ -87,7 +87,8 @@ class Composed:
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of everything."""
-        if prefill.refuses(call) is None:
+        by_torch = prefill.is_one_changed(call) and grad_lse is None and not (call.bias is not None and call.bias.requires_grad)
+        if prefill.refuses(call) is None and not by_torch:
             if _way(call) != "many":  # `decode` sums scores in another order: gradients would lose in accuracy what the two differ by
                 out, lse = prefill.forward(call)
             return prefill.backward(call, out, lse, grad_out, grad_lse)
@@ -103,7 +104,7 @@ def _way(call: Call) -> decode.Form | Literal["many"] | None:
     # as fast in float32 and bfloat16, equal in float16 (AVX-512, 2 threads, 64 queries and keys).
     if call.mode != "prefill" and (few := decode.form(call)) is not None:
         return few
-    if prefill.refuses(call) is None:
+    if prefill.refuses(call) is None and not prefill.is_one_changed(call):
         return "many"
     return decode.form(call) if call.mode == "prefill" else None
 

@@ -10,6 +10,7 @@ import math
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchwrap.attention.contract import Call, Prepared
@@ -18,7 +19,7 @@ from torchwrap.attention.torch_kernels.masks import added, is_causal
 from torchwrap.native.decode import Prepared as Decode
 from torchwrap.native.prefill import Backward, Forward, Hidden, in_memory, readable, unread
 
-__all__ = ["Drawn", "Few", "Many", "Masked", "One", "Recomputed"]
+__all__ = ["Drawn", "Few", "Many", "Masked", "MaskedOne", "One", "Recomputed"]
 
 
 class Few:
@@ -90,6 +91,35 @@ class Masked:
         if mask.dtype == torch.bool:
             return self._forward(q, k, v, shown=in_memory(mask), wants_lse=wants_lse)
         return self._forward(q, k, v, bias=readable(mask), wants_lse=wants_lse)
+
+    def backward(self, *_: Any) -> NoReturn:
+        """Not for calls that train."""
+        raise NotImplementedError
+
+
+class MaskedOne:
+    """One query and a mask that is a tensor, without gradients: one call of torch's kernel.
+
+    Args:
+        call: one that `prefill.is_one_changed` names.
+    """
+
+    name, trains = "cpu", False
+    __slots__ = ("_scale", "_shape", "kind")
+
+    def __init__(self, call: Call) -> None:
+        self._scale, self.kind = call.scale, ""
+        self._shape = call.batch, call.heads, 1, call.kv_length
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """Out and lse."""
+        assert mask is not None
+        mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
+        if not wants_lse and mask.dim() > 1:
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=self._scale), None
+        numbers = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else mask
+        live = (numbers.amax(-1) != -math.inf).expand(self._shape[:3])
+        return kernel.forward(q, k, v, self._scale, added=numbers.expand(self._shape), live=live)
 
     def backward(self, *_: Any) -> NoReturn:
         """Not for calls that train."""
