@@ -218,6 +218,17 @@ def places(model: nn.Module) -> list[Any]:
     return records_of(model)["offload"].places
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_tiles_are_no_advice_for_a_weight_that_is_to_be_trained(frozen: bool) -> None:
+    model = make()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.nbytes == HEAD:
+            module.requires_grad_(not frozen)
+    with pytest.raises(tw.BudgetError, match="tile_above=") as caught:
+        tw.offload(model, device_memory=HEAD // 2, goal="train", reserve=0)
+    assert ("Tiles do not help" in caught.value.fix) is not frozen and ("requires_grad_(False)" in caught.value.fix) is not frozen
+
+
 def test_off_by_default_and_named_where_it_would_help() -> None:
     plain, x = make(), ask(2)
     with pytest.raises(tw.BudgetError, match="tile_above=") as caught:

@@ -184,15 +184,21 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         for size in _TILES if config.tile_above is None else ():
             with suppress(errors.TorchwrapError):
                 tried = self.prepare(model, dataclasses.replace(config, tile_above=size), integration)
-                name = next((name for name, _, layer in tried.layers if isinstance(layer, TiledLayer)), None)
-                if name is not None:
+                name, module = next(((name, module) for name, module, layer in tried.layers if isinstance(layer, TiledLayer)), ("", model))
+                if name:
+                    advice = f"Or compute {name} in tiles, equal up to rounding: tile_above={size}."
+                    if config.goal == "train" and any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                        advice = (
+                            f"Tiles do not help: to train {name} takes its whole gradient, which is as large as its weight. "
+                            f"Or freeze it, {name}.requires_grad_(False), and compute it in tiles, equal up to rounding: tile_above={size}."
+                        )
                     return errors.BudgetError(
                         error.what,
                         needed=error.needed,
                         available=error.available,
                         largest=error.largest,
                         where=error.where,
-                        fix=f"{error.fix} Or compute {name} in tiles, equal up to rounding: tile_above={size}.",
+                        fix=f"{error.fix} {advice}",
                     )
         return error
 
