@@ -88,3 +88,50 @@ def test_without_a_limit_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(workshop, "is_limited", lambda: False)
     monkeypatch.setattr(workshop, "memory_available", lambda: 0)
     tw.OffloadedOptimizer(streamed(), torch.optim.AdamW, lr=1e-3).close()
+
+
+def total(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def stepped(model: nn.Module, optimizer: tw.OffloadedOptimizer) -> None:
+    model(X).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"overlap": False, "gradients": "host"}, {"accumulate": 4, "gradients": "host"}], ids=["behind", "accumulated"]
+)
+def test_gradients_that_are_to_wait_where_there_is_no_room_are_refused_later_too(limited: Any, asked: dict[str, Any]) -> None:
+    model = streamed()
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3, chunk=BLOCK // 4)
+    stepped(model, optimizer)
+    before = optimizer.footprint()
+    limited(BLOCK)
+    with pytest.raises(errors.BudgetError) as caught:
+        optimizer.configure(**asked)
+    assert caught.value.available == BLOCK < caught.value.needed and optimizer.footprint() == before
+    optimizer.configure(accumulate=1)  # no more than before
+    limited(caught.value.needed)
+    optimizer.configure(**asked)
+    assert optimizer.footprint().gradients >= total(model)
+    optimizer.configure(overlap=True, accumulate=1)
+    stepped(model, optimizer)
+    assert optimizer.steps == 2
+    optimizer.close()
+
+
+def test_parameters_whose_gradients_do_not_fit_are_not_added(limited: Any) -> None:
+    model = streamed()
+    first, *others = model.parameters()
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3, params=[first], overlap=False, gradients="host")
+    limited(BLOCK)
+    with pytest.raises(errors.BudgetError) as caught:
+        optimizer.add_param_group({"params": others})
+    assert len(optimizer.param_groups) == 1
+    limited(caught.value.needed)
+    optimizer.add_param_group({"params": others})
+    assert len(optimizer.param_groups) == 2
+    stepped(model, optimizer)
+    optimizer.close()

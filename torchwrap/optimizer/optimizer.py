@@ -141,7 +141,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         new = param_group["params"] = _listed(param_group["params"])
         self._parameters.check_reachable(new)
         if hasattr(self, "_works"):
-            self._parameters.check_free(new)
+            self._works.check_new(new)
         super().add_param_group(param_group)
         number = len(self.param_groups) - 1
         for parameter in self.param_groups[number]["params"]:
@@ -260,7 +260,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             norms: let gradients that are used during backward tell their norm (not more: they cannot be scaled). Costs a pass over each.
 
         Raises:
-            ConflictError: in the middle of a step.
+            ConflictError: in the middle of a step. BudgetError: no room for gradients that wait; nothing is changed.
         """
         self._refuse_half_done("configure")
         asked = asked_for(
@@ -271,8 +271,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         )
         asked = replace(asked, norms=norms)
         check_arguments(None, None, asked.backwards, asked.where, "save", self._works.site.chunk)
+        self._works.retime(asked)
         self._asked = asked
-        self._works.gradients.timing = self._works.timing(asked)
 
     @property
     def grad_norm(self) -> torch.Tensor | None:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from torchwrap.optimizer.arguments import Asked, timing_of
 from torchwrap.optimizer.chunks import Chunks
 from torchwrap.optimizer.elementwise import Rule
@@ -123,25 +125,57 @@ class Workshop:
             kept_bytes(self._handle.units if self._handle is not None else (), min(self.site.chunk, max(sizes))) if on_cpu and sizes else 0
         )
 
-    def check_room(self) -> None:
+    def check_room(self, more: int = 0, *, again: bool = False) -> None:
         """Raise `BudgetError` if a step of the offloaded model takes more memory than the limit of a control group leaves.
 
         Counted is what is certain: what the optimizer adds, and slots that are not there yet; not activations, whose size nobody knows.
+
+        Args:
+            more: bytes that come on top.
+            again: the optimizer works already, so that state and freed tensors that it has are in memory.
         """
         handle = self._handle
         if handle is None or handle.device.type != "cpu" or not is_limited():
             return
         adds, targets = self.footprint(), [t for t in self.parameters.targets if t.parameter.requires_grad]
         state = sum(t.numel * sum(dtype.itemsize for dtype in t.layout.values()) for t in targets if not t.streamed)
-        there = sum(t.parameter.grad.nbytes for t in targets if t.parameter.grad is not None)
+        there = sum(t.parameter.grad.nbytes for t in targets if t.parameter.grad is not None and not t.is_taken())
+        there += state + min(adds.kept, FreedBlocks.counts()["bytes"]) if again else 0
         slots = handle.plan.slots * handle.plan.slot_bytes - (handle.engine.held_bytes if handle.engine is not None else 0)
-        needed, available = adds.ring + adds.gradients + adds.kept + state + slots - there, memory_available() or 0
+        needed, available = adds.ring + adds.gradients + adds.kept + state + slots + more - there, memory_available() or 0
         less = max(0, handle.plan.held_bytes - (needed - available))
         fix = f"Give weights less: device_memory={less}"
         if getattr(handle.config, "goal", "") == "infer":
             fix = 'Wrap the model again with goal="train", which leaves room for this'
         waits = "" if adds.overlaps or self.gradients.timing.park else ', or pass gradients="disk"'
         check_room(needed, available, "a training step with OffloadedOptimizer, without activations,", f"{fix}{waits}.")
+
+    def retime(self, asked: Asked) -> None:
+        """Use gradients as asked for from now on.
+
+        Raises:
+            BudgetError: they would wait in memory that is not there; they are used as before then.
+        """
+        old, before = self.gradients.timing, self.footprint() if self._handle is not None else None
+        self.gradients.timing = self.timing(asked)
+        try:
+            if before is not None and self.footprint().gradients > before.gradients:
+                self.check_room(again=True)
+        except BaseException:
+            self.gradients.timing = old
+            raise
+
+    def check_new(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Raise if parameters that are to be added have another optimizer, or gradients for which there is no room; nothing is changed."""
+        self.parameters.check_free(parameters)
+        timing, handle = self.gradients.timing, self._handle
+        if handle is None or timing.park:
+            return
+        pieces = [(parameter, handle.piece_of(parameter)) for parameter in parameters if parameter.requires_grad]
+        together = not timing.take or timing.backwards > 1
+        more = sum(p.nbytes if together else piece.nbytes * piece.resident for p, piece in pieces if piece is not None)
+        if more:
+            self.check_room(more, again=True)
 
     def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Parameters were added, or settings changed: what the class keeps with them, room for it, and hooks.
