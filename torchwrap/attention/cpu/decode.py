@@ -75,9 +75,9 @@ def native_library() -> str | None:
 
 def without_memory(call: Call) -> str | None:
     """Why native code may not be given the addresses of the tensors, or None: those of torch's fake tensors are 0."""
-    if type(call.q) is type(call.k) is type(call.v) is Tensor:
+    if type(call.q) is type(call.k) is type(call.v) is Tensor and call.bias is None:
         return None
-    kinds = {type(tensor) for tensor in (call.q, call.k, call.v)} - {Tensor, torch.nn.Parameter}
+    kinds = {type(tensor) for tensor in (call.q, call.k, call.v, call.bias) if tensor is not None} - {Tensor, torch.nn.Parameter}
     return f"{kinds.pop().__name__} has operators, and perhaps no memory, of its own" if kinds else None
 
 
