@@ -69,9 +69,14 @@ def test_pattern_does_not_depend_on_tiles_or_on_who_computes(by: str, monkeypatc
 @NATIVE
 def test_calls_with_dropout_are_for_the_native_kernel() -> None:
     call = uniform(1, (2, 2), 70, 70, torch.float32, dropout=0.1)
-    if prefill.refuses(call) is not None:
-        pytest.skip(str(prefill.refuses(call)))
     assert "native" in choose(call).reason and "native" in choose(call, doing="backward").reason
+
+
+@NATIVE
+def test_with_four_lanes_only_calls_with_dropout_are_for_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "_has_four_lanes", lambda: True)
+    call = uniform(1, (2, 2), 70, 70, torch.float32, dropout=0.1)
+    assert prefill.refuses(call) is None and "AVX2" in str(prefill.refuses(replace(call, dropout=0.0, seed=None)))
 
 
 KINDS: dict[str, dict[str, Any]] = {
