@@ -11,6 +11,7 @@ Letters: B pictures, H and W height and width, C channels, M places of a window.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -67,13 +68,11 @@ class WindowLayer(Layer):
         q, k, v, scale = _projected(module, windows)
         mask = None
         if any(shift):
-            regions = _windows(_regions(x.shape[1], x.shape[2], module.window_size, shift, x.device)[None, :, :, None], rows, columns)
-            regions = regions.reshape(down * across, rows * columns).repeat(batch, 1)
-            mask = TileMask(len(windows), rows * columns, rows * columns, q_segments=regions, k_segments=regions)
+            # Kept are tensors that hold numbers for everybody.
+            plain = not torch.compiler.is_compiling() and not _modes()
+            mask = (_kept if plain else _mask)(batch, x.shape[1], x.shape[2], (rows, columns), shift, x.device)
         dropout = module.attention_dropout if module.training else 0.0
-        out = self.service.attend(
-            self.fqn, q, k, v, mask=mask, bias=module.get_relative_position_bias(), scale=scale, dropout=dropout
-        )
+        out = self.service.attend(self.fqn, q, k, v, mask=mask, bias=module.get_relative_position_bias(), scale=scale, dropout=dropout)
         out = F.linear(out.transpose(1, 2).flatten(2), module.proj.weight, module.proj.bias)
         out = F.dropout(out, p=module.dropout, training=module.training)
         x = out.view(batch, down, across, rows, columns, channels).transpose(2, 3).reshape(x.shape)
@@ -82,13 +81,26 @@ class WindowLayer(Layer):
         return x[:, :height, :width].contiguous()
 
 
+def _mask(batch: int, height: int, width: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> TileMask:
+    """Which places of the windows of a shifted picture see each other."""
+    with torch.inference_mode(False):
+        rows, columns = window
+        regions = _windows(_regions(height, width, window, shift, device)[None, :, :, None], rows, columns)
+        regions = regions.reshape(-1, rows * columns).repeat(batch, 1)
+        return TileMask(len(regions), rows * columns, rows * columns, q_segments=regions, k_segments=regions)
+
+
+_kept = functools.lru_cache(maxsize=16)(_mask)  # chosen: stages of a network that have shifted windows are two to four
+_modes = torch._C._len_torch_dispatch_stack  # torch 2.13: such as that of fake tensors
+
+
 def _windows(x: Tensor, rows: int, columns: int) -> Tensor:
     """(B, H, W, C) as (B, windows down, windows across, rows, columns, C)."""
     batch, height, width, channels = x.shape
     return x.view(batch, height // rows, rows, width // columns, columns, channels).transpose(2, 3)
 
 
-def _regions(height: int, width: int, window: list[int], shift: tuple[int, int], device: torch.device) -> Tensor:
+def _regions(height: int, width: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> Tensor:
     """The number of each place's region after the shift, int32 (H, W): three bands down times three across."""
     bands = []
     for length, size, moved in zip((height, width), window, shift, strict=True):

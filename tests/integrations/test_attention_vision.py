@@ -119,3 +119,87 @@ def test_a_processor_that_computes_attention_itself_is_refused_by_name() -> None
         tw.fast_attention(model)
     assert caught.value.where.startswith("down_blocks.0")
     assert tw.wrappers_of(model) == {}
+
+
+def timm_swin() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model: nn.Module = timm.create_model(
+        "swin_tiny_patch4_window7_224", pretrained=False, img_size=56, window_size=7, embed_dim=24, depths=(2, 2), num_heads=(2, 4),
+        num_classes=7,
+    ).eval()  # fmt: skip
+    for key, parameter in model.named_parameters():
+        if "relative_position_bias_table" in key or "head" in key:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def test_windowed_attention_of_timm_is_served_though_its_switch_is_off() -> None:
+    model, x = timm_swin(), torch.randn(2, 3, 56, 56)
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            tw.fast_attention(model)
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+            assert sum(tw.handle_of(model, "fast_attention").stats()["served"].values()) == 4
+            tw.unwrap(model)
+            assert torch.equal(model(x), expected)
+    assert not any(module.fused_attn for module in model.modules() if hasattr(module, "fused_attn"))
+
+
+class Chooses(nn.Module):
+    """Attention that calls torch's function only if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quick = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.quick:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+        return (x @ x.mT * x.shape[-1] ** -0.5).softmax(-1) @ x
+
+
+def test_code_that_takes_another_way_is_told() -> None:
+    x = torch.randn(1, 2, 5, 8)
+    model = tw.fast_attention(nn.Sequential(Chooses()))
+    with pytest.warns(tw.TorchwrapWarning, match="Chooses took a way without"):
+        model(x)
+    assert "Chooses" in tw.handle_of(model, "fast_attention").explain()
+    strict = tw.fast_attention(nn.Sequential(Chooses()), fallback="error")
+    with pytest.raises(tw.UnsupportedModelError, match="Chooses"):
+        strict(x)
+    model[0].quick = True
+    model(x)
+    assert sum(tw.handle_of(model, "fast_attention").stats()["served"].values()) == 1
+
+
+def test_attention_that_stays_as_it_is_is_named_beside_what_is_served() -> None:
+    class OwnAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.q(x) @ x.mT).softmax(-1) @ x
+
+    model = tw.fast_attention(nn.Sequential(Chooses(), OwnAttention(), OwnAttention()))
+    assert "2 OwnAttention left as they are" in str(tw.describe(model))
+
+
+def test_masks_of_shifted_windows_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchwrap.integrations.torchvision import attention
+
+    model, x, made = network("swin_t", 61).eval(), torch.randn(2, 3, 61, 61), []
+    regions = attention._regions
+    monkeypatch.setattr(attention, "_regions", lambda *args: made.append(args) or regions(*args))
+    attention._kept.cache_clear()
+    tw.fast_attention(model)
+    with torch.inference_mode():
+        expected = model(x)
+    first = len(made)
+    assert 0 < first < 6  # fewer than layers with shifts
+    model.train()(x).sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), expected)
+    assert len(made) == first

@@ -22,6 +22,7 @@ from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.service import Service
 from torchwrap.core.errors import ConfigError
 from torchwrap.core.layer import Layer
+from torchwrap.core.swap import original_class
 
 __all__ = ["Diverted", "FunctionLayer"]
 
@@ -46,6 +47,7 @@ class Diverted(TorchFunctionMode):
     def __init__(self, where: str, service: Service) -> None:
         super().__init__()
         self.where, self.service = where, service
+        self.called = False
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -61,6 +63,7 @@ class Diverted(TorchFunctionMode):
 
     def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """As `scaled_dot_product_attention`, by the service."""
+        self.called = True
         _working.now = True
         try:
             return _attend(self.where, self.service, *args, **kwargs)
@@ -69,18 +72,38 @@ class Diverted(TorchFunctionMode):
 
 
 class FunctionLayer(Layer):
-    """Runs a module with its calls of `scaled_dot_product_attention` led to a service."""
+    """Runs a module with its calls of `scaled_dot_product_attention` led to a service.
+
+    Args:
+        fqn: name of the module.
+        service: who computes them.
+        switch: name of an attribute that the module's code asks whether to call it, and that is false; empty: there is none.
+    """
 
     traceable = False  # Dynamo 2.13 cannot trace Python methods of tensors, such as `unflatten`, under a mode
 
-    def __init__(self, fqn: str, service: Service) -> None:
+    def __init__(self, fqn: str, service: Service, switch: str = "") -> None:
         self.fqn: str = fqn
         self.service: Service = service
+        self.switch: str = switch
 
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's own code under `Diverted`."""
-        with Diverted(self.fqn, self.service):
-            return call(*args, **kwargs)
+        if self.switch:
+            setattr(module, self.switch, True)
+        try:
+            with Diverted(self.fqn, self.service) as inside:
+                out = call(*args, **kwargs)
+        finally:
+            if self.switch:
+                setattr(module, self.switch, False)
+        if not inside.called:
+            self.service.leave(
+                self.fqn,
+                f"the code of {original_class(module).__name__} took a way without scaled_dot_product_attention",
+                "If it has a setting for that function, switch it on.",
+            )
+        return out
 
 
 _BROADCAST = "its inputs do not have the shapes and the dtype of one attention, and torch broadcasts them", "Expand them before the call."

@@ -9,6 +9,7 @@ masks where FlashAttention does not reach. Where we differ: any model as it is, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, TypeVar, cast, overload
@@ -25,6 +26,7 @@ from torchwrap.attention.service import Service
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
 from torchwrap.core.integration import AttentionRoute, Integration, integration_for
 from torchwrap.core.order import PHASES
+from torchwrap.core.swap import original_class
 from torchwrap.core.technique import Prepared, Technique, register
 from torchwrap.core.transaction import applied, handle_of
 from torchwrap.fast_attention import torch_modules
@@ -94,6 +96,7 @@ class FastAttentionTechnique(Technique[FastAttention]):
             )
         layers = [place for route in routes for place in route.places]
         notes = [note for route in routes for note in route.notes]
+        notes.extend(_beside(model, {fqn for route in routes for fqn in route.attends}))
         return Prepared(config=config, layers=layers, notes=notes, data=FastAttentionHandle(service, routes))
 
     def attach(self, model: nn.Module, prepared: Prepared[FastAttention]) -> FastAttentionHandle:
@@ -194,6 +197,17 @@ def _nothing_found(model: nn.Module, integration: Integration) -> UnsupportedMod
         where=type(model).__name__,
         fix=fix,
     )
+
+
+def _beside(model: nn.Module, served: set[str]) -> list[str]:
+    """What is called attention in the model and stays as it is: neither served, nor a part of what is, nor around it."""
+    left = Counter[str]()
+    for fqn, module in model.named_modules():
+        kind = original_class(module).__name__
+        related = any(fqn == name or fqn.startswith(f"{name}.") or name.startswith(f"{fqn}.") or not fqn for name in served)
+        if "Attention" in kind and not related and next(module.children(), None) is not None:
+            left[kind] += 1
+    return [f"{count} {kind} left as they are: their code has no attention that can be led elsewhere" for kind, count in left.items()]
 
 
 def _service(config: FastAttention) -> Service:

@@ -32,6 +32,10 @@ from torchwrap.core.swap import layers_of, original_class
 __all__ = ["EncoderLayer", "MultiheadLayer", "StackLayer", "route"]
 
 
+SWITCH = "fused_attn"
+"""What vision networks call the attribute by which their code chooses torch's function; some of their modules have it off (timm 1.0)."""
+
+
 def route(model: nn.Module, service: Service, taken: set[int]) -> AttentionRoute:
     """Layers for every module of these classes, or of one that did not write their `forward` anew.
 
@@ -52,8 +56,9 @@ def route(model: nn.Module, service: Service, taken: set[int]) -> AttentionRoute
             found.places.append((fqn, module, EncoderLayer(fqn, service)))
         elif forward is nn.TransformerEncoder.forward:
             found.places.append((fqn, module, StackLayer(fqn, service)))
-        elif "scaled_dot_product_attention" in getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ()):
-            found.places.append((fqn, module, FunctionLayer(fqn, service)))
+        elif "scaled_dot_product_attention" in (names := getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())):
+            off = SWITCH in names and getattr(module, SWITCH, None) is False
+            found.places.append((fqn, module, FunctionLayer(fqn, service, SWITCH if off else "")))
             found.attends.append(fqn)
     if not found.attends:
         found.places.clear()
