@@ -17,6 +17,7 @@ from tests.attention.masks import whole
 from torchwrap.attention.masks.dictionary import TileDictionary, of_dense
 from torchwrap.attention.masks.fields import TENSOR_FIELDS
 from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.masks.packing import key_conditions
 from torchwrap.core.errors import ConfigError, TorchwrapWarning
 
 
@@ -329,3 +330,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
 def test_bad_conditions_are_refused_by_name(make: Callable[[], object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         make()
+
+
+def test_masks_without_numbers_are_kept_or_refused_by_name() -> None:
+    valid = torch.ones(2, 5, dtype=torch.long, device="meta")
+    assert set(key_conditions(valid)) == {"key_mask"}
+    with pytest.raises(ConfigError, match="meta"):
+        TileMask.from_dense(torch.ones(1, 1, 5, 5, dtype=torch.bool, device="meta"))

@@ -46,3 +46,20 @@ def test_generated_tokens_are_those_of_eager_attention(name: str, how: str) -> N
     with no_materialisation():
         ours = model.generate(**prompt(name), **options)
     assert torch.equal(ours, twin.generate(**prompt(name), **options))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_model_on_meta_has_shapes_with_every_mask(family: str) -> None:
+    import transformers
+
+    sizes = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    kind = {"llama": ("LlamaConfig", "LlamaForCausalLM"), "bert": ("BertConfig", "BertModel")}[family]
+    with torch.device("meta"):
+        model = getattr(transformers, kind[1])(getattr(transformers, kind[0])(**sizes)).eval()
+        ids = torch.ones(2, 9, dtype=torch.long)
+        masks = [None, torch.ones(2, 9, dtype=torch.long), torch.ones(2, 1, 9, 9, dtype=torch.bool), torch.zeros(2, 1, 9, 9)]
+    tw.fast_attention(model)
+    for mask in [*masks, torch.ones(2, 9, dtype=torch.long, device="cpu")]:
+        out = model(input_ids=ids, attention_mask=mask)[0]
+        assert out.shape[:2] == (2, 9) and out.is_meta
+    assert sum(tw.handle_of(model, "fast_attention").stats()["served"].values()) == 5

@@ -349,6 +349,8 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
     if mask.is_cpu and mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] == shape[3]:
         # Padding, whole or with holes: nothing has to be looked for in tiles. A copy, as masks never change.
         return TileMask(mask.shape[0], *shape[2:], key_mask=mask[:, 0, 0].clone()), None
+    if mask.is_meta:
+        return None, torch.zeros_like(mask, dtype=q.dtype)  # shapes alone
     return TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None
 
 

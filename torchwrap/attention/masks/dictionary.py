@@ -182,10 +182,12 @@ def of_dense(mask: Tensor, *, block: tuple[int, int] = _BLOCK) -> TileDictionary
         block: (BM, BN), BN a multiple of 8.
 
     Raises:
-        ConfigError: not of four dimensions, integers, or other numbers.
+        ConfigError: not of four dimensions, integers, or other numbers, or none because it is on "meta".
 
     Cost: reads the mask once; memory as `compiled`.
     """
+    if mask.is_meta:
+        raise ConfigError("A dense mask on meta has no numbers", where="from_dense", fix="Give the mask itself to attend, or a rule.")
     if mask.dim() != 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ConfigError(
             f"A dense mask is {mask.dtype} {list(mask.shape)}", where="from_dense", fix="Give [B, H, Sq, Sk], bool or floating."

@@ -44,6 +44,8 @@ def key_conditions(valid: Tensor) -> dict[str, Tensor]:
     length = valid.shape[1]
     if valid.numel() == 0:
         return {}
+    if valid.is_meta:  # has no numbers: whatever they would be
+        return {"key_mask": valid}
     some, marks = valid.any(1), valid.to(torch.uint8)
     start = marks.argmax(1) * some
     end = (length - marks.flip(1).argmax(1)) * some
