@@ -48,7 +48,14 @@ def test_the_reason_says_how_a_call_is_computed(
     monkeypatch.setattr(prefill, "refuses", lambda call: "the compositions are under test")
     sq = 200 if mask is None else mask.shape[2]
     one = checked(torch.zeros(1, 2, sq, 8), torch.zeros(1, 1, 200, 8), torch.zeros(1, 1, 200, 8), mask=mask, **options)
-    assert re.search(says, choose(one).reason)
+    reason = choose(one).reason
+    assert re.search(says, reason)
+    assert "the compositions are under test" in reason or sq == 1
+
+
+def test_the_reason_says_why_the_native_kernel_was_passed_over() -> None:
+    one = checked(*(torch.zeros(1, 2, 40, 8, dtype=torch.float64) for _ in "qkv"), mask=TileMask.causal(1, 40, 40))
+    assert "not the native kernel: torch.float64" in choose(one).reason
 
 
 def test_the_reason_of_an_empty_call_can_be_asked_for() -> None:

@@ -402,7 +402,7 @@ def test_rows_without_a_key_are_zero_and_minus_infinity_when_torch_computes_one_
     mask = TileMask.padded([20, 0], 1, 20, causal=False)
     q.requires_grad_()
     out, lse = attend(q, k, v, mask=mask, return_lse=True)
-    assert type(known(q, k, v, mask=mask)).__name__ == "Recomputed"
+    assert type(known(q, k, v, mask=mask)).__name__ == "One"
     assert not out[1].any() and bool((lse[1] == -math.inf).all()) and bool(lse[0].isfinite().all())
     (grad,) = torch.autograd.grad(out.sum(), q)
     assert not grad[1].any() and bool(grad.isfinite().all())
@@ -484,3 +484,35 @@ def test_calls_with_dropout_draw_one_number_each_before_and_after_they_are_known
         for found, same in zip(run("auto", seed, p), run("eager", seed, p), strict=True):
             torch.testing.assert_close(found, same, rtol=1e-4, atol=1e-5)
     assert known(*tensors, dropout=0.3) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("square", [True, False])
+def test_gradients_of_short_calls_with_large_scores_obey_the_law_in_halves(dtype: torch.dtype, square: bool) -> None:
+    for seed in range(12):
+        torch.manual_seed(seed)
+        rows, size = 2 + seed % 5, 8 if seed % 2 else 3
+        keys = rows if square else rows + 1 + seed
+        q, k, v = torch.randn(2, 4, rows, 32) * size, torch.randn(2, 2, keys, 32), torch.randn(2, 2, keys, 32)
+        assert_correct(Composed(), checked(q.to(dtype), k.to(dtype), v.to(dtype)), f"{seed} {dtype}")
+
+
+def test_what_is_hidden_may_be_no_number_in_short_calls_in_halves() -> None:
+    q, k, v = inputs(lengths=(6, 6), dtype=torch.bfloat16)
+    v[:, :, 5] = math.nan  # seen by the last query alone
+    call = checked(q, k, v, mask=TileMask.causal(1, 6, 6))
+    out, lse = Composed().forward(call)
+    dq, _, dv, _, _ = Composed().backward(call, out, lse, torch.ones_like(out), None)
+    assert bool(dq[:, :, :5].isfinite().all()) and bool(dq[:, :, 5].isnan().all()) and bool(dv.isfinite().all())
+
+
+@pytest.mark.parametrize("keys", [1, 5, 15, 16])
+def test_no_number_among_few_keys_reaches_the_gradients_of_one_query(keys: int) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in inputs(lengths=(1, keys), heads=(4, 4)))
+    with torch.no_grad():
+        k[0, 0, 0, 0] = math.nan
+    assert type(known(q, k, v)).__name__ == "One"
+    found, expected = (torch.autograd.grad(each(q, k, v).sum(), (q, k, v)) for each in (attend, eager))
+    for name, one, other in zip("qkv", found, expected, strict=True):
+        assert torch.equal(one.isnan().any(-1), other.isnan().any(-1)), name
+        torch.testing.assert_close(one[~one.isnan()], other[~other.isnan()])

@@ -127,6 +127,14 @@ def attend(
         options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
         found: Tensor | tuple[Tensor, ...] = untraced(attend, q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
         return found
+    if sinks is need_rows is None and not torch.compiler.is_compiling():
+        only_bias = mask is None and type(bias) is Tensor and bias.is_floating_point()
+        if bias is None or only_bias:
+            changes, (cast_q, cast_k, cast_v) = bias if only_bias else mask, autocast(q, k, v)
+            known = prepared(cast_q, cast_k, cast_v, changes, scale, softcap, dropout, backend, "bias" if only_bias else "mask")
+            if known is not None:
+                found, of_rows = node.prepared(known, cast_q, cast_k, cast_v, changes, return_lse)
+                return found if of_rows is None or not return_lse else (found, of_rows)
     if not recorded() and stuck():
         options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
         with one_thread():
@@ -141,14 +149,7 @@ def attend(
             )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
-    only_bias = mask is None and type(bias) is Tensor and bias.is_floating_point()
-    if sinks is need_rows is None and (bias is None or only_bias) and not recorded():
-        changes = bias if only_bias else mask
-        known = prepared(q, k, v, changes, scale, softcap, dropout, backend, "bias" if only_bias else "mask")
-        if known is not None:
-            found, of_rows = node.prepared(known, q, k, v, changes, return_lse)
-            return found if of_rows is None or not return_lse else (found, of_rows)
-    if isinstance(mask, Tensor) and (is_mapped(mask) or (type(mask) is Tensor and (mask.is_meta or is_traced()))):
+    if isinstance(mask, Tensor) and (is_mapped(mask) or (type(mask) is Tensor and is_traced())):
         mask = node.added(mask, q)
     wants_lse = return_lse or need_rows is not None or torch.is_grad_enabled() or transformed() or recorded()
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, wants_lse=wants_lse)

@@ -101,6 +101,18 @@ def prepared(
     return found if wants_lse else (found, None)
 
 
+class _Last(torch.autograd.Function):
+    """A function of which there is no gradient."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        _refuse("derivatives of derivatives")
+
+
 class _Prepared(torch.autograd.Function):
     """(what computes the call, is lse wanted, q, k, v) -> (out, lse) or out."""
 
@@ -124,22 +136,12 @@ class _Prepared(torch.autograd.Function):
             return None, None, *gradients(ctx.work, q, k, v, out, lse, grad_out, grad_lse)
 
 
-class _PreparedGradients(torch.autograd.Function):
-    """The backward of `_Prepared`, for who may ask for its gradient: to say that there is none."""
+class _PreparedGradients(_Last):
+    """The backward of `_Prepared`, for who may ask for its gradient."""
 
     @staticmethod
-    def forward(
-        work: Prepared, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        return work.backward(q, k, v, out, lse, grad_out, grad_lse)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        _refuse("derivatives of derivatives")
+    def forward(work: Prepared, *tensors: Any) -> tuple[Tensor, ...]:
+        return work.backward(*tensors)
 
 
 class _Transformed(torch.autograd.Function):
@@ -161,7 +163,7 @@ class _Transformed(torch.autograd.Function):
         _refuse("forward-mode derivatives (torch.func.jvp, jacfwd, hessian)")
 
 
-class _Gradients(torch.autograd.Function):
+class _Gradients(_Last):
     """The backward: (as of the forward, out, lse, grad_out, grad_lse, tensors of the call) -> gradients of q, k, v, sinks and bias."""
 
     @staticmethod
@@ -179,14 +181,6 @@ class _Gradients(torch.autograd.Function):
         with exact_dtypes(call.q):
             # Whoever computed the forward: out and lse are the same for all.
             return attempt(call, backend, lambda found: found.backward(call, out, lse, grad_out, grad_lse), "backward")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        _refuse("derivatives of derivatives")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:

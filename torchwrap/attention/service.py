@@ -133,7 +133,7 @@ class Service:
                     self._lossy.add(k.cache)
         else:
             q, k, v = autocast(q, k, v)  # here too: the record is of what is computed
-        if sinks is bias is None and not recorded():
+        if sinks is bias is None and not torch.compiler.is_compiling():
             known = prepared(q, k, v, mask, scale, softcap, dropout, self.backend)
             if known is not None:
                 found, _ = node.prepared(known, q, k, v, mask)

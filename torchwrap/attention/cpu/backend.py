@@ -64,7 +64,9 @@ class Composed:
             return prepared.Few(call)
         if prefill.refuses(call) is not None:
             return None
-        return prepared.Recomputed(prepared.Few(call), (prepared.One if prefill.is_one(call) else prepared.Many)(call, True))
+        if prefill.is_one(call):
+            return prepared.One(call)
+        return prepared.Recomputed(prepared.Few(call), prepared.Many(call, True))
 
     def describe(self, call: Call) -> str:
         """By which of the compositions, for people."""
@@ -79,11 +81,12 @@ class Composed:
             return f"one query over pieces of the keys, by torch's kernel; not the native one: {missing}"
         if way == "many":
             return prefill.describe(call)
+        not_native = f"; not the native kernel: {prefill.refuses(call)}"
         if (lacking := compose.refuses(call)) is not None:
-            return f"tiles of our own: {lacking}"
+            return f"tiles of our own: {lacking}{not_native}"
         blocks = plan(call)
         forms = Counter("strip" if isinstance(block, Strip) else part.form for block in blocks for part in _parts(block))
-        return "torch's kernel on " + ", ".join(f"{count} {_WORDS[form]}" for form, count in forms.items())
+        return "torch's kernel on " + ", ".join(f"{count} {_WORDS[form]}" for form, count in forms.items()) + not_native
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of everything."""

@@ -56,11 +56,11 @@ def describe(call: Call) -> str:
 def is_one(call: Call) -> bool:
     """One query for each head of keys, in float32.
 
-    Then torch's backward takes 0.3 to 0.75 of the time of the native one, which packs blocks of keys (16 to 512 keys, 3 to 12 heads,
+    Then torch's backward takes 0.3 to 0.75 of the time of the native one, which packs blocks of keys (1 to 512 keys, 3 to 48 heads,
     AVX-512, one thread); with 3 queries the native one is faster.
     """
-    alike = call.width == call.value_width and call.kv_length >= kernel.FEWEST
-    return call.q_length == 1 and call.group == 1 and call.q.dtype == torch.float32 and call.softcap is None and alike
+    alike = call.width == call.value_width and call.softcap is None
+    return call.q_length == 1 and call.group == 1 and call.q.dtype == torch.float32 and alike
 
 
 def is_one_changed(call: Call) -> bool:
@@ -68,7 +68,8 @@ def is_one_changed(call: Call) -> bool:
 
     Then torch's kernel takes 0.2 to 0.35 of the time of the native one (8 heads, 64 and 512 keys, two threads).
     """
-    return is_one(call) and not call.dropout and (call.bias is not None or (call.mask is not None and not is_ranges(call.mask)))
+    enough = call.kv_length >= kernel.FEWEST and not call.dropout
+    return is_one(call) and enough and (call.bias is not None or (call.mask is not None and not is_ranges(call.mask)))
 
 
 @functools.cache

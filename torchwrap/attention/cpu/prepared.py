@@ -22,17 +22,31 @@ from torchwrap.native.prefill import Backward, Forward, Hidden, in_memory, reada
 __all__ = ["Drawn", "Few", "Many", "Masked", "MaskedOne", "One", "Recomputed"]
 
 
-class Few:
+class _Untrained:
+    """What computes calls without gradients."""
+
+    name, trains = "cpu", False
+    __slots__ = ("kind",)
+
+    def __init__(self) -> None:
+        self.kind = ""
+
+    def backward(self, *_: Any) -> NoReturn:
+        """Not for calls that train."""
+        raise NotImplementedError
+
+
+class Few(_Untrained):
     """A few queries by `torchwrap.native.decode`, as `decode.forward`; no gradients.
 
     Args:
         call: one that `decode.form` calls "native".
     """
 
-    name, trains = "cpu", False
-    __slots__ = ("_copies", "_dtype", "_limits", "_limits_at", "_shape", "_unread", "_work", "kind")
+    __slots__ = ("_alike", "_copies", "_dtype", "_limits", "_limits_at", "_shape", "_unread", "_work")
 
     def __init__(self, call: Call) -> None:
+        super().__init__()
         q, k, v = call.q, call.k, call.v
         # The rows of a group have to follow each other.
         self._copies = call.q_length > 1 and call.group > 1 and not q.is_contiguous()
@@ -46,24 +60,27 @@ class Few:
         self._limits = None if limits is None else limits.contiguous()
         self._limits_at = 0 if self._limits is None else self._limits.data_ptr()
         self._dtype, self._shape, self._unread = q.dtype, (*q.shape[:3], call.value_width), unread(q.shape[:3].numel())
-        self.kind = ""
+        # Memory in the order of q is had in less time than memory of a shape that is said.
+        self._alike = q.dtype == torch.float32 and q.shape == self._shape and _in_order(torch.empty_like(q))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
         """Out and lse."""
         if self._copies:
             q = q.contiguous()
-        out = torch.empty(self._shape, dtype=torch.float32)
+        out = torch.empty_like(q) if self._alike else torch.empty(self._shape, dtype=torch.float32)
         lse = torch.empty(self._shape[:3], dtype=torch.float32) if wants_lse or not self._unread else None
         at = self._unread if lse is None else lse.data_ptr()
         self._work(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, 0, 0, self._limits_at)
         return out if self._dtype == torch.float32 else out.to(self._dtype), lse
 
-    def backward(self, *_: Any) -> NoReturn:
-        """Not for calls that train."""
-        raise NotImplementedError
+
+def _in_order(tensor: Tensor) -> bool:
+    """Contiguous but for strides of dimensions that have one place, which nothing steps over."""
+    sizes, strides, whole = tensor.shape, tensor.stride(), torch.empty(tensor.shape, device="meta").stride()
+    return all(size == 1 or stride == full for size, stride, full in zip(sizes, strides, whole, strict=True))
 
 
-class Masked:
+class Masked(_Untrained):
     """Many queries and a mask that is a tensor, without gradients; the kernel reads the mask where it is.
 
     Args:
@@ -71,11 +88,10 @@ class Masked:
         mask: one of the layout.
     """
 
-    name, trains = "cpu", False
-    __slots__ = ("_forward", "kind")
+    __slots__ = ("_forward",)
 
     def __init__(self, call: Call, mask: Tensor) -> None:
-        self.kind = ""
+        super().__init__()
         how: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
         if mask.dtype == torch.bool:
             strides = mask.expand(call.batch, call.heads, call.q_length, call.kv_length).stride()
@@ -91,10 +107,6 @@ class Masked:
         if mask.dtype == torch.bool:
             return self._forward(q, k, v, shown=in_memory(mask), wants_lse=wants_lse)
         return self._forward(q, k, v, bias=readable(mask), wants_lse=wants_lse)
-
-    def backward(self, *_: Any) -> NoReturn:
-        """Not for calls that train."""
-        raise NotImplementedError
 
 
 class MaskedOne:
@@ -226,37 +238,34 @@ class Recomputed:
         return self._many.backward(q, k, v, again, again_lse, grad_out, grad_lse)
 
 
-class One(Many):
-    """One query, with gradients, by torch's kernel, whose backward needs no blocks of keys.
+class One(Recomputed):
+    """One query in float32, with gradients by torch's kernel, whose backward needs no blocks of keys.
 
     Args:
         call: one that `prefill.is_one` names, without dropout.
     """
 
-    __slots__ = ("_added", "_live", "_scale")
+    __slots__ = ("_added", "_few_keys", "_live", "_scale")
 
-    def __init__(self, call: Call, trains: bool = True) -> None:
-        super().__init__(call, trains)
-        self._scale = call.scale
+    def __init__(self, call: Call) -> None:
+        super().__init__(Few(call), Many(call, True))
+        self._scale, self._few_keys = call.scale, call.kv_length < kernel.FEWEST
         numbers, live = added(call, is_causal(call))
         self._added = None if numbers is None else numbers.expand(call.batch, call.heads, 1, call.kv_length)
         self._live = None if live is None or bool(live.all()) else live
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """Out and lse, by the kernel whose backward it will be."""
-        out, lse = kernel.flash(q, k, v, 0.0, False, attn_mask=self._added, scale=self._scale)
-        return out, lse if self._live is None else lse.masked_fill(~self._live, -math.inf)
-
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, seed: int = 0
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v."""
+        """Gradients of q, k and v, from the forward of the kernel whose backward it is."""
         if grad_lse is not None:
-            again, again_lse = super().forward(q, k, v, None, True)
-            assert again_lse is not None
-            return super().backward(q, k, v, again, again_lse, grad_out, grad_lse)
+            return super().backward(q, k, v, out, lse, grad_out, grad_lse)
         if grad_out.stride(3) != 1:
             grad_out = grad_out.contiguous()
-        finite = lse if self._live is None else torch.where(self._live, lse, 0.0)
-        dq, dk, dv = kernel.flash_backward(grad_out, q, k, v, out, finite, 0.0, False, attn_mask=self._added, scale=self._scale)
+        out, again = kernel.flash(q, k, v, 0.0, False, attn_mask=self._added, scale=self._scale)
+        if self._few_keys:
+            again = again.add(lse, alpha=0)  # no numbers stay none: the kernel loses them
+        if self._live is not None:
+            again = torch.where(self._live, again, 0.0)
+        dq, dk, dv = kernel.flash_backward(grad_out, q, k, v, out, again, 0.0, False, attn_mask=self._added, scale=self._scale)
         return dq, dk, dv
