@@ -15,6 +15,7 @@ from torchwrap.attention.contract import Call, Gradients, checked
 from torchwrap.attention.cpu.prefill import hidden, refuses
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.merge import grad_of_sinks
+from torchwrap.native.prefill import gradients, prefill
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
 
@@ -186,3 +187,17 @@ def test_other_calls_are_refused_with_the_reason() -> None:
     assert "float64" in str(refuses(make(6, mask="causal", extra="plain", dtype=torch.float64)[0]))
     wide = torch.zeros(1, 1, 2, 520, dtype=torch.bfloat16)
     assert "520" in str(refuses(checked(wide, wide, wide)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gradients_over_some_of_the_keys_add_up(dtype: torch.dtype) -> None:
+    """As the processes of a ring and the steps over a cache in host memory ask for them: out and lse are of all keys."""
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(1, heads, rows, 32).to(dtype) for heads, rows in ((4, 9), (2, 40), (2, 40), (4, 9)))
+    out, lse = prefill(q, k, v, scale=0.3)
+    whole = gradients(q, k, v, out, lse, grad, scale=0.3)
+    parts = [gradients(q, k[:, :, part], v[:, :, part], out, lse, grad, scale=0.3, some_keys=True) for part in (slice(15), slice(15, 40))]
+    found = sum(part[0].float() for part in parts), *(torch.cat([part[i] for part in parts], 2).float() for i in (1, 2))
+    allowed = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    for one, other in zip(found, whole, strict=False):
+        torch.testing.assert_close(one, other.float(), rtol=allowed, atol=allowed)

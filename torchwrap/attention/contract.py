@@ -48,6 +48,7 @@ class Call:
         bias: added to the scores after the cap; `[B | 1, Hq | 1, Sq | 1, Sk]`, or None.
         dropout: probability with which a weight becomes 0 (the others grow by `1 / (1 - dropout)`).
         seed: int64 scalar that picks the dropped weights; None without dropout.
+        some_keys: for a backward over a part of the keys: out and lse are those of all of them.
         wants_lse: False: nobody reads lse, and a back end that has to go out of its way for it may return an empty one.
     """
 
@@ -61,6 +62,7 @@ class Call:
     bias: Tensor | None = None
     dropout: float = 0.0
     seed: Tensor | None = None
+    some_keys: bool = False
     wants_lse: bool = True
 
     @property

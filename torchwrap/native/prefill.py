@@ -81,6 +81,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "softcap", "keep")),
         ("threshold", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("limits_shared", "threads", "instruction_set", "dtype", "bias_dtype", "dbias_wide")),
+        ("some_keys", ctypes.c_int32),
         ("part", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("dk_sums", "dv_sums")),
     )
@@ -164,6 +165,7 @@ def gradients(
     softcap: float | None = None,
     dropout: float = 0.0,
     seed: int = 0,
+    some_keys: bool = False,
     instruction_set: str | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -185,6 +187,7 @@ def gradients(
         softcap: bound of the scores.
         dropout: of the forward.
         seed: of the forward.
+        some_keys: out and lse are over more keys than these, so delta can only come from out; no dropout then.
         instruction_set: for tests.
         threads: how many.
 
@@ -200,8 +203,8 @@ def gradients(
     Shapes: as in `prefill`; out and grad_out (B, Hq, Sq, Dv) in the type of q, lse, grad_lse and delta
         (B, Hq, Sq) float32. Results as q, k, v and bias.
 
-    Exactness: as in `prefill`; in bfloat16 gradients of scores too are rounded once, for their products. With dropout in halves
-        delta is not taken from out, which was rounded.
+    Exactness: as in `prefill`; in bfloat16 gradients of scores too are rounded once, for their products. In halves delta
+        is not taken from out, which was rounded, with dropout and in short calls.
 
     Cost: `10 * (visible pairs) * D` operations for each query head, 14 with dropout in halves; about a megabyte for each thread,
         and in halves `4 * min(B * Hkv, threads) * Sk * (D + Dv)` bytes for sums.
@@ -210,7 +213,7 @@ def gradients(
     """
     q, k, v, out, grad_out = (_rows(tensor) for tensor in (q, k, v, out, grad_out))
     bias = None if bias is None else readable(bias)
-    how = dict(scale=scale, softcap=softcap, dropout=dropout, instruction_set=instruction_set, threads=threads)
+    how = dict(scale=scale, softcap=softcap, dropout=dropout, some_keys=some_keys, instruction_set=instruction_set, threads=threads)
     work = Backward(q, k, v, out, grad_out, limits, bias, hidden, **how)  # type: ignore[arg-type]
     of_lse = None if grad_lse is None else in_memory(grad_lse.contiguous())
     return work(q, k, v, out, in_memory(lse.contiguous()), grad_out, of_lse, bias, wants_bias=wants_bias, seed=seed)
@@ -268,7 +271,7 @@ class _Prepared:
 
     def __init__(
         self, tensors: dict[str, Tensor], limits: Tensor | None, bias: Tensor | None, hidden: Hidden | None, scale: float,
-        softcap: float | None, dropout: float, instruction_set: str | None, threads: int | None,
+        softcap: float | None, dropout: float, instruction_set: str | None, threads: int | None, some_keys: bool = False,
     ) -> None:  # fmt: skip
         q, k, v = tensors["q"], tensors["k"], tensors["v"]
         self._limits = None if limits is None else in_memory(limits).contiguous()
@@ -293,6 +296,7 @@ class _Prepared:
             threads=threads or torch.get_num_threads(),
             instruction_set=-1 if instruction_set is None else instruction_sets()[instruction_set],
             dtype=_DTYPES[q.dtype],
+            some_keys=some_keys,
             **more,
         )
         self._rest = bytes(call)[_FIRST.size :]
@@ -353,11 +357,11 @@ class Backward(_Prepared):
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_out: Tensor, limits: Tensor | None = None, bias: Tensor | None = None,
         hidden: Hidden | None = None, *, scale: float, softcap: float | None = None, dropout: float = 0.0,
-        instruction_set: str | None = None, threads: int | None = None,
+        instruction_set: str | None = None, threads: int | None = None, some_keys: bool = False,
     ) -> None:  # fmt: skip
         read = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out}
         found = {f"d{name}": _like(read[name], read[name].shape[3]) for name in ("q", "k", "v")}
-        super().__init__(read | found, limits, bias, hidden, scale, softcap, dropout, instruction_set, threads)
+        super().__init__(read | found, limits, bias, hidden, scale, softcap, dropout, instruction_set, threads, some_keys)
         # Where a query sees all keys, all are written.
         all_seen = None if limits is None else (limits[..., 0] <= 0) & (limits[..., 1] >= k.shape[2])
         self._whole = all_seen is None or bool(all_seen.any(-1).all())

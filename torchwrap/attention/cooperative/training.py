@@ -156,7 +156,7 @@ class _Job:
                     keys, values = staging.widened(chunk.keys, chunk.values, q.dtype)
                     columns = (chunk.first, chunk.first + keys.shape[2])
                     mask: Any = None if self.call.mask is None else self.call.mask.sub(columns=columns).to(q.device)
-                    work(replace(self.call, q=q, k=keys, v=values, mask=mask), chunk.first)
+                    work(replace(self.call, q=q, k=keys, v=values, mask=mask, some_keys=True), chunk.first)
 
                 with exact_dtypes(q):
                     self.machine.compute(compute, reads=(chunk.keys, chunk.values), after=chunk.arrived)

@@ -100,7 +100,8 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
 
     q, k, v, seen = call.q, call.k, call.v, limits(call.mask)
     wants_bias = call.bias is not None and call.bias.requires_grad
-    dq, dk, dv, delta, dbias = gradients(q, k, v, out, lse, grad_out, grad_lse, seen, wants_bias=wants_bias, **_more(call))
+    more = {"wants_bias": wants_bias, "some_keys": call.some_keys, **_more(call)}
+    dq, dk, dv, delta, dbias = gradients(q, k, v, out, lse, grad_out, grad_lse, seen, **more)
     dsinks = None if call.sinks is None else grad_of_sinks(call.sinks, lse, delta)
     return dq, dk, dv, dsinks, None if dbias is None or call.bias is None else dbias.to(call.bias.dtype)
 

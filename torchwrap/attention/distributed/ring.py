@@ -207,7 +207,7 @@ def _partial(call: Call, q: Tensor, here: tuple[Tensor, ...], part: _Rectangle) 
     """One rectangle as a call; sinks count once, at the end."""
     rows, columns = slice(*part.rows), slice(*part.columns)
     k, v = here[0][:, :, columns], here[1][:, :, columns]
-    return Call(q=q[:, :, rows], k=k, v=v, mask=part.mask, scale=call.scale, softcap=call.softcap)
+    return Call(q=q[:, :, rows], k=k, v=v, mask=part.mask, scale=call.scale, softcap=call.softcap, some_keys=True)
 
 
 def _chunks(size: int, layout: Layout, tokens: int) -> int:

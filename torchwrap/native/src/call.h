@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 // Raised with every change of what Python and the library say to each other; torchwrap/native/library.py holds the same number.
-#define TORCHWRAP_INTERFACE 9
+#define TORCHWRAP_INTERFACE 10
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
@@ -84,6 +84,7 @@ extern "C" struct PrefillCall {
     float keep;                  // what dropout multiplies the weights with that it leaves
     uint32_t threshold;          // it takes those whose number is below; 0: none
     int32_t limits_shared, threads, instruction_set, dtype, bias_dtype, dbias_wide;
+    int32_t some_keys;           // for gradients: lse and out are over more keys than these
     // From here on the library's own: rows of one task, float32 sums of (places, S, padded width).
     int64_t part;
     float *dk_sums, *dv_sums;

@@ -273,8 +273,8 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
     // A row with one large weight has gradients near zero, as differences of large numbers. Its out is rounded to a half type, and delta with
     // it: so there delta comes from a pass of its own. Where keys and queries are many, the law of errors is kept without one: such an out
     // is nearly the value, unless dropout multiplies that by 1 / (1 - p).
-    const bool small = call.k_length <= FEW_KEYS || call.q_length <= FEW_QUERIES;
-    if ((call.threshold || small) && !std::is_same_v<E, float>) {
+    const bool small = call.q_length > 1 && (call.k_length <= FEW_KEYS || call.q_length <= FEW_QUERIES);
+    if ((call.threshold || small) && !call.some_keys && !std::is_same_v<E, float>) {
         for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK)
             if (task.turns[block / BLOCK].number >= 0) pairs(block, true);
         for (int64_t r = 0; r < task.end - task.begin; r++) at.delta[r] = delta_of(r);
