@@ -19,6 +19,7 @@ RULES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"lr": 1e-2}),
     "fused": (torch.optim.AdamW, {"lr": 1e-2, "fused": True}),
     "momentum": (torch.optim.SGD, {"lr": 1e-1, "momentum": 0.9}),
+    "fused-momentum": (torch.optim.SGD, {"lr": 1e-1, "momentum": 0.9, "fused": True}),  # refused where it would run in bfloat16 itself
     "adagrad": (torch.optim.Adagrad, {"lr": 1e-2, "initial_accumulator_value": 0.1}),  # makes its state in the constructor
 }
 

@@ -128,11 +128,12 @@ class Rule:
         """Refuse a kernel that is not: trying it may go well by chance."""
         # torch 2.13: from the second step on, the momentum of the last elements comes from memory that nobody wrote, and may be NaN.
         chosen = settings.get("fused") and settings.get("momentum") and issubclass(self.cls, torch.optim.SGD)
-        if chosen and device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        low = dtype in (torch.bfloat16, torch.float16) and not getattr(self.cls, "has_masters", False)
+        if chosen and device.type == "cpu" and low:
             raise errors.ConfigError(
                 f"OffloadedOptimizer: torch's fused {self.cls.__name__} with momentum gives other numbers each time in {dtype}",
                 where="fused",
-                fix="Leave fused= out, or train in float32.",
+                fix="Leave fused= out, or train in float32, for which torchwrap.master_weights is enough.",
             )
 
     def _try(self, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device, scale: float) -> dict[str, torch.dtype]:

@@ -91,8 +91,8 @@ def _make(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
         return _blank, (cls,), self.__getstate__()  # no module has a name for the class
 
     name = f"master_weights({cls.__name__})"
-    members: dict[str, Any] = {"step": step, "load_state_dict": load_state_dict, "__reduce__": reduce, "__doc__": cls.__doc__}
-    return type(name, (cls,), {**members, "__module__": cls.__module__, "__qualname__": name})
+    members: dict[str, Any] = {"step": step, "load_state_dict": load_state_dict, "__reduce__": reduce, "has_masters": True}
+    return type(name, (cls,), {**members, "__doc__": cls.__doc__, "__module__": cls.__module__, "__qualname__": name})
 
 
 def _blank(cls: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
