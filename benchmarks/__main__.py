@@ -42,6 +42,7 @@ _SHOWN = (
     "equal_tokens",
     "equal_logits",
     "equal_losses",
+    "losses",
     "loss_distance",
     "decode_ratio",
     "prefill_ratio",

@@ -119,6 +119,8 @@ class TrainingCampaign(Rounds):
         if self.probes:
             result["raw_read_bytes_per_s"] = spread([probe.read for probe in self.probes])
             result["raw_write_bytes_per_s"] = spread([probe.write for probe in self.probes])
+        if not equal:
+            result["losses"] = {name: [record["losses"] for record in records] for name, records in self.runs.items()}
         if equal and "torchwrap" in self.runs:
             mine = _every_step(self.runs["torchwrap"])
             result["step_ratio"] = {

@@ -101,6 +101,101 @@ def test_what_a_module_wrote_into_its_slot_is_not_copied(tmp_path: Path) -> None
         engine.unhold(unit)
 
 
+def test_what_a_backward_has_left_stays_until_the_updates_have_copied_it(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        unit, inner, third = stored.units[3], stored.units[2], stored.units[1]
+        leave(engine, unit, begun=1)
+        assert all(is_placeholder(data_of(piece.parameter)) for piece in unit.pieces)
+        assert engine.hold(inner)
+        engine.unhold(inner)  # of which no update is due: its slot goes on
+        assert engine.hold(third) and unit.index in engine._fetches
+        reads = engine.counters["bytes_read"]
+        for number, piece in enumerate(unit.pieces):
+            if number:
+                engine.begin_update([piece])
+            value = stored.values[piece.index].reshape(-1)
+            middle = value.numel() // 2
+            for first, last in ((0, middle), (middle, value.numel())):
+                assert unit.index in engine._fetches
+                into = torch.zeros(last - first, dtype=value.dtype)
+                assert engine.copy_held(piece, first, into) and torch.equal(into, value[first:last])
+        assert unit.index not in engine._fetches and engine.counters["bytes_read"] >= reads
+        engine.end_update(unit.pieces)
+        engine.unhold(third)
+        for each in (unit, *stored.units):
+            with using(engine, each):
+                check_bound(stored, each)
+        idle(engine, stored)
+
+
+def test_a_backward_waits_for_a_slot_that_updates_copy_from(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        unit, inner, third = stored.units[3], stored.units[2], stored.units[1]
+        leave(engine, unit)
+        engine.hold(inner)  # both slots are taken
+        held = threading.Event()
+
+        def backward() -> None:
+            engine.hold(third)
+            held.set()
+
+        thread = threading.Thread(target=backward)
+        thread.start()
+        assert not held.wait(0.2) and unit.index in engine._fetches
+        for piece in unit.pieces:
+            assert not held.is_set()
+            engine.begin_update([piece])
+            into = torch.empty(piece.parameter.numel(), dtype=piece.dtype)
+            assert engine.copy_held(piece, 0, into)
+        assert held.wait(20)
+        assert engine.counters["stall_s"] >= 0.1
+        engine.end_update(unit.pieces)
+        thread.join(20)
+
+
+@pytest.mark.parametrize("how", ["used", "read", "failed", "needed", "written"])
+def test_a_slot_left_for_updates_gives_way(tmp_path: Path, how: str) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        unit, piece = stored.units[3], stored.units[3].pieces[0]
+        if how == "written":
+            engine.hold(unit)
+            with torch.no_grad():
+                piece.parameter.fill_(1)
+            engine.expect_update(unit.pieces)
+            engine.unhold(unit)
+        else:
+            leave(engine, unit)
+        into = torch.empty(piece.parameter.numel(), dtype=piece.dtype)
+        if how == "used":  # with new weights for a part of it
+            engine.begin_update([piece])
+            piece.version += 1
+            engine.end_update([piece])
+            with using(engine, unit):
+                check_bound(stored, unit)
+                assert engine._fetches[unit.index].stored[piece.index] == piece.version
+        elif how == "read":
+            with using(engine, unit):
+                check_bound(stored, unit)
+        elif how == "failed":
+            engine.end_update(unit.pieces)
+            assert unit.index not in engine._fetches
+        elif how == "needed":
+            with using(engine, stored.units[0]), using(engine, stored.units[1]):
+                assert unit.index not in engine._fetches
+        assert not engine.copy_held(piece, 0, into)
+        engine.end_update(unit.pieces)
+
+
+def leave(engine: Engine, unit: Unit, begun: int = 0) -> None:
+    """A backward has used the unit and its updates are due, of which so many have begun."""
+    engine.hold(unit)
+    engine.expect_update(unit.pieces)
+    for piece in unit.pieces[:begun]:
+        engine.begin_update([piece])
+    engine.unhold(unit)
+    assert unit.index in engine._fetches
+
+
 @pytest.mark.parametrize("how", ["use", "hold", "read"])
 def test_an_update_keeps_readers_out_until_it_ends(tmp_path: Path, how: str) -> None:
     with engine_over(tmp_path, SIZES, 2) as (engine, stored):

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,16 +27,15 @@ from torchwrap.storage import aio
 from torchwrap.stream.arena import Arena
 from torchwrap.stream.pieces import read_piece
 from torchwrap.stream.planner import ResidencyPlan
-from torchwrap.stream.slots import Fetch
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.turns import Turns
 from torchwrap.stream.units import Piece, Unit
-from torchwrap.stream.window import Window
+from torchwrap.stream.updated import UpdatedWindow
 
 __all__ = ["Engine"]
 
 
-class Engine(Window):
+class Engine(UpdatedWindow):
     """Streams the units of one model through the slots of one arena.
 
     Args:
@@ -159,6 +157,7 @@ class Engine(Window):
         """
         self.check_process()
         with self.state:
+            self._await_taken(unit)
             self._await_update(unit.pieces)
             if self._closed:
                 return False
@@ -184,6 +183,7 @@ class Engine(Window):
             if fetch is not None and fetch.held:
                 fetch.held = False
                 if not fetch.users:
+                    self._leave_for_updates(fetch)
                     self._retire(fetch)
             self.state.notify_all()
 
@@ -191,6 +191,9 @@ class Engine(Window):
         if self._closed:  # unwrapped by another thread while this one waited for the lock: the weights are all there
             return
         fetch = self._fetches.get(unit.index)
+        if fetch is not None and fetch.awaited:
+            self._taken(fetch, set(fetch.awaited))
+            fetch = None
         if whole and fetch is not None and fetch.bound:
             self._complete(fetch)
         if self.turns is not None and self.turns.take_over(unit.index):
@@ -214,76 +217,6 @@ class Engine(Window):
                 brought.users = 0
                 self._retire(brought)
             raise
-
-    # -- updates -------------------------------------------------------------------------------------------------------------------
-
-    def expect_update(self, pieces: Sequence[Piece]) -> None:
-        """Updates of these pieces will begin soon: until they have ended, nothing is read ahead that would have to be given up then."""
-        with self.state:
-            self._due |= {piece.index for piece in pieces}
-
-    def begin_update(self, pieces: Sequence[Piece]) -> None:
-        """From now on nothing reads these pieces, so that their stored values may be replaced; any thread may call it.
-
-        Waits until no forward uses them; what was read ahead is given up. A backward that holds them goes on with the values it has, and
-        its slot is free afterwards. `end_update` must follow.
-
-        Raises:
-            StorageError: a use did not end in time.
-        """
-        mine = {piece.index for piece in pieces}
-        name = pieces[0].name
-        with self.state:
-            self._await(lambda: not mine & self._updating and not any(fetch.users for fetch in self._over(mine)), f"a use of {name}", name)
-            for fetch in self._over(mine):
-                if fetch.held:
-                    fetch.outdated = True
-                else:
-                    self._discard(fetch)
-            self._updating |= mine
-
-    def end_update(self, pieces: Sequence[Piece]) -> None:
-        """The pieces may be read again, from the homes they have now; any thread may call it, also for an update that did not begin."""
-        mine = {piece.index for piece in pieces}
-        with self.state:
-            self._updating -= mine
-            self._due -= mine
-            for other in self.units:
-                fetch = self._fetches.get(other.index)
-                if any(piece.index in mine for piece in other.pieces) and not (fetch is not None and fetch.outdated):
-                    self._layouts.pop(other.index, None)  # that of a slot in use goes with it
-            self._guess()
-            self.state.notify_all()
-
-    def outlasts_updates(self, unit: Unit) -> bool:
-        """Whether a backward holds the unit, with nothing inside it that could want the slot: it can do without the stored values then."""
-        with self.state:
-            fetch = self._fetches.get(unit.index)
-            whole = fetch is not None and fetch.held and fetch.rows is None
-            return whole and unit.kind == "block" and unit.index not in self._parents
-
-    @contextmanager
-    def unchanging(self, piece: Piece) -> Iterator[None]:
-        """Within the block no update of the piece begins; one that is under way is waited for."""
-        with self.state:
-            self._await_update((piece,))
-            yield
-
-    def _over(self, pieces: set[int]) -> list[Fetch]:
-        return [fetch for fetch in self._fetches.values() if any(piece.index in pieces for piece in fetch.unit.pieces)]
-
-    def _await_update(self, pieces: Sequence[Piece]) -> None:
-        if self._updated_now(pieces):
-            began = time.monotonic()
-            self._await(lambda: not self._updated_now(pieces), f"an update of {pieces[0].name}", pieces[0].name)
-            if self.timeline is not None:
-                self.timeline.add("stall", pieces[0].name, began, time.monotonic(), 0)
-
-    def _await(self, over: Callable[[], bool], what: str, where: str) -> None:
-        end = time.monotonic() + self._timeout_s
-        while not over():
-            if not self.state.wait(end - time.monotonic()) and not over():
-                raise errors.StorageError(f"torchwrap: {what} took over {self._timeout_s} s", where=where)
 
     # -- ends --------------------------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ class Fetch:
     Attributes:
         users: uses begun and not ended; the parameters show the slot while there is one, or while `held`.
         held: kept present by a backward, which can do without.
+        awaited: indices of pieces for which the bytes stay in the slot after a backward, because updates have still to copy them.
+        taken: of those that updates have copied.
         lent: views were given to that backward.
         references: tensors over the slot's memory when the parameters had just been shown.
         rows: experts present, by group; None: all of the unit's bytes are (see routed.py).
@@ -45,6 +47,7 @@ class Fetch:
     """
 
     __slots__ = (
+        "awaited",
         "error",
         "held",
         "lent",
@@ -55,6 +58,7 @@ class Fetch:
         "slot",
         "spoiled",
         "stored",
+        "taken",
         "ticket",
         "unit",
         "uploaded",
@@ -68,6 +72,8 @@ class Fetch:
         self.ticket: aio.Ticket | None = ticket
         self.users: int = 0
         self.held: bool = False
+        self.awaited: set[int] = set()
+        self.taken: set[int] = set()
         self.lent: bool = False
         self.rows: dict[int, set[int]] | None = None
         self.marked: bool = False
@@ -239,7 +245,7 @@ class Slots:
         return list(zip((piece for piece, _ in places), self._views(fetch.unit, fetch.slot), fetch.versions, strict=True))
 
     def _free_slot(self, spare: set[int]) -> Slot | None:
-        """A free slot; else one whose unit is idle and not in `spare`; else None."""
+        """A free slot; else one whose unit is idle, not awaited and not in `spare`; else None."""
         while len(self._slots) < self.plan.slots:
             with torch.inference_mode(False):
                 slot = self.arena.make_slot(self._slots_made, self.plan.slot_bytes)
@@ -248,7 +254,7 @@ class Slots:
             self._free.append(slot)
         if not self._free:
             for fetch in list(self._fetches.values()):
-                if not fetch.bound and fetch.unit.index not in spare:
+                if not fetch.bound and not fetch.awaited and fetch.unit.index not in spare:
                     self._discard(fetch)
                     break
         return self._free.pop() if self._free else None
@@ -301,29 +307,11 @@ class Slots:
                             return view.detach(), fetch.stored[piece.index]
         return None
 
-    def copy_held(self, piece: Piece, first: int, into: torch.Tensor) -> bool:
-        """Copy elements of a piece, from `first` on, out of the slot of a unit that a backward holds; any thread may call it.
-
-        Returns:
-            Whether it did: not if no such unit is there, if the slot is on another device, or if what the slot shows is not what is stored.
-        """
-        if self.arena.separate:
-            return False
-        with self.state:  # so that the slot is nobody else's meanwhile: a chunk takes milliseconds
-            for fetch in self._fetches.values():
-                if not fetch.held or fetch.spoiled or fetch.stored.get(piece.index) != piece.version or piece.index in self._late(fetch):
-                    continue
-                for shown in self._shown(fetch):
-                    if shown[0] is piece and next(written([shown]), None) is None:
-                        into.copy_(shown[1].view(-1)[first : first + into.numel()])
-                        return True
-        return False
-
     def shown_version(self, piece: Piece) -> int:
         """Version of the values that the piece's parameter shows, or will show when it is present."""
         with self.state:
-            outdated = [fetch.stored[piece.index] for fetch in self._fetches.values() if fetch.outdated and piece.index in fetch.stored]
-            return outdated[0] if outdated else piece.version
+            shown = [fetch for fetch in self._fetches.values() if fetch.bound and fetch.outdated and piece.index in fetch.stored]
+            return shown[0].stored[piece.index] if shown else piece.version
 
     def piece_at(self, tensor: torch.Tensor) -> tuple[Piece, int] | None:
         """(piece, bytes into it) if the tensor lies in a slot that holds a unit in use, or in a piece that came to stay; else None."""

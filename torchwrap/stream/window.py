@@ -91,6 +91,7 @@ class Window(RoutedSlots):
         fetch.versions = [version_of(piece.parameter) for piece, _ in self.layout(unit).places]
         fetch.stored = {piece.index: piece.version for piece, _ in self.layout(unit).places}
         fetch.references = references(fetch.slot.device)
+        fetch.awaited, fetch.taken = set(), set()
 
     def _hide(self, unit: Unit) -> None:
         places = self.layout(unit).places
@@ -117,7 +118,7 @@ class Window(RoutedSlots):
             self._discard(fetch)
         elif alive:
             self._give_away(fetch)
-        elif fetch.outdated:
+        elif fetch.outdated and not fetch.awaited:
             self._drop(fetch)
         self._finished.append(fetch)
         if not self.batches.ended():
@@ -132,7 +133,7 @@ class Window(RoutedSlots):
         expected = self.schedule.predict(kept)
         # The slot freed last is taken first: the first copy into the batch's slots waits for its last unit, and the others come after it.
         for done in self._finished:
-            if not done.bound and done.unit.index not in expected and self._fetches.get(done.unit.index) is done:
+            if not done.bound and not done.awaited and done.unit.index not in expected and self._fetches.get(done.unit.index) is done:
                 self._drop(done)
         self._finished.clear()
 
@@ -177,7 +178,8 @@ class Window(RoutedSlots):
     def _take_slot(self, unit: Unit) -> Slot:
         while (slot := self._free_slot(spare={unit.index})) is None:
             # Every slot is in use by an enclosing unit, or holds what is needed even sooner: give up the latest guess.
-            idle = [fetch for fetch in self._fetches.values() if not fetch.bound]
+            # What updates could still copy goes first: they can read it.
+            idle = sorted((fetch for fetch in self._fetches.values() if not fetch.bound), key=lambda fetch: bool(fetch.awaited))
             held = [fetch for fetch in self._fetches.values() if fetch.held and not fetch.users]
             if idle:
                 self._discard(idle[-1])
