@@ -110,8 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         runs[window.TITLE] = window.measure_window()
         print(window.table(runs[window.TITLE]))
-        if given.picture is not None:
-            given.picture.write_bytes(window.picture(runs[window.TITLE]))
     if given.what in ("all", "superpipeline-prefill"):
         declare_torchvision_operators()
         from benchmarks.harness.prefill import measure_prefill
@@ -139,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(*verdict_lines(verdicts), sep="\n")
     if runs and not given.no_write:
         print(f"written: {write_results(runs, folder=given.results)}")
+    if given.picture is not None and given.what in ("all", "superpipeline"):
+        given.picture.write_bytes(window.picture(runs[window.TITLE]))
     return int(given.check and not all(verdict["met"] for verdict in verdicts))
 
 
