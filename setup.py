@@ -56,7 +56,8 @@ class BuildKernels(build_ext):
         self.compiler.link_shared_object(objects, target, libraries=libraries, target_lang="c++", build_temp=self.build_temp)
 
     def kernels(self, name: str, flags: list[str]) -> list[str]:
-        return self.compiled(["gradient_kernels.cpp", "kernels.cpp", "prefill_kernels.cpp"], name, [("INSTRUCTION_SET", name)], flags)
+        files = ["few_kernels.cpp", "gradient_kernels.cpp", "kernels.cpp", "prefill_kernels.cpp"]
+        return self.compiled(files, name, [("INSTRUCTION_SET", name)], flags)
 
     def compiled(self, files: list[str], folder: str, macros: list[tuple[str, str | None]], flags: list[str]) -> list[str]:
         return self.compiler.compile(

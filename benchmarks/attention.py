@@ -40,8 +40,11 @@ TITLE = "attention[cpu]"
 LENGTHS = (1024, 8192)
 TURN_S = 0.04
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ALL_DTYPES = {**DTYPES, "float16": torch.float16}
 DECODE = ((9, 3, 64, 16384), (9, 3, 64, 65536), (32, 8, 128, 32768), (8, 1, 128, 65536))
 """Hq, Hkv, D, S of single queries: the rows with groups in section 9 of the specification."""
+SINGLE = ((1, (8, 8), 64, 64), (1, (8, 8), 64, 512), (4, (12, 12), 64, 128), (1, (9, 3), 64, 2048), (1, (32, 8), 128, 4096))
+"""Batch, Hq and Hkv, D, S of single queries with a bias or with gradients."""
 DROPOUT = (
     (1, 64, 12, "causal", False), (4, 512, 12, "padded", False), (1, 16, 12, "whole", True), (1, 64, 12, "causal", True),
     (8, 128, 12, "padded", True), (4, 512, 12, "padded", True), (1, 1024, 12, "causal", True), (1, 4096, 2, "causal", True),
@@ -144,6 +147,17 @@ def rows() -> Iterator[Row]:
                 yield Row(group=group, name=f"padding as numbers {name}", train=train, added=(batch, 1, 1, length), **sizes)
                 yield Row(group=group, name=f"noise {name}", train=train, mask=lambda length=length: _noise(length, 1), **sizes)  # type: ignore[misc]
                 yield Row(group=group, name=f"blocks {name}", train=train, mask=lambda length=length: _noise(length, 64), **sizes)  # type: ignore[misc]
+    for dtype in ALL_DTYPES:
+        for batch, (heads, kv_heads), width, length in SINGLE:
+            sizes = {
+                "batch": batch, "heads": (heads, kv_heads), "width": width, "q_length": 1, "kv_length": length, "dtype": dtype,
+                "rivals": ("sdpa",),
+            }  # fmt: skip
+            name = f"{batch}x{heads}/{kv_heads}x{width}x{length} {dtype}"
+            yield Row(group="training, one query", name=name, train=True, **sizes)
+            for train in (False, True):
+                group = "training, one query with a bias" if train else "one query with a bias"
+                yield Row(group=group, name=name, train=train, added=(1, heads, 1, length), **sizes)
     causal: dict[str, Any] = {"q_length": 4096, "kv_length": 4096, "mask": lambda: TileMask.causal(1, 4096, 4096), "rivals": ("eager",)}
     yield Row(group="softcap and sinks at 4096", name="softcap", options={"softcap": 50.0}, **causal, **small)
     yield Row(group="softcap and sinks at 4096", name="sinks", options={"sinks": torch.linspace(-1, 1, 9)}, **causal, **small)
@@ -254,7 +268,7 @@ def _seconds(run: Callable[[], Any], repeats: int) -> float:
 def _contenders(row: Row) -> tuple[dict[str, Callable[[], tuple[Tensor, ...]]], Tensor, str]:
     """What each contender runs, which rows see a key (as out), and whom the dispatcher chose."""
     torch.manual_seed(0)
-    dtype, (heads, kv_heads) = DTYPES[row.dtype], row.heads
+    dtype, (heads, kv_heads) = ALL_DTYPES[row.dtype], row.heads
     q = torch.randn(row.batch, row.q_length, heads, row.width).to(dtype).transpose(1, 2).requires_grad_(row.train)
     k, v = (torch.randn(row.batch, kv_heads, row.kv_length, row.width).to(dtype).requires_grad_(row.train) for _ in range(2))
     tile = row.mask() if row.mask is not None else TileMask.causal(1, row.q_length, row.kv_length) if row.causal else None

@@ -397,12 +397,12 @@ def test_without_the_library_nothing_is_prepared(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(attend(q, k, v), eager(q, k, v))
 
 
-def test_rows_without_a_key_are_zero_and_minus_infinity_when_torch_computes_one_query() -> None:
+def test_rows_of_one_query_without_a_key_are_zero_and_minus_infinity() -> None:
     q, k, v = inputs(lengths=(1, 20), heads=(4, 4))
     mask = TileMask.padded([20, 0], 1, 20, causal=False)
     q.requires_grad_()
     out, lse = attend(q, k, v, mask=mask, return_lse=True)
-    assert type(known(q, k, v, mask=mask)).__name__ == "One"
+    assert type(known(q, k, v, mask=mask)).__name__ == "Few"
     assert not out[1].any() and bool((lse[1] == -math.inf).all()) and bool(lse[0].isfinite().all())
     (grad,) = torch.autograd.grad(out.sum(), q)
     assert not grad[1].any() and bool(grad.isfinite().all())
@@ -427,7 +427,7 @@ def test_masks_that_are_tensors_are_one_call_whatever_they_hide(shape: tuple[int
             seen[..., 0, :] = False
         mask = torch.where(seen, 0.25, -math.inf) if floats else seen
         out, lse = attend(q, k, v, mask=mask, return_lse=True)
-        assert type(known(q, k, v, mask=mask)).__name__ == "Masked"
+        assert type(known(q, k, v, mask=mask)).__name__ == "Many"
         torch.testing.assert_close((attend(q, k, v, mask=mask), out, lse), (out, *eager(q, k, v, mask=mask, return_lse=True)))
     learned = q.clone().requires_grad_()
     with_gradients = attend(learned, k, v, mask=mask)
@@ -511,7 +511,7 @@ def test_no_number_among_few_keys_reaches_the_gradients_of_one_query(keys: int) 
     q, k, v = (tensor.requires_grad_() for tensor in inputs(lengths=(1, keys), heads=(4, 4)))
     with torch.no_grad():
         k[0, 0, 0, 0] = math.nan
-    assert type(known(q, k, v)).__name__ == "One"
+    assert type(known(q, k, v)).__name__ == "Few"
     found, expected = (torch.autograd.grad(each(q, k, v).sum(), (q, k, v)) for each in (attend, eager))
     for name, one, other in zip("qkv", found, expected, strict=True):
         assert torch.equal(one.isnan().any(-1), other.isnan().any(-1)), name

@@ -182,19 +182,22 @@ class Prepared(Protocol):
     Attributes:
         name: of the back end.
         trains: whether gradients are wanted, and `backward` can be called.
+        again: `backward` works out again what it needs of the forward: it is given None for out and lse.
         kind: what calls of this kind are called in records; empty until somebody says it.
     """
 
     name: str
     trains: bool
+    again: bool
     kind: str
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
         """As `Backend.forward`; an lse that is not wanted may be None. Only masks that are no `TileMask` are looked at again."""
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of q, k and v, as `Backend.backward`."""
 
 

@@ -97,7 +97,7 @@ def prepared(
     """Out and, if it is wanted, lse of a call that was prepared, with gradients for what asks for them."""
     if not work.trains:
         return work.forward(q, k, v, mask, wants_lse)
-    found: Any = _Prepared.apply(work, wants_lse, q, k, v)  # type: ignore[no-untyped-call]
+    found: Any = _Prepared.apply(work, wants_lse, q, k, v, mask)  # type: ignore[no-untyped-call]
     return found if wants_lse else (found, None)
 
 
@@ -114,26 +114,34 @@ class _Last(torch.autograd.Function):
 
 
 class _Prepared(torch.autograd.Function):
-    """(what computes the call, is lse wanted, q, k, v) -> (out, lse) or out."""
+    """(what computes the call, is lse wanted, q, k, v, mask) -> (out, lse) or out."""
 
     @staticmethod
-    def forward(ctx: Any, work: Prepared, wants_lse: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        out, lse = work.forward(q, k, v, None, True)
-        assert lse is not None
-        ctx.work = work
-        ctx.save_for_backward(q, k, v, out, lse)
+    def forward(
+        ctx: Any, work: Prepared, wants_lse: bool, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        out, lse = work.forward(q, k, v, mask, wants_lse or not work.again)
+        ctx.work, mask = work, mask if type(mask) is Tensor else None
+        if work.again:
+            ctx.save_for_backward(q, k, v, mask)
+        else:
+            ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.set_materialize_grads(False)
-        return (out, lse) if wants_lse else out
+        if not wants_lse:
+            return out
+        assert lse is not None
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
         if grad_out is None and grad_lse is None:
-            return (None,) * 5
-        q, k, v, out, lse = ctx.saved_tensors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+            return (None,) * 6
+        work = ctx.work
+        q, k, v, mask, out, lse = (*ctx.saved_tensors, None, None) if work.again else ctx.saved_tensors
+        grad_out = q.new_zeros(*q.shape[:3], v.shape[3]) if grad_out is None else grad_out
         gradients = _PreparedGradients.apply if torch.is_grad_enabled() or transformed() else _PreparedGradients.forward
         with one_thread() if stuck() else nullcontext():
-            return None, None, *gradients(ctx.work, q, k, v, out, lse, grad_out, grad_lse)
+            return None, None, *gradients(work, q, k, v, out, lse, grad_out, grad_lse, mask), None
 
 
 class _PreparedGradients(_Last):

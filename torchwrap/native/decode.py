@@ -20,6 +20,7 @@ __all__ = ["MAX_ROWS", "MAX_WIDTH", "Prepared", "decode", "decode_runs", "run"]
 
 MAX_ROWS, MAX_WIDTH = 64, 512
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BIAS_DTYPES = {**_DTYPES, torch.bool: 3}
 
 
 def decode(
@@ -174,35 +175,41 @@ class Prepared:
         dtype: of q, k and v.
         scale: factor of the scores.
         softcap: 0 for none.
+        bias: one of the layout, (B, Hkv, R, S) by its strides, float32, a half type, or bool, which hides a key where it is False; None.
+        out_dtype: of out: float32, or `dtype`.
         instruction_set: one of `instruction_sets()`, for tests; None: the best.
         threads: None: as torch.get_num_threads().
     """
 
     __slots__ = ("_rest", "_run", "_set", "_sizes")
     # `DecodeCall` of src/call.h: addresses, then the rest.
-    _addresses = struct.Struct("10P").pack
-    _others = struct.Struct("9q6q2f3i4x").pack
+    _addresses = struct.Struct("11P").pack
+    _others = struct.Struct("13q6q2f5i4x").pack
 
     def __init__(
         self, batch: int, heads: int, rows: int, keys: int, width: int, value_width: int, *, strides: tuple[int, ...], dtype: torch.dtype,
-        scale: float, softcap: float, instruction_set: str | None = None, threads: int | None = None,
+        scale: float, softcap: float, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float32,
+        instruction_set: str | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
         number = -1 if instruction_set is None else instruction_sets()[instruction_set]
-        how = _DTYPES[dtype], threads or torch.get_num_threads(), number
+        of_bias = 0 if bias is None else _BIAS_DTYPES[bias.dtype]
+        how = _DTYPES[dtype], threads or torch.get_num_threads(), number, _DTYPES[out_dtype], of_bias
+        strides = *strides, *((0,) * 4 if bias is None else bias.stride())
         self._rest = self._others(*strides, batch, heads, rows, keys, width, value_width, scale, softcap, *how)
         self._sizes, self._set = (batch, heads, rows, value_width, keys), instruction_set
         self._run = library().torchwrap_decode
 
     def __call__(
-        self, q: int, k: int, v: int, out: int, lse: int, first: int = 0, end: int = 0, limits: int = 0, runs: int = 0, run_of: int = 0
-    ) -> None:
-        """Write out and lse, float32 and contiguous. All are addresses, of what `decode` and `decode_runs` say, or 0.
+        self, q: int, k: int, v: int, out: int, lse: int, first: int = 0, end: int = 0, limits: int = 0, runs: int = 0, run_of: int = 0,
+        bias: int = 0,
+    ) -> None:  # fmt: skip
+        """Write out and lse, contiguous, lse in float32. All are addresses, of what `decode` and `decode_runs` say, or 0.
 
         Raises:
             BudgetError: no memory for partial results.
             UnsupportedModelError: the processor does not have the instruction set.
         """
-        status = self._run(self._addresses(q, k, v, first, end, limits, runs, run_of, out, lse) + self._rest)
+        status = self._run(self._addresses(q, k, v, first, end, limits, runs, run_of, bias, out, lse) + self._rest)
         if status == 1:
             batch, heads, rows, value_width, keys = self._sizes
             needed = batch * heads * rows * (value_width + 2) * 4
@@ -230,6 +237,7 @@ def run(
     instruction_set: str | None = None,
     threads: int | None = None,
     runs: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The call itself, for callers that have made the checks of `decode` themselves: what does not fit is read as addresses.
 
@@ -245,6 +253,7 @@ def run(
         instruction_set: one of `instruction_sets()`, for tests; None: the best.
         threads: None: as torch.get_num_threads().
         runs: runs of columns and those of each entry, as in `decode_runs`; k and v are expanded over the batch, and there are no ranges.
+        bias: as in `Prepared`, (B, Hkv, R, S), its numbers in memory.
 
     Raises:
         UnsupportedModelError: the library is not available.
@@ -255,12 +264,12 @@ def run(
     keys, value_width = k.shape[2], v.shape[3]
     work = Prepared(
         batch, heads, rows, keys, width, value_width, strides=(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]), dtype=q.dtype,
-        scale=scale, softcap=softcap, instruction_set=instruction_set, threads=threads,
+        scale=scale, softcap=softcap, bias=bias, instruction_set=instruction_set, threads=threads,
     )  # fmt: skip
     out, lse = (q.new_empty(shape, dtype=torch.float32) for shape in ((batch, heads, rows, value_width), (batch, heads, rows)))
     # Held in a list until the call is over: a copy made here has no other owner.
     ranges = [None if tensor is None else tensor.contiguous() for tensor in (first, end, limits, *runs)]
-    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in ranges)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (*ranges, bias))
     work(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), *addresses)
     return out, lse
 

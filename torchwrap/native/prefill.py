@@ -24,6 +24,7 @@ from torchwrap.native.library import instruction_sets, library
 __all__ = ["Backward", "Forward", "Hidden", "gradients", "in_memory", "prefill", "readable", "unread"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_BIAS_DTYPES = {**_DTYPES, torch.bool: 3}
 _HIDING = ("shown", "q_segments", "k_segments", "codes", "tiles")
 _POINTERS = ("q", "k", "v", "out", "lse", "limits", "sinks", "grad_out", "grad_lse", "dq", "dk", "dv", "delta", "bias", "dbias", *_HIDING)
 _FIRST = struct.Struct(f"{len(_POINTERS)}PQ")  # what is another in each call: addresses and the seed
@@ -81,7 +82,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "softcap", "keep")),
         ("threshold", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("limits_shared", "threads", "instruction_set", "dtype", "bias_dtype", "dbias_wide")),
-        ("some_keys", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("some_keys", "few")),
         ("part", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("dk_sums", "dv_sums")),
     )
@@ -166,6 +167,7 @@ def gradients(
     dropout: float = 0.0,
     seed: int = 0,
     some_keys: bool = False,
+    few: bool = False,
     instruction_set: str | None = None,
     threads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -188,7 +190,9 @@ def gradients(
         dropout: of the forward.
         seed: of the forward.
         some_keys: out and lse are over more keys than these, so delta can only come from out; no dropout then.
-        instruction_set: for tests.
+        few: by the kernel for few rows (queries times heads of a group), which reads neither out nor lse. No sinks, softcap, dropout,
+            `hidden` and gradient of the bias then; a bias of bool hides a key where it is False.
+        instruction_set: as in `prefill`, and so threads.
         threads: how many.
 
     Returns:
@@ -204,17 +208,17 @@ def gradients(
         (B, Hq, Sq) float32. Results as q, k, v and bias.
 
     Exactness: as in `prefill`; in bfloat16 gradients of scores too are rounded once, for their products. In halves delta
-        is not taken from out, which was rounded, with dropout and in short calls.
+        is not taken from out, which was rounded, with dropout and in short calls. With `few` all is in float32.
 
     Cost: `10 * (visible pairs) * D` operations for each query head, 14 with dropout in halves; about a megabyte for each thread,
-        and in halves `4 * min(B * Hkv, threads) * Sk * (D + Dv)` bytes for sums.
+        and in halves `4 * min(B * Hkv, threads) * Sk * (D + Dv)` bytes for sums. With `few`, `8 * rows * Sk` bytes for each thread.
 
     Source: Tri Dao, "FlashAttention-2", 2023, algorithm 2.
     """
     q, k, v, out, grad_out = (_rows(tensor) for tensor in (q, k, v, out, grad_out))
     bias = None if bias is None else readable(bias)
-    how = dict(scale=scale, softcap=softcap, dropout=dropout, some_keys=some_keys, instruction_set=instruction_set, threads=threads)
-    work = Backward(q, k, v, out, grad_out, limits, bias, hidden, **how)  # type: ignore[arg-type]
+    how = dict(scale=scale, softcap=softcap, dropout=dropout, instruction_set=instruction_set, threads=threads)
+    work = Backward(q, k, v, out, grad_out, limits, bias, hidden, some_keys=some_keys, few=few, **how)  # type: ignore[arg-type]
     of_lse = None if grad_lse is None else in_memory(grad_lse.contiguous())
     return work(q, k, v, out, in_memory(lse.contiguous()), grad_out, of_lse, bias, wants_bias=wants_bias, seed=seed)
 
@@ -231,9 +235,9 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 
 def readable(bias: Tensor) -> Tensor:
-    """A bias as the kernels read it, without gradient: its numbers in memory, in float32 or a half type."""
+    """A bias as the kernels read it, without gradient: its numbers in memory, in float32, a half type, or bool."""
     bias = in_memory(bias.detach())
-    return bias if bias.dtype in _DTYPES else bias.float()
+    return bias if bias.dtype in _BIAS_DTYPES else bias.float()
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -272,6 +276,7 @@ class _Prepared:
     def __init__(
         self, tensors: dict[str, Tensor], limits: Tensor | None, bias: Tensor | None, hidden: Hidden | None, scale: float,
         softcap: float | None, dropout: float, instruction_set: str | None, threads: int | None, some_keys: bool = False,
+        few: bool = False,
     ) -> None:  # fmt: skip
         q, k, v = tensors["q"], tensors["k"], tensors["v"]
         self._limits = None if limits is None else in_memory(limits).contiguous()
@@ -282,7 +287,7 @@ class _Prepared:
         if bias is not None:
             scores = *q.shape[:3], k.shape[2]
             summed = torch.empty(bias.shape, dtype=torch.float32, device="meta").expand(scores)  # laid out as the gradient
-            more |= {"bias_strides": bias.expand(scores).stride(), "dbias_strides": summed.stride(), "bias_dtype": _DTYPES[bias.dtype]}
+            more |= {"bias_strides": bias.expand(scores).stride(), "dbias_strides": summed.stride(), "bias_dtype": _BIAS_DTYPES[bias.dtype]}
             more["dbias_wide"] = bias.shape != scores
         call = _Call(
             **{f"{key}_strides": tensor.stride()[:3] for key, tensor in tensors.items()},
@@ -297,6 +302,7 @@ class _Prepared:
             instruction_set=-1 if instruction_set is None else instruction_sets()[instruction_set],
             dtype=_DTYPES[q.dtype],
             some_keys=some_keys,
+            few=few,
             **more,
         )
         self._rest = bytes(call)[_FIRST.size :]
@@ -351,28 +357,32 @@ class Forward(_Prepared):
 class Backward(_Prepared):
     """`gradients` for tensors of one layout, with rows contiguous and numbers in memory."""
 
-    __slots__ = ("_run", "_whole")
+    __slots__ = ("_alike", "_few", "_run", "_whole")
     _name = "gradients"
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, grad_out: Tensor, limits: Tensor | None = None, bias: Tensor | None = None,
         hidden: Hidden | None = None, *, scale: float, softcap: float | None = None, dropout: float = 0.0,
-        instruction_set: str | None = None, threads: int | None = None, some_keys: bool = False,
+        instruction_set: str | None = None, threads: int | None = None, some_keys: bool = False, few: bool = False,
     ) -> None:  # fmt: skip
         read = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out}
         found = {f"d{name}": _like(read[name], read[name].shape[3]) for name in ("q", "k", "v")}
-        super().__init__(read | found, limits, bias, hidden, scale, softcap, dropout, instruction_set, threads, some_keys)
+        super().__init__(read | found, limits, bias, hidden, scale, softcap, dropout, instruction_set, threads, some_keys, few)
+        self._few, self._alike = few, all(torch.empty_like(tensor).stride(3) == 1 for tensor in (q, k, v))
         # Where a query sees all keys, all are written.
-        all_seen = None if limits is None else (limits[..., 0] <= 0) & (limits[..., 1] >= k.shape[2])
+        all_seen = None if limits is None or few else (limits[..., 0] <= 0) & (limits[..., 1] >= k.shape[2])
         self._whole = all_seen is None or bool(all_seen.any(-1).all())
         self._run = library().torchwrap_gradients
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None = None,
-        bias: Tensor | None = None, *, wants_bias: bool = False, seed: int = 0,
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None = None,
+        bias: Tensor | None = None, shown: Tensor | None = None, *, wants_bias: bool = False, seed: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """As `gradients`; lse and its gradient are contiguous, the bias is `readable`."""
-        dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
+        """As `gradients`; lse and its gradient are contiguous, the bias is `readable`, `shown` is in place of that of `hidden`."""
+        if self._alike:
+            dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        else:
+            dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
         if not self._whole:
             dk.zero_(), dv.zero_()
         delta = torch.empty(self._rows, dtype=torch.float32)
@@ -380,9 +390,10 @@ class Backward(_Prepared):
         if wants_bias and bias is not None:
             dbias = torch.zeros(bias.shape, dtype=torch.float32 if bias.shape == (*q.shape[:3], k.shape[2]) else torch.float64)
         addresses = self._pack(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), self._limits_at, 0, grad_out.data_ptr(),
-            0 if grad_lse is None else grad_lse.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), delta.data_ptr(),
-            0 if bias is None else bias.data_ptr(), 0 if dbias is None else dbias.data_ptr(), *self._hidden_at, seed,
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+            self._limits_at, 0, grad_out.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(), dq.data_ptr(), dk.data_ptr(),
+            dv.data_ptr(), delta.data_ptr(), 0 if bias is None else bias.data_ptr(), 0 if dbias is None else dbias.data_ptr(),
+            *(self._hidden_at if shown is None else (shown.data_ptr(), *self._hidden_at[1:])), seed,
         )  # fmt: skip
         if status := self._run(addresses + self._rest):
             raise self._failed(status)

@@ -51,22 +51,15 @@ class Composed:
         """A kernel, ready for calls of this layout, or for any mask laid out as `mask`; None: there is more to do than to call one."""
         if call.is_empty or call.sinks is not None or not all(tensor.stride(3) == 1 for tensor in (call.q, call.k, call.v)):
             return None
-        way, one = _way(call), mask is not None and prefill.is_one_changed(call) and prefill.refuses(call) is None
-        if not one and way not in (("native", "many") if mask is None else ("many",)):
+        way = _way(call)
+        few = way == "native" and (mask is None or call.q_length == 1)
+        if not few and way != "many":
             return None
         from torchwrap.attention.cpu import prepared  # here: loads the library
 
-        if mask is not None:
-            return None if trains or call.dropout else prepared.MaskedOne(call) if one else prepared.Masked(call, mask)
-        if way == "many":
-            return prepared.Many(call, trains)
-        if not trains:
-            return prepared.Few(call)
-        if prefill.refuses(call) is not None:
+        if trains and prefill.refuses(call) is not None:
             return None
-        if prefill.is_one(call):
-            return prepared.One(call)
-        return prepared.Recomputed(prepared.Few(call), prepared.Many(call, True))
+        return prepared.Few(call, trains, mask) if few else prepared.Many(call, trains, mask)
 
     def describe(self, call: Call) -> str:
         """By which of the compositions, for people."""
@@ -74,8 +67,7 @@ class Composed:
             return "nothing to compute"
         way = _way(call)
         if way == "native":
-            backward = "; gradients by torch's kernel: of one query it is quicker" if prefill.is_one(call) else ""
-            return "a few queries, by the native kernel: keys and values are read once" + backward
+            return "a few queries, by the native kernel: keys and values are read once"
         missing = decode.native_refuses(call) if call.q_length == 1 else None
         if way == "pieces":
             return f"one query over pieces of the keys, by torch's kernel; not the native one: {missing}"
@@ -90,9 +82,9 @@ class Composed:
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of everything."""
-        by_torch = prefill.is_one_changed(call) and grad_lse is None and not (call.bias is not None and call.bias.requires_grad)
-        if prefill.refuses(call) is None and not by_torch:
-            if _way(call) != "many":  # `decode` sums scores in another order: gradients would lose in accuracy what the two differ by
+        if prefill.refuses(call) is None:
+            if _way(call) != "many" and not prefill.is_few(call):
+                # `decode` sums scores in another order: gradients would lose in accuracy what the two differ by.
                 out, lse = prefill.forward(call)
             return prefill.backward(call, out, lse, grad_out, grad_lse)
         tile = compose.refuses(call) is not None or call.is_empty or (call.bias is not None and call.bias.requires_grad)
@@ -107,7 +99,7 @@ def _way(call: Call) -> decode.Form | Literal["many"] | None:
     # as fast in float32 and bfloat16, equal in float16 (AVX-512, 2 threads, 64 queries and keys).
     if call.mode != "prefill" and (few := decode.form(call)) is not None:
         return few
-    if prefill.refuses(call) is None and not prefill.is_one_changed(call):
+    if prefill.refuses(call) is None:
         return "many"
     return decode.form(call) if call.mode == "prefill" else None
 

@@ -8,6 +8,7 @@ tasks, too few for the cores, and pieces make more of them; their results are me
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
 __all__ = [
-    "MOST_WIDTH", "PIECE", "Form", "form", "forward", "is_ranges", "limits", "native_library", "native_refuses", "partial",
-    "without_memory",
+    "MOST_WIDTH", "PIECE", "Form", "by_group", "form", "forward", "is_ranges", "limits", "native_library", "native_refuses", "one_bias",
+    "partial", "without_memory",
 ]  # fmt: skip
 
 PIECE = 2048
@@ -43,10 +44,12 @@ def form(call: Call) -> Form | None:
     mask, one = call.mask, call.q_length == 1
     if not one and call.group * call.q_length > MOST_ROWS:
         return None
-    if call.bias is not None or call.dropout or (mask is not None and not is_ranges(mask)):
+    if call.dropout or (not one and (call.bias is not None or (mask is not None and not is_ranges(mask)))):
         return None
     if native_refuses(call) is None:
         return "native"
+    if call.bias is not None or (mask is not None and not is_ranges(mask)):
+        return None
     return "pieces" if one and call.softcap is None and not _is_one_tile(call) else None
 
 
@@ -125,13 +128,36 @@ def _by_native(call: Call, threads: int | None) -> tuple[Tensor, Tensor]:
     native = _native()
     assert not isinstance(native, str)
     q, k, v = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (_folded(call), call.k, call.v))
-    return native(q, k, v, None, None, limits(call), call.scale, call.softcap or 0.0, threads=threads)
+    bias = one_bias(call)
+    bias = None if bias is None else by_group(bias, call)
+    return native(q, k, v, None, None, limits(call), call.scale, call.softcap or 0.0, threads=threads, bias=bias)
+
+
+def one_bias(call: Call) -> Tensor | None:
+    """What is added to the scores of one query, and hides keys that are no range, `readable`; bool where it only hides. None: nothing."""
+    from torchwrap.native.prefill import readable  # here: loads the library
+
+    mask, bias = call.mask, call.bias
+    if mask is None or is_ranges(mask):
+        return None if bias is None else readable(bias)
+    seen = mask.rectangles((0, 1), (0, call.kv_length))
+    if bias is None:
+        return seen
+    both: Tensor = torch.where(seen, readable(bias), -math.inf)
+    return both
+
+
+def by_group(bias: Tensor, call: Call) -> Tensor:
+    """A bias of one query as `[B, Hkv, G, S]`, without a copy."""
+    whole = bias.expand(call.batch, call.heads, 1, call.kv_length)
+    found: Tensor = whole[:, :, 0].unflatten(1, (call.kv_heads, call.group))
+    return found
 
 
 def limits(call: Call) -> Tensor | None:
-    """First and last column of each row of `_folded`, int32 `[B, G * Sq, 2]`; None: all."""
+    """First and last column of each row of `_folded`, int32 `[B, G * Sq, 2]`; None: all, or `one_bias` says which."""
     mask = call.mask
-    if mask is None or mask.plain == "full" or (call.q_length == 1 and mask.plain == "causal" and _at_end(mask)):
+    if mask is None or mask.plain == "full" or not is_ranges(mask) or (call.q_length == 1 and mask.plain == "causal" and _at_end(mask)):
         return None
     spans = mask.spans()
     both = torch.stack([spans.first, torch.maximum(spans.first, spans.end)], -1)

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.contract import Call, Gradients
-from torchwrap.attention.cpu import kernel
-from torchwrap.attention.cpu.decode import MOST_WIDTH, is_ranges, native_library, without_memory
+from torchwrap.attention.cpu.decode import MOST_WIDTH, is_ranges, native_library, one_bias, without_memory
 from torchwrap.attention.merge import grad_of_sinks
 
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
     from torchwrap.native.prefill import Hidden
 
-__all__ = ["backward", "describe", "forward", "hidden", "is_one", "is_one_changed", "limits", "refuses"]
+__all__ = ["backward", "describe", "forward", "hidden", "is_few", "limits", "refuses"]
 
+MOST_FEW = 8
+"""Rows that share a key/value head up to which their gradients take less time by the kernel for few (measured)."""
 _WORDS = {
     torch.float32: "measured faster than torch's",
     torch.bfloat16: "sums are in float32",
@@ -53,23 +54,13 @@ def describe(call: Call) -> str:
     return f"many queries, by the native kernel: {_WORDS[call.q.dtype]}"
 
 
-def is_one(call: Call) -> bool:
-    """One query for each head of keys, in float32.
-
-    Then torch's backward takes 0.3 to 0.75 of the time of the native one, which packs blocks of keys (1 to 512 keys, 3 to 48 heads,
-    AVX-512, one thread); with 3 queries the native one is faster.
-    """
-    alike = call.width == call.value_width and call.softcap is None
-    return call.q_length == 1 and call.group == 1 and call.q.dtype == torch.float32 and alike
-
-
-def is_one_changed(call: Call) -> bool:
-    """As `is_one`, with a bias or keys hidden one by one, for which `decode` has no word.
-
-    Then torch's kernel takes 0.2 to 0.35 of the time of the native one (8 heads, 64 and 512 keys, two threads).
-    """
-    enough = call.kv_length >= kernel.FEWEST and not call.dropout
-    return is_one(call) and enough and (call.bias is not None or (call.mask is not None and not is_ranges(call.mask)))
+def is_few(call: Call) -> bool:
+    """Whether gradients come from the kernel for few rows, which works the softmax out again: out and lse of the forward are not read."""
+    if call.sinks is not None or call.softcap is not None or call.dropout or call.some_keys:
+        return False
+    if call.group * call.q_length > MOST_FEW or (call.bias is not None and call.bias.requires_grad):
+        return False
+    return call.q_length == 1 or call.mask is None or is_ranges(call.mask)
 
 
 @functools.cache
@@ -98,6 +89,11 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     """
     from torchwrap.native.prefill import gradients
 
+    if is_few(call):
+        ranges = call.mask is None or is_ranges(call.mask)
+        bias, seen = one_bias(call) if call.q_length == 1 else call.bias, limits(call.mask) if ranges else None
+        found = gradients(call.q, call.k, call.v, out, lse, grad_out, grad_lse, seen, bias=bias, scale=call.scale, few=True)
+        return *found[:3], None, None
     q, k, v, seen = call.q, call.k, call.v, limits(call.mask)
     wants_bias = call.bias is not None and call.bias.requires_grad
     more = {"wants_bias": wants_bias, "some_keys": call.some_keys, **_more(call)}

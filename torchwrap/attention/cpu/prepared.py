@@ -6,72 +6,86 @@ is done once for each layout of tensors, and `torchwrap.attention.prepared` keep
 
 from __future__ import annotations
 
-import math
-from typing import Any, NoReturn
+from dataclasses import replace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchwrap.attention.contract import Call, Prepared
-from torchwrap.attention.cpu import decode, kernel, prefill
-from torchwrap.attention.torch_kernels.masks import added, is_causal
+from torchwrap.attention.cpu import decode, prefill
 from torchwrap.native.decode import Prepared as Decode
 from torchwrap.native.prefill import Backward, Forward, Hidden, in_memory, readable, unread
 
-__all__ = ["Drawn", "Few", "Many", "Masked", "MaskedOne", "One", "Recomputed"]
+__all__ = ["Drawn", "Few", "Many"]
 
 
-class _Untrained:
-    """What computes calls without gradients."""
-
-    name, trains = "cpu", False
-    __slots__ = ("kind",)
-
-    def __init__(self) -> None:
-        self.kind = ""
-
-    def backward(self, *_: Any) -> NoReturn:
-        """Not for calls that train."""
-        raise NotImplementedError
-
-
-class Few(_Untrained):
-    """A few queries by `torchwrap.native.decode`, as `decode.forward`; no gradients.
+class Few:
+    """A few queries by `torchwrap.native.decode`, as `decode.forward`, and their gradients, as `prefill.backward`.
 
     Args:
         call: one that `decode.form` calls "native".
+        trains: as in `Prepared`.
+        mask: one of the layout, for one query; None: that of the call.
     """
 
-    __slots__ = ("_alike", "_copies", "_dtype", "_limits", "_limits_at", "_shape", "_unread", "_work")
+    name = "cpu"
+    __slots__ = (
+        "_alike", "_backward", "_biased", "_call", "_copies", "_dtype", "_limits", "_limits_at", "_many", "_shape", "_unread", "_work",
+        "again", "kind", "trains",
+    )  # fmt: skip
 
-    def __init__(self, call: Call) -> None:
-        super().__init__()
+    def __init__(self, call: Call, trains: bool, mask: Tensor | None = None) -> None:
+        self.kind, self.trains = "", trains
         q, k, v = call.q, call.k, call.v
         # The rows of a group have to follow each other.
         self._copies = call.q_length > 1 and call.group > 1 and not q.is_contiguous()
         batch, head, row = (q.contiguous() if self._copies else q).stride()[:3]
+        bias = decode.one_bias(call) if mask is None else readable(mask)
+        if mask is not None:
+            call = replace(call, mask=None, bias=None)
+        self._biased = bias if mask is None else None
         self._work = Decode(
             call.batch, call.kv_heads, call.group * call.q_length, call.kv_length, call.width, call.value_width,
             strides=(batch, call.group * head, head if call.q_length == 1 else row, *k.stride()[:3], *v.stride()[:3]),
-            dtype=q.dtype, scale=call.scale, softcap=call.softcap or 0.0,
+            dtype=q.dtype, scale=call.scale, softcap=call.softcap or 0.0, bias=None if bias is None else decode.by_group(bias, call),
+            out_dtype=q.dtype,
         )  # fmt: skip
         limits = decode.limits(call)
         self._limits = None if limits is None else limits.contiguous()
         self._limits_at = 0 if self._limits is None else self._limits.data_ptr()
         self._dtype, self._shape, self._unread = q.dtype, (*q.shape[:3], call.value_width), unread(q.shape[:3].numel())
         # Memory in the order of q is had in less time than memory of a shape that is said.
-        self._alike = q.dtype == torch.float32 and q.shape == self._shape and _in_order(torch.empty_like(q))
+        self._alike = q.shape == self._shape and _in_order(torch.empty_like(q))
+        self.again = trains and prefill.is_few(call)
+        self._backward = _few_backward(call) if self.again else None
+        self._many = Many(call, True, mask) if trains and not self.again else None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
         """Out and lse."""
         if self._copies:
             q = q.contiguous()
-        out = torch.empty_like(q) if self._alike else torch.empty(self._shape, dtype=torch.float32)
+        bias = self._bias(mask)
+        out = torch.empty_like(q) if self._alike else torch.empty(self._shape, dtype=self._dtype)
         lse = torch.empty(self._shape[:3], dtype=torch.float32) if wants_lse or not self._unread else None
-        at = self._unread if lse is None else lse.data_ptr()
-        self._work(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, 0, 0, self._limits_at)
-        return out if self._dtype == torch.float32 else out.to(self._dtype), lse
+        at, of_bias = self._unread if lse is None else lse.data_ptr(), 0 if bias is None else bias.data_ptr()
+        self._work(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, 0, 0, self._limits_at, 0, 0, of_bias)
+        return out, lse
+
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v."""
+        if self._backward is not None:
+            return self._backward(q, k, v, None, None, grad_out, grad_lse, self._bias(mask))
+        # From a forward of its own order of sums.
+        assert self._many is not None
+        out, lse = self._many.forward(q, k, v, mask, True)
+        return self._many.backward(q, k, v, out, lse, grad_out, grad_lse, mask)
+
+    def _bias(self, mask: Tensor | None) -> Tensor | None:
+        return self._biased if self._biased is not None else _added(mask)
 
 
 def _in_order(tensor: Tensor) -> bool:
@@ -80,82 +94,65 @@ def _in_order(tensor: Tensor) -> bool:
     return all(size == 1 or stride == full for size, stride, full in zip(sizes, strides, whole, strict=True))
 
 
-class Masked(_Untrained):
-    """Many queries and a mask that is a tensor, without gradients; the kernel reads the mask where it is.
+class _Backward:
+    """`torchwrap.native.prefill.Backward` for gradients of any strides, those of the last call kept.
 
     Args:
-        call: one that `prefill.refuses` does not refuse, without sinks.
-        mask: one of the layout.
+        how: of it, in each call.
     """
 
-    __slots__ = ("_forward",)
+    __slots__ = ("_held", "_how")
 
-    def __init__(self, call: Call, mask: Tensor) -> None:
-        super().__init__()
-        how: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
-        if mask.dtype == torch.bool:
-            strides = mask.expand(call.batch, call.heads, call.q_length, call.kv_length).stride()
-            # Without memory, which would be kept.
-            shown = torch.empty_strided((call.batch, call.heads, call.q_length, call.kv_length), strides, dtype=torch.bool, device="meta")
-            self._forward = Forward(call.q, call.k, call.v, hidden=Hidden(shown=shown), **how)
-        else:
-            self._forward = Forward(call.q, call.k, call.v, bias=readable(mask), **how)
+    def __init__(self, **how: Any) -> None:
+        self._how = how
+        self._held: tuple[tuple[int, ...], Backward] | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """Out and lse."""
-        assert mask is not None
-        if mask.dtype == torch.bool:
-            return self._forward(q, k, v, shown=in_memory(mask), wants_lse=wants_lse)
-        return self._forward(q, k, v, bias=readable(mask), wants_lse=wants_lse)
-
-
-class MaskedOne:
-    """One query and a mask that is a tensor, without gradients: one call of torch's kernel.
-
-    Args:
-        call: one that `prefill.is_one_changed` names.
-    """
-
-    name, trains = "cpu", False
-    __slots__ = ("_scale", "_shape", "kind")
-
-    def __init__(self, call: Call) -> None:
-        self._scale, self.kind = call.scale, ""
-        self._shape = call.batch, call.heads, 1, call.kv_length
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """Out and lse."""
-        assert mask is not None
-        mask = mask if mask.dtype in (torch.bool, torch.float32) else mask.float()
-        if not wants_lse and mask.dim() > 1:
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=self._scale), None
-        numbers = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else mask
-        live = (numbers.amax(-1) != -math.inf).expand(self._shape[:3])
-        return kernel.forward(q, k, v, self._scale, added=numbers.expand(self._shape), live=live)
-
-    def backward(self, *_: Any) -> NoReturn:
-        """Not for calls that train."""
-        raise NotImplementedError
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+        bias: Tensor | None = None, shown: Tensor | None = None, seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v."""
+        grad_out = in_memory(grad_out)
+        if grad_out.stride(3) != 1:
+            grad_out = grad_out.contiguous()
+        held, strides = self._held, grad_out.stride()
+        if held is None or held[0] != strides:
+            work = Backward(q, k, v, grad_out if out is None else out, grad_out, bias=bias, **self._how)
+            held = self._held = strides, work
+        of_lse = None if grad_lse is None else in_memory(grad_lse).contiguous()
+        dq, dk, dv, *_ = held[1](q, k, v, out, lse, grad_out, of_lse, bias, shown, seed=seed)
+        return dq, dk, dv
 
 
 class Many:
     """Many queries by `torchwrap.native.prefill`, and their gradients, as `prefill.forward` and `prefill.backward`.
 
+    The kernels read a mask that is a tensor where it is.
+
     Args:
         call: one that `prefill.refuses` does not refuse, without sinks.
         trains: as in `Prepared`.
+        mask: one of the layout; None: that of the call.
     """
 
     name = "cpu"
-    __slots__ = ("_backward", "_forward", "_how", "kind", "trains")
+    __slots__ = ("_backward", "_forward", "again", "kind", "trains")
 
-    def __init__(self, call: Call, trains: bool) -> None:
+    def __init__(self, call: Call, trains: bool, mask: Tensor | None = None) -> None:
         self.trains, self.kind = trains, ""
-        self._how: dict[str, Any] = dict(
-            limits=prefill.limits(call.mask), hidden=prefill.hidden(call), scale=call.scale, softcap=call.softcap, dropout=call.dropout
-        )  # fmt: skip
-        self._forward = Forward(call.q, call.k, call.v, **self._how)
-        self._backward: tuple[tuple[int, ...], Backward] | None = None  # for gradients of these strides
+        how: dict[str, Any] = dict(scale=call.scale, softcap=call.softcap, dropout=call.dropout)
+        bias = None
+        if mask is None:
+            how |= dict(limits=prefill.limits(call.mask), hidden=prefill.hidden(call))
+        elif mask.dtype == torch.bool:
+            shape = call.batch, call.heads, call.q_length, call.kv_length
+            # Without memory, which would be kept.
+            how["hidden"] = Hidden(shown=torch.empty_strided(shape, mask.expand(shape).stride(), dtype=torch.bool, device="meta"))
+        else:
+            bias = readable(mask)
+        self._forward = Forward(call.q, call.k, call.v, bias=bias, **how)
+        self.again = trains and prefill.is_few(call)
+        self._backward = _few_backward(call) if self.again else _Backward(**how)
 
     def drawn(self) -> Prepared:
         """For one call with dropout."""
@@ -165,26 +162,40 @@ class Many:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool, seed: int = 0
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Out and lse."""
-        return self._forward(q, k, v, wants_lse=wants_lse, seed=seed)
+        bias, shown = _read(mask)
+        return self._forward(q, k, v, bias=bias, shown=shown, wants_lse=wants_lse, seed=seed)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, seed: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+        mask: Tensor | None = None, seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of q, k and v."""
-        grad_out = in_memory(grad_out)
-        if grad_out.stride(3) != 1:
-            grad_out = grad_out.contiguous()
-        held, strides = self._backward, grad_out.stride()
-        if held is None or held[0] != strides:
-            held = self._backward = strides, Backward(q, k, v, out, grad_out, **self._how)
-        dq, dk, dv, *_ = held[1](q, k, v, out, lse, grad_out, None if grad_lse is None else in_memory(grad_lse).contiguous(), seed=seed)
-        return dq, dk, dv
+        bias, shown = (_added(mask), None) if self.again else _read(mask)
+        return self._backward(q, k, v, out, lse, grad_out, grad_lse, bias, shown, seed)
+
+
+def _few_backward(call: Call) -> _Backward:
+    """Of a call that `prefill.is_few` names."""
+    seen = None if call.mask is None or not decode.is_ranges(call.mask) else prefill.limits(call.mask)
+    return _Backward(limits=seen, scale=call.scale, few=True)
+
+
+def _added(mask: Tensor | None) -> Tensor | None:
+    """A mask that is a tensor as the kernels for few rows read it; a `TileMask` is none."""
+    return readable(mask) if type(mask) is Tensor else None
+
+
+def _read(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A mask that is a tensor as bias or as what is shown, for the kernels."""
+    if type(mask) is not Tensor:
+        return None, None
+    return (None, in_memory(mask)) if mask.dtype == torch.bool else (readable(mask), None)
 
 
 class Drawn:
     """One call of `Many` with dropout; forward and backward take the weights of one seed, drawn as `contract.checked` draws it."""
 
-    name = "cpu"
+    name, again = "cpu", False
     __slots__ = ("_many", "_seed", "trains")
 
     def __init__(self, many: Many) -> None:
@@ -205,67 +216,8 @@ class Drawn:
         return self._many.forward(q, k, v, mask, wants_lse, self._seed)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of q, k and v."""
-        return self._many.backward(q, k, v, out, lse, grad_out, grad_lse, self._seed)
-
-
-class Recomputed:
-    """Few queries with gradients: a forward of the same bits as without, and a backward from a forward of its own order of sums.
-
-    Args:
-        few: the forward.
-        many: the other, with its backward.
-    """
-
-    name, trains = "cpu", True
-    __slots__ = ("_few", "_many", "kind")
-
-    def __init__(self, few: Few, many: Many) -> None:
-        self._few, self._many, self.kind = few, many, ""
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """Out and lse."""
-        return self._few.forward(q, k, v, mask, wants_lse)
-
-    def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v."""
-        again, again_lse = self._many.forward(q, k, v, None, True)
-        assert again_lse is not None
-        return self._many.backward(q, k, v, again, again_lse, grad_out, grad_lse)
-
-
-class One(Recomputed):
-    """One query in float32, with gradients by torch's kernel, whose backward needs no blocks of keys.
-
-    Args:
-        call: one that `prefill.is_one` names, without dropout.
-    """
-
-    __slots__ = ("_added", "_few_keys", "_live", "_scale")
-
-    def __init__(self, call: Call) -> None:
-        super().__init__(Few(call), Many(call, True))
-        self._scale, self._few_keys = call.scale, call.kv_length < kernel.FEWEST
-        numbers, live = added(call, is_causal(call))
-        self._added = None if numbers is None else numbers.expand(call.batch, call.heads, 1, call.kv_length)
-        self._live = None if live is None or bool(live.all()) else live
-
-    def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, from the forward of the kernel whose backward it is."""
-        if grad_lse is not None:
-            return super().backward(q, k, v, out, lse, grad_out, grad_lse)
-        if grad_out.stride(3) != 1:
-            grad_out = grad_out.contiguous()
-        out, again = kernel.flash(q, k, v, 0.0, False, attn_mask=self._added, scale=self._scale)
-        if self._few_keys:
-            again = again.add(lse, alpha=0)  # no numbers stay none: the kernel loses them
-        if self._live is not None:
-            again = torch.where(self._live, again, 0.0)
-        dq, dk, dv = kernel.flash_backward(grad_out, q, k, v, out, again, 0.0, False, attn_mask=self._added, scale=self._scale)
-        return dq, dk, dv
+        return self._many.backward(q, k, v, out, lse, grad_out, grad_lse, mask, self._seed)

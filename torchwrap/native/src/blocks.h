@@ -1,13 +1,9 @@
 // Blocks of rows and keys, as the kernels for many queries pack them for the products of tiles.h.
 #pragma once
 
-#include "tiles.h"
-
-#define JOIN(a, b) a##b
+#include "rows.h"
 
 namespace {
-
-constexpr float LOG2E = 1.44269504f;
 
 INLINE int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 

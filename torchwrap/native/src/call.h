@@ -8,9 +8,9 @@
 #include <stdint.h>
 
 // Raised with every change of what Python and the library say to each other; torchwrap/native/library.py holds the same number.
-#define TORCHWRAP_INTERFACE 10
+#define TORCHWRAP_INTERFACE 11
 
-enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOLEAN = 3 };  // BOOLEAN: a bias that hides keys where it is 0
 
 extern "C" struct DecodeCall {
     const void *q, *k, *v;           // (B, H, R, D), (B, H, S, D), (B, H, S, V)
@@ -19,11 +19,13 @@ extern "C" struct DecodeCall {
     // (P, 2) and (B + 1), or null: all rows of entry b see the columns of the runs [first, end) number run_of[b] ... run_of[b + 1] - 1, and no
     // others. Then first, end and limits are null, and k and v are of all entries: (H, S, D), (H, S, V), with strides of 0 for the batch.
     const int32_t *runs, *run_of;
-    float *out, *lse;                // (B, H, R, V), (B, H, R), contiguous
-    int64_t q_strides[3], k_strides[3], v_strides[3];
+    const void *bias;                // (B, H, R, S), or null: added to the scores after the cap; strides of 0 where a number serves many
+    void *out;                       // (B, H, R, V), contiguous, float32 or as q
+    float *lse;                      // (B, H, R), contiguous
+    int64_t q_strides[3], k_strides[3], v_strides[3], bias_strides[4];
     int64_t batch, heads, rows, keys, width, value_width;
     float scale, softcap;            // softcap 0: none
-    int32_t dtype, threads, instruction_set;
+    int32_t dtype, threads, instruction_set, out_dtype, bias_dtype;
 };
 
 struct Range {
@@ -45,7 +47,7 @@ static inline Range visible(const DecodeCall &call, int64_t batch, int64_t row) 
 }
 
 // One piece of work: the rows of (batch, head) over the keys [begin, end). Results are partial: `sum` and `values` are relative to
-// 2^maximum, rows that see no key of the piece have maximum -inf, sum 0, values 0.
+// e^maximum, rows that see no key of the piece have maximum -inf, sum 0, values 0.
 struct Piece {
     int64_t batch, head, begin, end;
     float *maximum, *sum;  // (R)
@@ -55,6 +57,7 @@ struct Piece {
 struct Kernel {
     size_t (*scratch_bytes)(const DecodeCall &);
     void (*piece)(const DecodeCall &, const Piece &, void *scratch);  // scratch is aligned to 64 bytes
+    void (*store)(const float *from, float factor, int64_t count, int32_t dtype, void *to);  // products with the factor, rounded
 };
 
 // A call of `prefill`, and of the gradients of one: many queries. G query heads share a key/value head.
@@ -85,6 +88,7 @@ extern "C" struct PrefillCall {
     uint32_t threshold;          // it takes those whose number is below; 0: none
     int32_t limits_shared, threads, instruction_set, dtype, bias_dtype, dbias_wide;
     int32_t some_keys;           // for gradients: lse and out are over more keys than these
+    int32_t few;                 // the same: by few_kernels.cpp, which works the softmax out again and reads neither lse nor out
     // From here on the library's own: rows of one task, float32 sums of (places, S, padded width).
     int64_t part;
     float *dk_sums, *dv_sums;
@@ -120,8 +124,9 @@ struct PrefillKernel {
     void (*run)(const PrefillCall &, const PrefillTask &, void *scratch);  // scratch is aligned to 64 bytes
 };
 
-// Each is compiled from kernels.cpp, prefill_kernels.cpp or gradient_kernels.cpp with other flags; which of them exist is said by macros of the
+// Each is compiled from a file of the same name and `_kernels.cpp` (that of decode: kernels.cpp) with other flags; which of them exist is said by macros of the
 // same names in capitals.
 extern const Kernel kernel_baseline, kernel_avx2, kernel_avx512, kernel_avx512_bf16;
 extern const PrefillKernel prefill_baseline, prefill_avx2, prefill_avx512, prefill_avx512_bf16;
 extern const PrefillKernel gradients_baseline, gradients_avx2, gradients_avx512, gradients_avx512_bf16;
+extern const PrefillKernel few_baseline, few_avx2, few_avx512, few_avx512_bf16;

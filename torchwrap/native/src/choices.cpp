@@ -8,17 +8,17 @@ namespace {
 // Best first.
 const Choice choices[] = {
 #if defined(WITH_AVX512_BF16)
-    {"avx512_bf16", &kernel_avx512_bf16, &prefill_avx512_bf16, &gradients_avx512_bf16,
+    {"avx512_bf16", &kernel_avx512_bf16, &prefill_avx512_bf16, &gradients_avx512_bf16, &few_avx512_bf16,
      [] { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }},
 #endif
 #if defined(WITH_AVX512)
-    {"avx512", &kernel_avx512, &prefill_avx512, &gradients_avx512,
+    {"avx512", &kernel_avx512, &prefill_avx512, &gradients_avx512, &few_avx512,
      [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"); }},
 #endif
 #if defined(WITH_AVX2)
-    {"avx2", &kernel_avx2, &prefill_avx2, &gradients_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {"avx2", &kernel_avx2, &prefill_avx2, &gradients_avx2, &few_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
-    {"baseline", &kernel_baseline, &prefill_baseline, &gradients_baseline, [] { return true; }},
+    {"baseline", &kernel_baseline, &prefill_baseline, &gradients_baseline, &few_baseline, [] { return true; }},
 };
 constexpr int CHOICES = sizeof choices / sizeof choices[0];
 

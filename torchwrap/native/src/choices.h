@@ -10,7 +10,7 @@ namespace torchwrap {
 struct Choice {
     const char *name;
     const Kernel *decode;
-    const PrefillKernel *prefill, *gradients;
+    const PrefillKernel *prefill, *gradients, *few;
     bool (*runs)();
 };
 

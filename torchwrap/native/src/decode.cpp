@@ -3,8 +3,8 @@
 // Where keys lie in runs (pages of a pool), each run is a piece: the kernels see neighbouring keys, whatever the order of the pages.
 // Only the columns that some row of a batch entry sees are cut: a window of a long cache still makes work for all threads. The pieces depend on
 // sizes and limits alone and are merged in their order, so the result does not depend on the number of threads.
-// Merge: with maxima m_i (base 2), sums l_i and values a_i of the pieces, m = max m_i, weight w_i = 2^(m_i - m),
-// out = sum w_i a_i / sum w_i l_i, lse = m ln 2 + ln(sum w_i l_i).
+// Merge: with maxima m_i, sums l_i and values a_i of the pieces, m = max m_i, weight w_i = e^(m_i - m),
+// out = sum w_i a_i / sum w_i l_i, lse = m + ln(sum w_i l_i).
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -37,26 +37,28 @@ struct Work {
         const int64_t step = owner ? call.heads : 1, from = owner ? call.run_of[batch] * step + pair % call.heads : pair * splits;
         const int64_t behind = from + (owner ? call.run_of[batch + 1] - call.run_of[batch] : splits) * step;
         for (int64_t r = 0; r < rows; r++) {
-            float *out = call.out + (pair * rows + r) * width, top = -INFINITY, total = 0;
-            memset(out, 0, width * sizeof(float));
+            alignas(64) float own[MAX_WIDTH];
+            float top = -INFINITY, total = 0;
             for (int64_t i = from; i < behind; i += step)
                 if (maximum[i * rows + r] > top) top = maximum[i * rows + r];
             const float origin = top == -INFINITY ? 0 : top;
-            for (int64_t i = from; i < behind; i += step) {
+            // What one piece has is merged with nothing.
+            const bool alone = behind == from + step;
+            const float *merged = alone ? values + (from * rows + r) * width : own;
+            if (alone) total = sum[from * rows + r];
+            else memset(own, 0, width * sizeof *own);
+            for (int64_t i = from; i < behind && !alone; i += step) {
                 const float part = sum[i * rows + r];
                 if (part == 0) continue;  // sees no key of this piece; NaN is not equal to zero
-                const float weight = maximum[i * rows + r] == -INFINITY ? 1 : exp2f(maximum[i * rows + r] - origin);
+                const float weight = maximum[i * rows + r] == -INFINITY ? 1 : expf(maximum[i * rows + r] - origin);
                 const float *from_piece = values + (i * rows + r) * width;
                 total += weight * part;
-                for (int64_t c = 0; c < width; c++) out[c] += weight * from_piece[c];
+                for (int64_t c = 0; c < width; c++) own[c] += weight * from_piece[c];
             }
-            if (total == 0) {
-                call.lse[pair * rows + r] = -INFINITY;
-                memset(out, 0, width * sizeof(float));
-                continue;
-            }
-            for (int64_t c = 0; c < width; c++) out[c] /= total;
-            call.lse[pair * rows + r] = (float)(origin * 0.69314718055994530942 + log((double)total));
+            const int64_t place = pair * rows + r;
+            call.lse[place] = total == 0 ? -INFINITY : (float)(origin + log((double)total));
+            char *out = (char *)call.out + place * width * (call.out_dtype == FLOAT32 ? 4 : 2);
+            kernel.store(merged, total == 0 ? 0 : 1 / total, width, call.out_dtype, out);
         }
     }
 
@@ -121,16 +123,15 @@ EXPORT int torchwrap_decode(const DecodeCall *asked) {
     if (!chosen) return 2;
     const int64_t pairs = call.batch * call.heads, rows = call.rows;
     if (pairs == 0 || rows == 0) return 0;
-    const torchwrap::Memory spans_memory(call.batch * sizeof(Range));
-    if (!spans_memory.at) return 1;
-    Range *spans = (Range *)spans_memory.at;
     int64_t longest = 0, total = 0;
     const int64_t runs = call.run_of ? call.run_of[call.batch] : 0;
-    const torchwrap::Memory owners((runs + 1) * sizeof(int32_t));
-    if (!owners.at) return 1;
+    const torchwrap::Memory tables(call.batch * sizeof(Range) + runs * sizeof(int32_t));
+    if (!tables.at) return 1;
+    Range *spans = (Range *)tables.at;
+    int32_t *owners = (int32_t *)(spans + call.batch);
     for (int64_t b = 0; call.run_of && b < call.batch; b++)
         for (int64_t run = call.run_of[b]; run < call.run_of[b + 1]; run++) {
-            ((int32_t *)owners.at)[run] = (int32_t)b;
+            owners[run] = (int32_t)b;
             total += call.runs[2 * run + 1] - call.runs[2 * run];
         }
     for (int64_t b = 0; !call.run_of && b < call.batch; b++) {
@@ -144,10 +145,12 @@ EXPORT int torchwrap_decode(const DecodeCall *asked) {
     const int64_t splits = longest > length ? (longest + length - 1) / length : 1;
     const int64_t tasks = call.run_of ? runs * call.heads : pairs * splits;
 
-    const torchwrap::Memory parts(tasks * rows * (call.value_width + 2) * sizeof(float)), counters(pairs * sizeof(std::atomic<int>));
-    if (!parts.at || !counters.at) return 1;
+    const int64_t numbers = tasks * rows * (call.value_width + 2);
+    const torchwrap::Memory parts(numbers * sizeof(float) + pairs * sizeof(std::atomic<int>));
+    if (!parts.at) return 1;
     float *values = (float *)parts.at, *maximum = values + tasks * rows * call.value_width;
-    Work work{call, *chosen->decode, spans, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)counters.at, call.run_of ? (const int32_t *)owners.at : nullptr};
+    Work work{call, *chosen->decode, spans, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)(values + numbers),
+              call.run_of ? owners : nullptr};
     for (int64_t pair = 0; pair < pairs; pair++) {
         const int32_t *of = call.run_of ? call.run_of + pair / call.heads : nullptr;
         new (work.left + pair) std::atomic<int>((int)(of ? of[1] - of[0] : splits));

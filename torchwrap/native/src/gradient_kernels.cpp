@@ -235,7 +235,7 @@ void deliver(const float *own, int64_t padded, int64_t width, int64_t count, flo
     }
 }
 
-constexpr int64_t FEW_KEYS = 64, FEW_QUERIES = 16;  // chosen: random calls of more obey the law (twice the definition's error) without it
+constexpr int64_t FEW_KEYS = 64, FEW_QUERIES = 16, FEW_COLUMNS = 4;  // chosen: random calls of more obey the law (twice the definition's error) without it
 
 // Tensors hold E, products are of T.
 template <class T, class E> void rows_of(const PrefillCall &call, const PrefillTask &task, void *memory) {
@@ -273,7 +273,7 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
     // A row with one large weight has gradients near zero, as differences of large numbers. Its out is rounded to a half type, and delta with
     // it: so there delta comes from a pass of its own. Where keys and queries are many, the law of errors is kept without one: such an out
     // is nearly the value, unless dropout multiplies that by 1 / (1 - p).
-    const bool small = call.q_length > 1 && (call.k_length <= FEW_KEYS || call.q_length <= FEW_QUERIES);
+    const bool small = call.k_length <= FEW_KEYS || call.q_length <= FEW_QUERIES || call.value_width <= FEW_COLUMNS;
     if ((call.threshold || small) && !call.some_keys && !std::is_same_v<E, float>) {
         for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK)
             if (task.turns[block / BLOCK].number >= 0) pairs(block, true);

@@ -19,6 +19,7 @@ namespace {
 
 constexpr int64_t TASKS = 32, LONGEST = 512;  // parts are made for as many tasks, of at least two blocks; of one where rows are few
 constexpr int64_t ALONE = 1 << 22;            // products of a row and a key, times widths, below which one thread is enough (chosen)
+constexpr int64_t FEW_ALONE = 1 << 17;        // the same for gradients of few rows: rows times bytes of K and V (as in decode.cpp)
 
 // Which of those tasks that add to the same numbers of the gradient of the bias a task is, and which of such chains (`of`) it is in. Numbers for all
 // batch entries join tasks alike in all else; those for all heads or rows, all tasks of a batch entry.
@@ -139,11 +140,42 @@ EXPORT int torchwrap_prefill(const PrefillCall *asked) {
     return go(work);
 }
 
+namespace {
+
+// Gradients of few rows: a pair is a task, and keys are read once for all its rows.
+int few(PrefillCall call, const PrefillKernel &kernel) {
+    struct Pairs {
+        const PrefillCall &call;
+        const PrefillKernel &kernel;
+        const int64_t count;
+        std::atomic<int64_t> next{0};
+        std::atomic<bool> no_memory{false};
+    };
+    call.part = call.group() * call.q_length;
+    Pairs pairs{call, kernel, call.batch * call.kv_heads};
+    const int64_t bytes = pairs.count * call.k_length * (call.width + call.value_width) * (call.dtype == FLOAT32 ? 4 : 2);
+    const int64_t threads = bytes * call.part < FEW_ALONE ? 1 : call.threads;
+    torchwrap::on_threads((int)(threads < pairs.count ? threads : pairs.count), [](void *argument) {
+        Pairs &all = *(Pairs *)argument;
+        const torchwrap::Memory scratch(all.kernel.scratch_bytes(all.call));
+        if (!scratch.at) {
+            all.no_memory = true;
+            return;
+        }
+        for (int64_t pair; (pair = all.next.fetch_add(1, std::memory_order_relaxed)) < all.count;)
+            all.kernel.run(all.call, {pair / all.call.kv_heads, pair % all.call.kv_heads, 0, all.call.part}, scratch.at);
+    }, &pairs);
+    return pairs.next.load() < pairs.count && pairs.no_memory ? 1 : 0;
+}
+
+}  // namespace
+
 // dk and dv hold zeros when it is called: what nobody sees is not written.
 EXPORT int torchwrap_gradients(const PrefillCall *asked) {
     PrefillCall call = *asked;
     const torchwrap::Choice *chosen = torchwrap::choice(call.instruction_set);
     if (!chosen) return 2;
+    if (call.few) return few(call, *chosen->few);
     const int64_t parts = split(call), pairs = call.batch * call.kv_heads, blocks = (call.k_length + BLOCK - 1) / BLOCK;
     const int64_t tables = call.limits_shared ? 1 : call.batch;
     const torchwrap::Memory turns(tables * parts * blocks * sizeof(Turn)), counts((2 * blocks + 1) * sizeof(int32_t));

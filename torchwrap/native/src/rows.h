@@ -1,0 +1,233 @@
+// Products of a few rows with many, as attention of a few queries consists of them: nothing is packed but the few, and every row of the many is read
+// where it lies, once for all of the few.
+#pragma once
+
+#include "tiles.h"
+
+#define JOIN(a, b) a##b
+
+namespace {
+
+constexpr float LOG2E = 1.44269504f;
+
+// How W * 2 products of a query and a key are added up: two fused multiply-adds, or one instruction for pairs of bfloat16.
+template <class T> struct Dot {
+    struct Unit { Vector a, b; };
+    INLINE Unit get(const T *p) { Unit u; load_pair(p, u.a, u.b); return u; }
+    INLINE Unit get(const T *p, int count) { Unit u; load_pair(p, count, u.a, u.b); return u; }
+    INLINE Vector add(Vector sum, Unit k, Unit q) { return fma(k.b, q.b, fma(k.a, q.a, sum)); }
+};
+
+#if defined(__AVX512BF16__)
+template <> struct Dot<BFloat16> {
+    using Unit = __m512i;
+    INLINE Unit get(const BFloat16 *p) { return _mm512_loadu_si512(p); }
+    INLINE Unit get(const BFloat16 *p, int count) { return _mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p); }
+    INLINE Vector add(Vector sum, Unit k, Unit q) { return _mm512_dpbf16_ps(sum, (__m512bh)k, (__m512bh)q); }
+};
+#endif
+
+// `count` rows from `base`, `stride` elements apart.
+template <class T> struct Lines {
+    const T *base;
+    int64_t stride, count;
+};
+
+// Memory that is asked for while something else is computed: `rows` of `bytes`, spread evenly over `steps` steps. In bursts it would wait:
+// the processor keeps only so many lines under way at once.
+struct Ahead {
+    const char *next;
+    int64_t stride, bytes, rows, steps, done = 0, due = 0;
+    template <class T> Ahead(const Lines<T> &lines, int64_t width, int64_t steps)
+        : next((const char *)lines.base), stride(lines.stride * sizeof(T)), bytes(width * sizeof(T)), rows(lines.count), steps(steps) {}
+    // One step of the computation has been made, or `count` of them.
+    INLINE void step(Ahead &ahead, int64_t count) {
+        ahead.done += count * ahead.rows;
+        for (; ahead.due < ahead.done; ahead.due += ahead.steps, ahead.next += ahead.stride)
+            for (int64_t at = 0; at < ahead.bytes; at += 64) __builtin_prefetch(ahead.next + at, 0, 3);
+    }
+};
+
+constexpr int64_t LINKS = 8;  // units that one sum takes in turn (chosen)
+
+// What turns a product of a query and a key into a score.
+struct Score {
+    float scale, softcap;  // softcap 0: none
+    INLINE Vector of(const Score &how, Vector product) {
+        if (how.softcap > 0) return mul(tanh(mul(product, all(how.scale / how.softcap))), all(how.softcap));
+        return mul(product, all(how.scale));
+    }
+};
+
+// scores[r * line_of + j] for NR rows and all keys, and the largest of each row; q is packed [unit][row]. Up to W - 1 numbers behind the last key of
+// a row are written.
+template <class T, int NR>
+void score_rows(const typename Dot<T>::Unit *q, const Lines<T> &keys, int64_t width, const Score &how, float *scores, int64_t line_of,
+                float *largest, Ahead &ahead) {
+    constexpr int NK = W / NR;
+    using Unit = typename Dot<T>::Unit;
+    const int64_t units = width / (2 * W), rest = width % (2 * W);
+    Vector top = all(-INFINITY);
+    for (int64_t j = 0; j < keys.count; j += NK) {
+        const T *line[NK];
+        UNROLL for (int i = 0; i < NK; i++) {
+            // Keys behind the last are the last again: their scores are never read, and change no maximum.
+            int64_t at = j + i < keys.count ? j + i : keys.count - 1;
+            line[i] = keys.base + at * keys.stride;
+        }
+        Ahead::step(ahead, NK);
+        Vector sum[W];
+        UNROLL for (int i = 0; i < W; i++) sum[i] = zeros();
+        int64_t u = 0;
+        const auto add_unit = [&](int64_t u) {
+            Unit k[NK];
+            UNROLL for (int i = 0; i < NK; i++) k[i] = Dot<T>::get(line[i] + u * 2 * W);
+            UNROLL for (int r = 0; r < NR; r++) {
+                Unit row = q[u * NR + r];
+                UNROLL for (int i = 0; i < NK; i++) sum[r * NK + i] = Dot<T>::add(sum[r * NK + i], k[i], row);
+            }
+        };
+        for (; u < units && u < LINKS; u++) add_unit(u);
+        // Errors grow with the number of terms that one register takes in turn, so a sum begins at zero again.
+        while (u < units) {
+            alignas(64) float before[W][W];
+            UNROLL for (int i = 0; i < W; i++) store(before[i], sum[i]), sum[i] = zeros();
+            for (const int64_t end = u + LINKS; u < units && u < end; u++) add_unit(u);
+            UNROLL for (int i = 0; i < W; i++) sum[i] = add(load(before[i]), sum[i]);
+        }
+        if (rest) {
+            UNROLL for (int i = 0; i < NK; i++) {
+                Unit k = Dot<T>::get(line[i] + u * 2 * W, (int)rest);
+                UNROLL for (int r = 0; r < NR; r++) sum[r * NK + i] = Dot<T>::add(sum[r * NK + i], k, q[u * NR + r]);
+            }
+        }
+        Vector found = Score::of(how, sums(sum));
+        top = larger(top, found);
+        float lanes[W];
+        store(lanes, found);
+        UNROLL for (int r = 0; r < NR; r++) memcpy(scores + r * line_of + j, lanes + r * NK, NK * sizeof(float));
+    }
+    float lanes[W];
+    store(lanes, top);
+    UNROLL for (int r = 0; r < NR; r++) {
+        largest[r] = -INFINITY;
+        UNROLL for (int i = 0; i < NK; i++) largest[r] = lanes[r * NK + i] > largest[r] ? lanes[r * NK + i] : largest[r];
+    }
+}
+
+// One row of the running softmax. `total` has a sum in each lane: they are added up once, at the end.
+struct Row {
+    float maximum, largest;  // of all tiles so far, and of this one
+    float factor;            // what this tile's maximum made of older weights
+    Range seen;
+    float total[W];
+};
+
+// values[r][...] = values[r][...] * factor of the row + weights[r] . v, for NU pairs of columns; PART: one pair of `part` columns.
+template <class T, int NR, int NU, bool PART>
+void value_columns(const float *weights, int64_t line_of, const Row *row, const Lines<T> &v, float *values, int64_t values_stride, int part,
+                   Ahead &ahead) {
+    Vector sum[NR][2 * NU];
+    UNROLL for (int r = 0; r < NR; r++) {
+        UNROLL for (int c = 0; c < 2 * NU; c++) sum[r][c] = mul(load(values + r * values_stride + c * W), all(row[r].factor));
+    }
+    for (int64_t j = 0; j < v.count; j++) {
+        Ahead::step(ahead, NU);
+        Vector line[2 * NU];
+        UNROLL for (int u = 0; u < NU; u++) {
+            const T *at = v.base + j * v.stride + u * 2 * W;
+            if (PART) load_pair(at, part, line[2 * u], line[2 * u + 1]);
+            else load_pair(at, line[2 * u], line[2 * u + 1]);
+        }
+        UNROLL for (int r = 0; r < NR; r++) {
+            Vector weight = all(weights[r * line_of + j]);
+            UNROLL for (int c = 0; c < 2 * NU; c++) sum[r][c] = fma(weight, line[c], sum[r][c]);
+        }
+    }
+    UNROLL for (int r = 0; r < NR; r++) {
+        UNROLL for (int c = 0; c < 2 * NU; c++) store(values + r * values_stride + c * W, sum[r][c]);
+    }
+}
+
+template <class T, int NR>
+void value_rows(const float *weights, int64_t line_of, const Row *row, const Lines<T> &v, int64_t width, float *values,
+                int64_t values_stride, Ahead &ahead) {
+    constexpr int FIT = REGISTERS / (4 * NR), NU = FIT < 1 ? 1 : FIT > 4 ? 4 : FIT;
+    int64_t units = width / (2 * W), rest = width % (2 * W), u = 0;
+    auto at = [&](int64_t unit) { return Lines<T>{v.base + unit * 2 * W, v.stride, v.count}; };
+    for (; u + NU <= units; u += NU)
+        value_columns<T, NR, NU, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead);
+    for (; u < units; u++)
+        value_columns<T, NR, 1, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead);
+    if (rest) value_columns<T, NR, 1, true>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, (int)rest, ahead);
+}
+
+// How rows are shared out into blocks of at most four: evenly, so that five are three and two, not four and one.
+struct Blocks {
+    int64_t rows, count = (rows + 3) / 4;
+    int64_t begin(int64_t block) const { return block * rows / count; }
+    int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
+};
+
+// The function of as many rows as a block has, which is known while compiling.
+template <class Do> INLINE void of_rows(int64_t rows, Do act) {
+    switch (rows) {
+        case 1: return act(std::integral_constant<int, 1>{});
+        case 2: return act(std::integral_constant<int, 2>{});
+        case 3: return act(std::integral_constant<int, 3>{});
+        default: return act(std::integral_constant<int, 4>{});
+    }
+}
+
+// Rows of a block as `score_rows` takes them.
+template <class T> void pack_block(const T *const *rows, int64_t count, int64_t width, typename Dot<T>::Unit *to) {
+    for (int64_t u = 0; u * 2 * W < width; u++)
+        for (int64_t r = 0; r < count; r++) {
+            const int64_t left = width - u * 2 * W;
+            const T *at = rows[r] + u * 2 * W;
+            to[u * count + r] = left >= 2 * W ? Dot<T>::get(at) : Dot<T>::get(at, (int)left);
+        }
+}
+
+// `count` numbers of a bias, `stride` apart, join the scores of a row; 0 of BOOLEAN hides.
+inline void add_bias(const void *bias, int32_t dtype, int64_t stride, int64_t count, float *scores) {
+    constexpr int64_t MOST = 128;
+    alignas(64) float wide[MOST + W];
+    for (int64_t j = 0; j < count; j += MOST) {
+        const int64_t here = count - j < MOST ? count - j : MOST;
+        const float *from = wide;
+        switch (dtype) {
+            case FLOAT32:
+                if (stride == 1 && here % W == 0) from = (const float *)bias + j;
+                else
+                    for (int64_t i = 0; i < here; i++) wide[i] = ((const float *)bias)[(j + i) * stride];
+                break;
+            case BFLOAT16:
+                for (int64_t i = 0; i < here; i++) wide[i] = widened(((const BFloat16 *)bias)[(j + i) * stride]);
+                break;
+            case FLOAT16: {
+                Float16 line[MOST + 2 * W];
+                if (stride == 1) memcpy(line, (const Float16 *)bias + j, here * sizeof *line);
+                else
+                    for (int64_t i = 0; i < here; i++) line[i] = ((const Float16 *)bias)[(j + i) * stride];
+                for (int64_t i = 0; i < here; i += 2 * W) {
+                    Vector a, b;
+                    float both[2 * W];
+                    load_pair(line + i, a, b), store(both, a), store(both + W, b);
+                    memcpy(wide + i, both, (here - i < 2 * W ? here - i : 2 * W) * sizeof *both);
+                }
+                break;
+            }
+            default:
+                for (int64_t i = 0; i < here; i++) wide[i] = ((const uint8_t *)bias)[(j + i) * stride] ? 0 : -INFINITY;
+        }
+        int64_t i = 0;
+        for (; i + W <= here; i += W) {
+            const Vector x = load(from + i), score = load(scores + j + i);
+            store(scores + j + i, dtype == BOOLEAN ? if_below(x, 0, x, score) : add(score, x));
+        }
+        for (; i < here; i++) scores[j + i] = dtype == BOOLEAN && from[i] < 0 ? from[i] : scores[j + i] + from[i];
+    }
+}
+
+}  // namespace
