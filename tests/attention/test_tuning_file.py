@@ -40,7 +40,7 @@ def test_two_processes_add_to_one_file(measure: Settings) -> None:
 
 
 def _cut(said: bytes) -> bytes:
-    return said[: len(said) // 2]
+    return said[: said.index(b"processor") + 4]
 
 
 def _edited(said: bytes) -> bytes:
