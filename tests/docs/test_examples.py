@@ -45,15 +45,17 @@ def test_example_runs_and_its_check_holds(script: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fine_tuning_that_was_killed_goes_on(tmp_path: Path) -> None:
     skip_without_packages("finetune_smollm2")
-    command = [sys.executable, str(ROOT / "examples" / "finetune_smollm2.py"), "--steps", "2"]
-    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as child:
+    command = [sys.executable, str(ROOT / "examples" / "finetune_smollm2.py"), "--steps"]
+    with subprocess.Popen([*command, "100"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         first = child.stdout.readline()
-        child.kill()  # within the second step
+        child.kill()  # within the second step, or a later one where this process had to wait for its turn
+        steps = 1 + len(child.stdout.readlines())
     assert first.startswith("step 1: loss ") and child.returncode == -signal.SIGKILL
-    done = subprocess.run([*command, "--resume"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    command = [*command, str(steps + 1), "--resume"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.split(":")[0] for line in done.stdout.splitlines()] == ["step 2", "outputs equal"]
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"step {steps + 1}", "outputs equal"]
     assert done.stdout.splitlines()[-1] == "outputs equal: True"
 
 
