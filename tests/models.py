@@ -44,7 +44,6 @@ class ModelFixture:
     has_dropout: bool = False
     has_hidden_states: bool = False
     has_attentions: bool = False
-    heavy: bool = False
 
     def build(self) -> nn.Module:
         """A new model with the same weights as every other one of this fixture, in eval mode."""
@@ -265,9 +264,9 @@ def _encoder() -> nn.Module:
 
 
 def _resnet18() -> nn.Module:
-    from torchvision.models import resnet18
+    from tests.narrow_resnet import NarrowResNet
 
-    return resnet18(num_classes=5)
+    return NarrowResNet(classes=5)
 
 
 class SharedMLP(nn.Sequential):
@@ -320,7 +319,6 @@ FIXTURES: tuple[ModelFixture, ...] = (
         framework="torchvision",
         vision=True,
         batchnorm=True,
-        heavy=True,
     ),
     ModelFixture(name="mlp", make=SharedMLP, inputs=lambda: {"input": _noise(4, 8)}, block="1.0", tied=True, shared=True),
 )
