@@ -17,13 +17,25 @@ def case_and_model(request: pytest.FixtureRequest) -> Iterator[None]:
     """The tolerance of the case; and where the model lacks what the technique needs, its refusal instead of the test."""
     given = getattr(request.node, "callspec", None)
     case, fixture = (None, None) if given is None else (given.params.get("case"), given.params.get("fixture"))
-    if isinstance(case, Case) and isinstance(fixture, ModelFixture) and not case.needs(model := fixture.build()):
-        with pytest.raises(tw.UnsupportedModelError):
-            case.apply(model)
+    if isinstance(case, Case) and isinstance(fixture, ModelFixture) and not _of_use(case, fixture):
         pytest.skip(f"{fixture.name} has nothing for {case.technique}, which refuses it")
     with within(case.tolerance if isinstance(case, Case) else {}):
         yield
 
+
+_of_use_known: dict[tuple[str, str], bool] = {}
+
+
+def _of_use(case: Case, fixture: ModelFixture) -> bool:
+    """Whether the model has what the technique needs. Found out once in each process, and with it that the technique refuses the others."""
+    pair = case.name, fixture.name
+    if pair not in _of_use_known:
+        fits = case.needs(model := fixture.build())
+        if not fits:
+            with pytest.raises(tw.UnsupportedModelError):
+                case.apply(model)
+        _of_use_known[pair] = fits
+    return _of_use_known[pair]
 
 
 @pytest.fixture
