@@ -18,6 +18,7 @@ from torch import nn
 
 import torchwrap as tw
 from tests.models import FIXTURES, ModelFixture, by_name, select
+from tests.weights.budgets import once_for_alike
 from torchwrap.core.transaction import inner_model, prepare_all
 
 __all__ = [
@@ -131,6 +132,7 @@ def _planned(model: nn.Module, config: tw.Config) -> None:
     prepare_all(inner_model(model), [config])
 
 
+@once_for_alike
 def _smallest_budget(model: nn.Module) -> tw.Config:
     """`offload` with every unit streamed through as few slots as work; where there is no unit to stream, the smallest budget."""
     config = tw.Offload()
@@ -149,6 +151,7 @@ def _smallest_budget(model: nn.Module) -> tw.Config:
     return config
 
 
+@once_for_alike
 def _small_window(model: nn.Module) -> tw.Config:
     """`superpipeline` with as few of the blocks as overlap; where there are fewer, with all but one, or the one there is."""
     for k in (2, 1):

@@ -26,9 +26,9 @@ WRITES = 24
 
 def packed(path: Path, make: Callable[[], nn.Module] = tower, **fields: Any) -> Callable[[nn.Module], nn.Module]:
     """What wraps a model with its weights in `path`; the budget is worked out beforehand, on a healthy disk."""
-    fields = {"params": "disk", "k": 2, "path": str(path), **fields}
-    fields["device_memory"] = smallest_budget(make(), **fields)
-    return lambda model: tw.offload(model, **fields)
+    fields = {"params": "disk", "k": 2, **fields}
+    least = smallest_budget(make(), **fields)
+    return lambda model: tw.offload(model, device_memory=least, path=str(path), **fields)
 
 
 def failing_from(number: int, code: int, *, once: bool = False) -> Disk:
