@@ -65,8 +65,7 @@ float differentiate(float *weights, float *scores, int64_t count, Range seen, fl
     const int64_t padded = up(count, W);
     for (int64_t j = 0; j < seen.first; j++) weights[j] = -INFINITY, scores[j] = 0;
     for (int64_t j = seen.end; j < padded; j++) weights[j] = -INFINITY, scores[j] = 0;
-    float top = -INFINITY;
-    for (int64_t j = seen.first; j < seen.end; j++) top = weights[j] > top ? weights[j] : top;
+    const float top = largest_of(weights + seen.first, seen.end - seen.first);
     const Vector origin = all(top == -INFINITY ? 0 : top);
     const float total = total_of(padded, [&](int64_t j) {
         const Vector weight = exp2(mul(sub(load(weights + j), origin), all(LOG2E)));

@@ -24,8 +24,7 @@ constexpr int ROW = MAX_TILE + W;  // scores of one row: a block of keys may rea
 void hide(float *scores, int64_t count, Range seen, Row &row) {
     for (int64_t j = 0; j < seen.first; j++) scores[j] = -INFINITY;
     for (int64_t j = seen.end; j < count; j++) scores[j] = -INFINITY;
-    row.largest = -INFINITY;
-    for (int64_t j = seen.first; j < seen.end; j++) row.largest = scores[j] > row.largest ? scores[j] : row.largest;
+    row.largest = largest_of(scores + seen.first, seen.end - seen.first);
 }
 
 // Differences of scores first, then log2(e): the product of a large score with it, rounded, would be an error of the exponent.
@@ -98,9 +97,7 @@ float add_bias_of(const DecodeCall &call, const Piece &piece, int64_t row, int64
     const int64_t *strides = call.bias_strides, size = call.bias_dtype == FLOAT32 ? 4 : call.bias_dtype == BOOLEAN ? 1 : 2;
     const int64_t place = piece.batch * strides[0] + piece.head * strides[1] + row * strides[2] + j * strides[3];
     add_bias((const char *)call.bias + place * size, call.bias_dtype, strides[3], count, scores);
-    float largest = -INFINITY;
-    for (int64_t i = 0; i < count; i++) largest = scores[i] > largest ? scores[i] : largest;
-    return largest;
+    return largest_of(scores, count);
 }
 
 template <class T> void run_piece(const DecodeCall &call, const Piece &piece, void *memory) {

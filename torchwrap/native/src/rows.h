@@ -189,6 +189,18 @@ template <class T> void pack_block(const T *const *rows, int64_t count, int64_t 
         }
 }
 
+// The largest of `count` numbers; what is no number is passed over.
+inline float largest_of(const float *from, int64_t count) {
+    Vector top = all(-INFINITY);
+    int64_t j = 0;
+    for (; j + W <= count; j += W) top = larger(load(from + j), top);
+    float lanes[W], most = -INFINITY;
+    store(lanes, top);
+    for (float lane : lanes) most = lane > most ? lane : most;
+    for (; j < count; j++) most = from[j] > most ? from[j] : most;
+    return most;
+}
+
 // `count` numbers of a bias, `stride` apart, join the scores of a row; 0 of BOOLEAN hides.
 inline void add_bias(const void *bias, int32_t dtype, int64_t stride, int64_t count, float *scores) {
     constexpr int64_t MOST = 128;
@@ -198,12 +210,15 @@ inline void add_bias(const void *bias, int32_t dtype, int64_t stride, int64_t co
         const float *from = wide;
         switch (dtype) {
             case FLOAT32:
-                if (stride == 1 && here % W == 0) from = (const float *)bias + j;
+                if (stride == 1) from = (const float *)bias + j;
                 else
                     for (int64_t i = 0; i < here; i++) wide[i] = ((const float *)bias)[(j + i) * stride];
                 break;
             case BFLOAT16:
-                for (int64_t i = 0; i < here; i++) wide[i] = widened(((const BFloat16 *)bias)[(j + i) * stride]);
+                if (stride == 1)  // by itself, so that it is made of vectors
+                    for (int64_t i = 0; i < here; i++) wide[i] = widened(((const BFloat16 *)bias)[j + i]);
+                else
+                    for (int64_t i = 0; i < here; i++) wide[i] = widened(((const BFloat16 *)bias)[(j + i) * stride]);
                 break;
             case FLOAT16: {
                 Float16 line[MOST + 2 * W];
