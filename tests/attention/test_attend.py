@@ -58,6 +58,13 @@ def test_gradients_are_those_of_finite_differences(mask: str, options: dict[str,
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "sdpa", "eager"])
+def test_a_row_hidden_by_the_least_number_is_the_mean_as_in_torch(backend: str) -> None:
+    q, k, v = inputs(1, (4, 2), 9, 40)
+    mask = torch.full((9, 40), torch.finfo(q.dtype).min)
+    near(attend(q, k, v, mask=mask, backend=backend), v.mean(2, keepdim=True).repeat_interleave(2, 1).expand(-1, -1, 9, -1))
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     q, k, v = inputs(1, (4, 2), 5, 5)
     k.requires_grad_()

@@ -66,6 +66,14 @@ def test_a_row_that_sees_nothing_has_no_probabilities() -> None:
     assert torch.allclose(found[:, :, 1].sum(-1), torch.ones(1, 2))
 
 
+@pytest.mark.parametrize("sinks", [None, torch.zeros(2)], ids=["alone", "sinks"])
+def test_a_row_hidden_by_the_least_number_shares_evenly(sinks: torch.Tensor | None) -> None:
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 10, 8)
+    mask = torch.full((3, 10), torch.finfo(q.dtype).min)
+    _, found = attend(q, k, k, mask=mask, sinks=sinks, need_rows=[0, 2])
+    assert torch.allclose(found, torch.full((), 0.1 if sinks is None else 0.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_rounded_once(dtype: torch.dtype) -> None:
     q, k = torch.randn(2, 4, 6, 16).to(dtype), torch.randn(2, 2, 9, 16).to(dtype)

@@ -151,7 +151,7 @@ def attend(
     q, k, v = autocast(q, k, v)
     if isinstance(mask, Tensor) and (is_mapped(mask) or (type(mask) is Tensor and is_traced())):
         mask = node.added(mask, q)
-    wants_lse = return_lse or need_rows is not None or torch.is_grad_enabled() or transformed() or recorded()
+    wants_lse = return_lse or torch.is_grad_enabled() or transformed() or recorded()
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, wants_lse=wants_lse)
     rows = None if need_rows is None else row_numbers(need_rows, call.q_length)
     if recorded():
@@ -164,7 +164,7 @@ def attend(
     if rows is None:
         return (out, lse) if return_lse else out
     with exact_dtypes(call.q):
-        shares = probabilities(call, lse, rows)
+        shares = probabilities(call, rows)
     return (out, lse, shares) if return_lse else (out, shares)
 
 

@@ -53,8 +53,9 @@ def attention(call: Call, dtype: torch.dtype | None = None) -> tuple[Tensor, Ten
         sink = call.sinks.to(wide)[:, None, None].expand(call.batch, -1, call.q_length, 1)
         scores = torch.cat([scores, sink], -1)
     lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
-    # Where nothing is seen every weight is exp(-inf - 0) = 0.
-    weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])[..., : call.kv_length]
+    # Not exp(scores - lse): beside -3e38, which hides keys in many models, lse has no room for the logarithm of their number.
+    dead = (lse == -math.inf)[..., None]
+    weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)[..., : call.kv_length]
     if call.seed is not None:
         heads = torch.arange(call.batch * call.heads).view(call.batch, call.heads)
         weights = weights * factors(call.seed, call.dropout, heads, (0, call.q_length), (0, call.kv_length), call.q.device)

@@ -48,22 +48,21 @@ def row_numbers(rows: Sequence[int] | Tensor, length: int) -> list[int]:
     return [row % length for row in numbers]
 
 
-def probabilities(call: Call, lse: Tensor, rows: Sequence[int]) -> Tensor:
+def probabilities(call: Call, rows: Sequence[int]) -> Tensor:
     """What the softmax of some rows is, before dropout; no gradients.
 
     Args:
-        call: the call that gave `lse`.
-        lse: `[B, Hq, Sq]`.
+        call: the call.
         rows: numbers in [0, Sq), in any order, possibly repeated.
 
     Returns:
         `[B, Hq, R, Sk]` in the dtype of q. A row sums to 1, to less where a sink takes its part, and to 0 where it sees no key.
 
-    Cost: four numbers per element of the result in the dtype of lse.
+    Cost: four numbers per element of the result in the dtype of sums.
     """
     with torch.no_grad():
         index = torch.tensor(rows, dtype=torch.int64, device=call.q.device)
-        wide = lse.dtype
+        wide = call.accumulate
         q = call.q.index_select(2, index).to(wide).unflatten(1, (call.kv_heads, call.group))
         # Each key head with all its query rows: keys are widened once and never repeated.
         scores = q.flatten(2, 3) @ call.k.to(wide).transpose(-1, -2) * call.scale
@@ -76,6 +75,9 @@ def probabilities(call: Call, lse: Tensor, rows: Sequence[int]) -> Tensor:
             columns = (0, call.kv_length)
             seen = torch.cat([call.mask.rectangles((row, row + 1), columns) for row in rows], 2)
             scores = scores.masked_fill(~seen.to(call.q.device), -math.inf)
-        top = lse.index_select(2, index)
-        # A row that sees nothing has scores and lse of -inf: exp(-inf - 0) is its 0.
-        return torch.exp(scores - torch.where(top == -math.inf, 0.0, top)[..., None]).to(call.q.dtype)
+        if call.sinks is not None:
+            scores = torch.cat([scores, call.sinks.to(wide)[:, None, None].expand(call.batch, -1, len(rows), 1)], -1)
+        dead = (scores == -math.inf).all(-1, keepdim=True)
+        # Not exp(scores - lse): beside -3e38, which hides keys in many models, lse has no room for the logarithm of their number.
+        shares = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)
+        return shares[..., : call.kv_length].to(call.q.dtype)
