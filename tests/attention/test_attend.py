@@ -65,6 +65,16 @@ def test_a_row_hidden_by_the_least_number_is_the_mean_as_in_torch(backend: str) 
     near(attend(q, k, v, mask=mask, backend=backend), v.mean(2, keepdim=True).repeat_interleave(2, 1).expand(-1, -1, 9, -1))
 
 
+@pytest.mark.parametrize("queries", [1, 9, 100])
+def test_a_sink_that_a_row_sees_alone_has_the_whole_gradient_of_lse(queries: int) -> None:
+    q, k, v = inputs(2, (4, 2), queries, 12)
+    sinks, mask = torch.randn(4, requires_grad=True), TileMask.padded([0, 12], queries, 12, causal=False)
+    _, lse = attend(q, k, v, mask=mask, sinks=sinks, return_lse=True)
+    lse[0].sum().backward()
+    assert sinks.grad is not None
+    near(sinks.grad, torch.full((4,), float(queries)))
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     q, k, v = inputs(1, (4, 2), 5, 5)
     k.requires_grad_()

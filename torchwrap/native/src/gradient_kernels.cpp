@@ -268,7 +268,7 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
         }
     };
     const auto delta_of = [&](int64_t r) {
-        return sum(load(at.products + r * W)) - (call.grad_lse && !at.seen[r].empty() ? call.grad_lse[lse_of(call, task, task.begin + r)] : 0);
+        return sum(load(at.products + r * W)) - (call.grad_lse ? call.grad_lse[lse_of(call, task, task.begin + r)] : 0);
     };
     // A row with one large weight has gradients near zero, as differences of large numbers. Its out is rounded to a half type, and delta with
     // it: so there delta comes from a pass of its own. Where keys and queries are many, the law of errors is kept without one: such an out
