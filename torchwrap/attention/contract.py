@@ -28,6 +28,7 @@ __all__ = ["SMALL", "Backend", "Call", "Drawing", "Gradients", "Mode", "Prepared
 SMALL = 128
 """Rows and columns up to which a mask that is a tensor is taken whole: looking for what it hides costs more than that (measured)."""
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_LEAST, _MOST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 Mode = Literal["decode", "chunked", "prefill"]
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """Of q, k, v, the sinks and the bias; the last two are None where the call has none."""
@@ -245,10 +246,15 @@ def checked(
     for name, given in {"sinks": sinks, "bias": bias}.items():
         if given is not None:
             _check_dense(given, name)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise errors.ConfigError(f"softcap is {softcap}", where="attend", fix="Give a positive number, or None for no cap.")
-    if not -math.inf < factor < math.inf:  # math.isfinite knows no symbolic numbers
-        raise errors.ConfigError(f"scale is {factor}", where="attend", fix="Give a finite number, or None for 1 / sqrt(D).")
+    # Scores are computed in float32, in which other numbers are infinite, or 0 and no cap. float64 is not asked for more.
+    if softcap is not None and not _LEAST <= softcap <= _MOST:
+        raise errors.ConfigError(
+            f"softcap is {softcap}", where="attend", fix=f"Give a positive number of {_LEAST:.1g} to {_MOST:.1g}, or None for no cap."
+        )
+    if not -_MOST <= factor <= _MOST:  # math.isfinite knows no symbolic numbers
+        raise errors.ConfigError(
+            f"scale is {factor}", where="attend", fix=f"Give a finite number of at most {_MOST:.1g}, or None for 1 / sqrt(D)."
+        )
     if not 0.0 <= dropout < 1.0:
         raise errors.ConfigError(f"dropout is {dropout}", where="attend", fix="Give a probability in [0, 1).")
     if sinks is not None:
@@ -360,12 +366,14 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
 
 
 def _check_added(given: Tensor, shape: tuple[int, int, int, int], name: str) -> None:
-    fits = given.dim() <= 4 and all(size in (1, full) for size, full in zip(reversed(given.shape), reversed(shape), strict=False))
-    floating = given.is_floating_point() or (name == "mask" and given.dtype == torch.bool)
-    if not fits or not floating:
-        raise errors.ConfigError(
-            f"the {name} is {_said(given)} and the scores are {shape}", where="attend", fix="Each size must be 1 or that of the scores."
-        )
+    said = f"the {name} is {_said(given)} and the scores are {shape}"
+    if not given.is_floating_point() and (name != "mask" or given.dtype != torch.bool):
+        fix = "Give a mask of booleans (mask.bool()) or of numbers that are added (mask.float())." if name == "mask" else "Give floats."
+        raise errors.ConfigError(said, where="attend", fix=fix)
+    if given.dim() > 4 or any(size not in (1, full) for size, full in zip(reversed(given.shape), reversed(shape), strict=False)):
+        batches = given.shape == (shape[0], shape[3])
+        fix = f"{name}[:, None, None] is one row for each batch entry." if batches else "Each size must be 1 or that of the scores."
+        raise errors.ConfigError(said, where="attend", fix=fix)
 
 
 def _same_device(q: Tensor, other: Tensor, name: str) -> None:
