@@ -63,3 +63,24 @@ def test_a_jit_trace_of_a_wrapped_module_records_the_call() -> None:
 
     call(first)  # prepared now
     torch.testing.assert_close(torch.jit.trace(call, (first,))(second), call(second), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_dense_mask_is_recorded_and_not_its_numbers(mode: str) -> None:
+    first, second = two(8)
+
+    def call(x: Tensor) -> Tensor:
+        return attend(x, x, x, mask=(x @ x.mT).tril() > 0)  # for this length anything from a key to the row's own
+
+    torch.testing.assert_close(make_fx(call, tracing_mode=mode)(first)(second), call(second), atol=1e-5, rtol=1e-5)
+
+
+def test_a_dense_mask_may_be_exported() -> None:
+    first, second = two(200)
+    mask = torch.rand(200, 200) < 0.5
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return attend(x, x, x, mask=mask)
+
+    torch.testing.assert_close(torch.export.export(Module(), (first,)).module()(second), Module()(second), atol=1e-5, rtol=1e-5)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, hessian, jacrev, jvp, linearize, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import torchwrap as tw
@@ -151,6 +152,22 @@ def test_what_does_not_exist_is_refused_by_name(transform: Any) -> None:
     q, k, v = inputs()
     with pytest.raises(errors.UnsupportedModelError, match="derivatives"):
         transform(lambda q: attend(q, k, v).square().sum())(q)
+
+
+FORWARD: dict[str, Callable[[Any, Tensor], Any]] = {
+    "linearize": lambda f, q: linearize(f, q)[1](q),
+    "recorded": lambda f, q: make_fx(lambda q: jvp(f, (q,), (q,)))(q),
+    "compiled around": lambda f, q: torch.compile(lambda q: jvp(f, (q,), (q,)), backend="eager")(q),
+    "compiled": lambda f, q: jvp(torch.compile(f, backend="eager"), (q,), (q,)),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_mode_in_a_graph_is_refused_by_name(name: str) -> None:
+    q, k, v = inputs()
+    torch._dynamo.reset()
+    with pytest.raises(errors.UnsupportedModelError, match="forward-mode"):
+        FORWARD[name](lambda q: attend(q, k, v).square().sum(), q)
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -22,7 +22,7 @@ from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.prepared import prepared
 from torchwrap.attention.rows import probabilities, row_numbers
 from torchwrap.attention.settings import Settings
-from torchwrap.attention.transforms import is_mapped, is_traced, recorded, transformed
+from torchwrap.attention.transforms import is_forward_mode, is_mapped, recorded, transformed
 from torchwrap.core import errors
 from torchwrap.native.threads import one_thread, stuck
 
@@ -124,6 +124,8 @@ def attend(
     if torch.compiler.is_dynamo_compiling() and transformed():  # torch 2.13: operators of Python cannot have rules for gradients there
         from torchwrap.attention.untraced import untraced  # slow
 
+        if is_forward_mode():
+            node.refuse_forward_mode()
         options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
         found: Tensor | tuple[Tensor, ...] = untraced(attend, q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
         return found
@@ -149,12 +151,14 @@ def attend(
             )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
-    if isinstance(mask, Tensor) and (is_mapped(mask) or (type(mask) is Tensor and is_traced())):
+    if isinstance(mask, Tensor) and _has_no_tiles(mask):
         mask = node.added(mask, q)
     wants_lse = return_lse or torch.is_grad_enabled() or transformed() or recorded()
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, wants_lse=wants_lse)
     rows = None if need_rows is None else row_numbers(need_rows, call.q_length)
     if recorded():
+        if is_forward_mode():
+            node.refuse_forward_mode()
         out, lse = operator.apply(call, backend if isinstance(backend, str) else backend.text)
     elif _needs_grad(call) or transformed():
         out, lse = node.apply(call, backend)
@@ -166,6 +170,16 @@ def attend(
     with exact_dtypes(call.q):
         shares = probabilities(call, rows)
     return (out, lse, shares) if return_lse else (out, shares)
+
+
+def _has_no_tiles(mask: Tensor) -> bool:
+    """Whether a mask cannot be sorted into tiles: it is mapped over, or a graph is recorded, which would hold the numbers of this one.
+
+    Where Dynamo records, the graph ends instead.
+    """
+    if torch.compiler.is_dynamo_compiling() or hasattr(mask, "_found") or mask.dtype != torch.bool or mask.layout != torch.strided:
+        return False
+    return is_mapped(mask) or recorded()
 
 
 def _needs_grad(call: Call) -> bool:

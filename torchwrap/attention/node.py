@@ -25,7 +25,7 @@ from torchwrap.attention.transforms import transformed
 from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.native.threads import one_thread, stuck
 
-__all__ = ["added", "apply", "prepared"]
+__all__ = ["added", "apply", "prepared", "refuse_forward_mode"]
 
 
 def apply(call: Call, backend: str | Settings) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-        _refuse("forward-mode derivatives (torch.func.jvp, jacfwd, hessian)")
+        refuse_forward_mode()
 
 
 class _Gradients(_Last):
@@ -207,6 +207,15 @@ def _one_by_one(function: Any, count: int, in_dims: tuple[Any, ...], inputs: tup
         each.append(function.apply(*given))
     stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True))
     return stacked, tuple(None if value is None else 0 for value in stacked)
+
+
+def refuse_forward_mode() -> NoReturn:
+    """For calls under `torch.func.jvp` and its kind.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
+    _refuse("forward-mode derivatives (torch.func.jvp, jacfwd, hessian, linearize)")
 
 
 def _refuse(what: str) -> NoReturn:

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from torchwrap.core.errors import UnsupportedModelError
 
-__all__ = ["beneath", "is_mapped", "is_traced", "outside_of_transforms", "recorded", "transformed"]
+__all__ = ["beneath", "is_forward_mode", "is_mapped", "is_traced", "outside_of_transforms", "recorded", "transformed"]
 
 _in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch's own `autograd.Function` asks the same
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
@@ -28,7 +28,12 @@ _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 def transformed() -> bool:
     """Whether the code runs under `torch.func`, or under forward-mode derivatives."""
-    return _in_functorch() or forward_ad._current_level >= 0
+    return _in_functorch() or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode derivatives are taken. For them an operator of Python in a graph gives zeros, and says nothing (torch 2.13)."""
+    return forward_ad._current_level >= 0
 
 
 def is_traced() -> bool:
