@@ -113,7 +113,8 @@ class Chunks:
         rule: the optimizer class.
         store: where state, and weights that are not in memory, are written.
         reader: reads.
-        held: copies elements of a weight from where a backward holds or left it, if it does (`UpdatedWindow.copy_held`); None where no weight is streamed.
+        held: copies elements of a weight from where a backward holds or left it, if it does (`UpdatedWindow.copy_held`);
+            None where no weight is streamed.
         done: called when a target got its new values; with their home, if they are in the store.
         timeline: where chunks read ("state"), updated and written are recorded, if anywhere.
 
