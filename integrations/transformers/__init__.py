@@ -97,5 +97,11 @@ class TransformersIntegration(Integration):
 
         return memory.activation_bytes(model, batch=batch, tokens=tokens)
 
+    def inputs(self, model: nn.Module, *, batch: int, tokens: int) -> dict[str, torch.Tensor] | None:
+        """Keywords of a training forward; see `inputs.inputs`."""
+        from torchwrap.integrations.transformers import inputs
+
+        return inputs.inputs(model, batch=batch, tokens=tokens)
+
 
 integration: TransformersIntegration = TransformersIntegration()

@@ -17,7 +17,7 @@ from torchwrap.superpipeline import technique
 from torchwrap.superpipeline.policy import Knobs, Profile, choose
 from torchwrap.superpipeline.room import Room
 from torchwrap.weights.budget import Budget
-from torchwrap.weights.training import Footprint
+from torchwrap.weights.footprint import Footprint
 
 DEPTH, BACKWARD = 10, 2.0
 FULL = DEPTH * (1.0 + BACKWARD)

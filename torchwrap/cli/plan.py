@@ -28,10 +28,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=_budget, metavar="TIER=SIZE,...", default={}, help="the same in one word: device=6GiB,host=16GiB")
     parser.add_argument("--device", help="compute device, for example cpu or cuda:0 (default: as offload chooses)")
     parser.add_argument("--tile-above", type=size, metavar="SIZE", help="compute larger linear layers in tiles of that size")
-    parser.add_argument("--goal", choices=["infer", "train"], default="infer", help="what the model is for; train: by AdamW from the disk")
+    parser.add_argument(
+        "--goal", choices=["infer", "train"], default="infer", help="what the model is for; train: by an OffloadedOptimizer"
+    )
     parser.add_argument("--batch", type=positive, default=1, help="sequences per call or step (default: 1)")
     parser.add_argument("--tokens", type=positive, default=256, help="tokens of each sequence (default: 256)")
     parser.add_argument("--activations", choices=["auto", "keep", "recompute", "host", "disk"], help="what blocks save for the backward")
+    parser.add_argument("--optimizer", type=_optimizer, help='class of torch.optim, "master_weights(AdamW)", or bytes of state per element')
     parser.add_argument("--reserve", type=size, metavar="SIZE", help="memory left to activations and caches (default: for 256 tokens)")
 
 
@@ -41,7 +44,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     from torchwrap.offload.config import Offload
     from torchwrap.offload.plan import plan_folder
 
-    named = ("device", "device_memory", "host_memory", "tile_above", "activations", "reserve")
+    named = ("device", "device_memory", "host_memory", "tile_above", "activations", "optimizer", "reserve")
     given = {name: getattr(arguments, name) for name in named if getattr(arguments, name) is not None}
     config = Offload(goal=arguments.goal, **{**arguments.budget, **given})
     subject = {"model": str(arguments.model), "goal": arguments.goal, "technique": "offload"}
@@ -52,6 +55,20 @@ def run(arguments: argparse.Namespace) -> Outcome:
         finding = {"fits": False, "needed": error.needed, "available": error.available, "largest": error.largest, "message": str(error)}
         return Outcome(data={**subject, **finding}, text=f"offload: does not fit. {error}", ok=False)
     return Outcome(data={**subject, "fits": True, "plan": plan.to_dict()}, text=f"offload: fits.\n{plan}")
+
+
+def _optimizer(text: str) -> int | str:
+    import torch
+
+    from torchwrap.core.errors import ConfigError
+    from torchwrap.stream.settings import state_bytes
+
+    wanted = int(text) if text.isdecimal() else text
+    try:
+        state_bytes(wanted, torch.float32)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return wanted
 
 
 def _budget(text: str) -> dict[str, int]:

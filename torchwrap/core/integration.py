@@ -226,6 +226,10 @@ class Integration:
         """Bytes one forward needs besides weights (activations, logits, cache); `None` if unknown."""
         return None
 
+    def inputs(self, model: nn.Module, *, batch: int, tokens: int) -> dict[str, torch.Tensor] | None:
+        """Keywords of a training forward on so many sequences, of which only shapes and types matter; `None` if unknown."""
+        return None
+
 
 def integration_for(model: nn.Module) -> Integration:
     """The integration that knows this model, or the generic one."""

@@ -18,8 +18,9 @@ from torchwrap.storage.aio import probe
 from torchwrap.weights.blueprint import Blueprint
 from torchwrap.weights.budget import RESERVE_TOKENS, process_bytes, working_bytes
 from torchwrap.weights.folder import WorkFolder, as_placeholders
+from torchwrap.weights.footprint import expected_footprint
 from torchwrap.weights.timing import check_inputs, route_of
-from torchwrap.weights.training import TrainingPrediction, expected_footprint, forecast, step_bytes, training_of
+from torchwrap.weights.training import TrainingPrediction, forecast, training_of
 
 __all__ = ["FolderPlan", "plan_folder"]
 
@@ -36,7 +37,7 @@ class FolderPlan:
         seconds_per_token: of a decoded token when reading is what takes the time; 0 if nothing is streamed.
         working_bytes: memory that a forward of these inputs takes besides weights.
         reserve: memory that the budget leaves to activations and caches.
-        training: a training step by an Adam on these inputs, if that is the goal; without seconds of computing.
+        training: a training step by the named `optimizer` on these inputs, if that is the goal; without seconds of computing.
     """
 
     model: str
@@ -144,10 +145,10 @@ def _training(
 
     fixed = {piece.index for piece in division.fixed}
     resident = plan.resident | fixed
-    footprint = expected_footprint(division.units, division.pieces, resident)
+    footprint = expected_footprint(division.units, division.pieces, resident, config.optimizer)
     slots, separate = plan.slots * plan.slot_bytes, blueprint.device.type != "cpu"
-    training = training_of(division.units, division.pieces, config.activations)
-    working = step_bytes(activation, training.head, batch, tokens) + batch * tokens * training.kept
+    training = training_of(division.units, division.pieces, config, config.activations, blueprint.rehearsal)
+    working = training.working(activation, batch, tokens)
     return forecast(
         footprint,
         route_of(division.units, plan.slots, lambda piece: piece.index not in resident),

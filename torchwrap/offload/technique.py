@@ -20,6 +20,7 @@ from torch import nn
 
 from torchwrap.activations.expected import recomputes_itself
 from torchwrap.activations.modes import check_tier
+from torchwrap.activations.rehearsal import Rehearsal
 from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration
@@ -96,7 +97,8 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         inside, alone = _scratch(division)
         scratch = max(inside, alone)
         mode = "recompute" if recomputes_itself(model.modules()) else config.activations
-        training = training_of(division.units, division.pieces, mode) if config.goal == "train" else None
+        rehearsal = Rehearsal.of(model, division.units, device, integration) if config.goal == "train" else None
+        training = training_of(division.units, division.pieces, config, mode, rehearsal) if config.goal == "train" else None
         budget = weight_budget(config, model, integration, device, scratch, training)
         whole = fixed + sum({index: nbytes for unit in planned for index, nbytes in unit.pieces}.values())
         keep_resident = config.params in ("auto", "device")
@@ -175,6 +177,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
                 homes=homes,
                 integration=integration,
                 tier="auto" if config.params == "device" else config.params,
+                rehearsal=rehearsal,
                 groups=groups,
             ),
         )

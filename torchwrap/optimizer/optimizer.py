@@ -32,9 +32,9 @@ from torchwrap.optimizer.parameters import Parameters
 from torchwrap.optimizer.persist import check_same_run, warn_of_other_settings
 from torchwrap.optimizer.run import matched
 from torchwrap.optimizer.workshop import Site, Workshop
+from torchwrap.weights.footprint import Footprint
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.stepping import warn_of_mixture
-from torchwrap.weights.training import Footprint
 
 __all__ = ["OffloadedOptimizer"]
 
@@ -57,7 +57,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         accumulate: backwards per step.
         gradients: where gradients that have to wait for the step do so; "auto" takes memory if half of what is free suffices.
         durability: "save": what `commit()` stored survives; "step": every step commits; "none": nothing is kept, half the room.
-        chunk: bytes of a parameter updated at a time.
+        chunk: bytes of a parameter updated at a time; fewer if they and their state would be more than three times that.
         **options: of `cls`: `lr=1e-4`, `fused=True`, ...
 
     Attributes:

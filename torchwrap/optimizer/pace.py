@@ -11,7 +11,7 @@ from torchwrap.optimizer.gradients import Timing
 from torchwrap.optimizer.targets import Target, records_needed
 from torchwrap.optimizer.updates import Updater
 from torchwrap.storage.generations import GenerationStore
-from torchwrap.weights.training import IN_FLIGHT, Footprint, waiting_bytes
+from torchwrap.weights.footprint import IN_FLIGHT, Footprint, waiting_bytes
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle

@@ -19,6 +19,7 @@ from torchwrap.optimizer.standin import StandIn
 from torchwrap.storage.generations import GenerationStore, Record
 from torchwrap.storage.pool import BLOCK, round_up
 from torchwrap.stream.units import Piece, Unit
+from torchwrap.weights.footprint import elements_of
 
 __all__ = ["LARGE", "Target", "can_stream", "flat_weight", "records_needed"]
 
@@ -151,7 +152,8 @@ def records_needed(target: Target, chunk_bytes: int, store: GenerationStore) -> 
         residue = target.piece.residue if target.piece is not None and parameter.device.type == "cpu" else 0
         # At its own address modulo 64 the weight is read where it is used. An odd one is copied there by the reader.
         lead = residue // size if residue % 8 == 0 and residue % size == 0 else 0
-        chunk = min(max(BLOCK, chunk_bytes // size // BLOCK * BLOCK), round_up(lead + parameter.numel()))
+        state = sum(dtype.itemsize for dtype in target.layout.values())
+        chunk = min(max(BLOCK, elements_of(chunk_bytes, size, state) // BLOCK * BLOCK), round_up(lead + parameter.numel()))
     shape = tuple(parameter.shape)
     wanted: Mapping[str, torch.dtype] = {target.weight_name: parameter.dtype} | {
         target.state_name(key): dtype for key, dtype in target.layout.items()

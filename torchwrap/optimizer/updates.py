@@ -26,7 +26,7 @@ from torchwrap.storage.priority import give_way
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Piece
-from torchwrap.weights.training import IN_FLIGHT
+from torchwrap.weights.footprint import IN_FLIGHT
 
 __all__ = ["Job", "Updater"]
 

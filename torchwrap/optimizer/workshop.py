@@ -32,9 +32,9 @@ from torchwrap.storage.generations import GenerationStore
 from torchwrap.storage.heap import FreedBlocks, keep_heap_small
 from torchwrap.storage.limits import is_limited, memory_available
 from torchwrap.weights.budget import check_room
+from torchwrap.weights.footprint import Footprint, kept_bytes, room_for
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.stepping import warn_of_mixture
-from torchwrap.weights.training import Footprint, kept_bytes, room_for
 
 __all__ = ["Site", "Workshop"]
 

@@ -2,17 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from torchwrap.core import errors
 from torchwrap.core.config import Config, option
 
-__all__ = ["CRC", "Streaming"]
+__all__ = ["CRC", "Streaming", "state_bytes"]
 
 CRC: dict[str, Literal["never", "once", "always"]] = {"header": "never", "first": "once", "always": "always"}
 """When the CRC-32 of what we stored is compared, by `Streaming.verify`."""
+
+_MASTER = "master_weights"
+
+
+@functools.cache
+def state_bytes(optimizer: int | str, dtype: torch.dtype) -> int:
+    """Bytes that an optimizer keeps for each element of a weight of this type: found by letting it make a step on one of 64 elements.
+
+    Args:
+        optimizer: as the setting `optimizer`.
+
+    Raises:
+        ConfigError: that is no class of `torch.optim`, or one that needs more than gradients and usual settings; or negative.
+    """
+    if isinstance(optimizer, int):
+        if optimizer < 0:
+            raise errors.ConfigError(f"{optimizer} bytes of state for an element", where="optimizer", fix="Use 0 or more.")
+        return optimizer
+    master = optimizer.startswith(f"{_MASTER}(") and optimizer.endswith(")")
+    name = optimizer[len(_MASTER) + 1 : -1] if master else optimizer
+    cls = getattr(torch.optim, name, None)
+    low = master and dtype in (torch.bfloat16, torch.float16)
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer):
+        weight = torch.zeros(64, dtype=torch.float32 if low else dtype, requires_grad=dtype.is_floating_point or dtype.is_complex)
+        weight.grad = torch.zeros_like(weight)
+        with suppress(Exception):  # whatever such a class raises
+            made = cls([weight])  # type: ignore[call-arg]
+            made.step()
+            kept = [value for value in made.state[weight].values() if isinstance(value, torch.Tensor) and value.shape == weight.shape]
+            return sum(value.element_size() for value in kept) + (torch.float32.itemsize if low else 0)
+    raise errors.ConfigError(
+        f"{optimizer!r} is no optimizer that training can be planned for",
+        where="optimizer",
+        fix=f'Use a class of torch.optim ("AdamW", "SGD"), "{_MASTER}(AdamW)", or the bytes it keeps for each element of a weight.',
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +95,11 @@ class Streaming(Config):
         unit="bytes",
         size=True,
     )
+    optimizer: int | str = option(
+        "AdamW",
+        doc='What training is planned for until there is an OffloadedOptimizer: a class of torch.optim by name, or "master_weights(NAME)", '
+        "with usual settings; or the bytes that an optimizer keeps for each element of a weight.",
+    )
     io_backend: Literal["auto", "direct", "buffered", "uring"] = option(
         "auto",
         doc="Reads past the page cache, or through it; auto: past it where the file system allows; uring: as auto, with io_uring and one "
@@ -78,6 +122,7 @@ class Streaming(Config):
     def validate(self) -> None:
         """Rules that concern more than one field."""
         name = self.technique
+        state_bytes(self.optimizer, torch.float32)
         if self.activations is None:
             object.__setattr__(self, "activations", "keep")
         if 0 < int(self.io_chunk) < 4096:

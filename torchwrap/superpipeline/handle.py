@@ -19,10 +19,11 @@ from torchwrap.superpipeline.policy import Choice, Knobs, Profile, choose, obeys
 from torchwrap.superpipeline.prediction import Prediction
 from torchwrap.superpipeline.room import Room
 from torchwrap.weights.budget import optimizer_rows
+from torchwrap.weights.footprint import Footprint
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.measure import Meter
 from torchwrap.weights.timing import check_inputs
-from torchwrap.weights.training import Footprint, head_bytes, step_bytes
+from torchwrap.weights.training import head_bytes, step_bytes
 
 __all__ = ["Prediction", "SuperpipelineHandle"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torchwrap.core.config import format_bytes
 from torchwrap.weights.budget import Budget
-from torchwrap.weights.training import Footprint
+from torchwrap.weights.footprint import Footprint
 
 __all__ = ["Room"]
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from torchwrap.activations.expected import recomputes_itself
 from torchwrap.activations.modes import check_tier
+from torchwrap.activations.rehearsal import Rehearsal
 from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration
@@ -117,7 +118,8 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
         block_bytes = sum(unit.nbytes for unit in division.units)
         scratch = max(piece.nbytes for piece in division.pieces)
         mode = "recompute" if recomputes_itself(model.modules()) else config.activations
-        training = training_of(division.units, division.pieces, mode)
+        rehearsal = Rehearsal.of(model, division.units, device, integration) if config.train else None
+        training = training_of(division.units, division.pieces, config, mode, rehearsal)
         room = Room(
             units=len(division.units),
             fixed_bytes=fixed,
@@ -153,6 +155,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
             homes=homes,
             integration=integration,
             tier=config.store or ("host" if separate else "disk"),
+            rehearsal=rehearsal,
             knobs=knobs,
             room=room,
         )

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from torchwrap.activations.choose import Cost
+from torchwrap.activations.rehearsal import Rehearsal
 from torchwrap.core import errors
 from torchwrap.core.integration import Integration
 from torchwrap.stream.planner import ResidencyPlan
@@ -29,6 +31,7 @@ class Blueprint:
         tier: where streamed weights go beside a separate device; "auto" fills host memory first.
         scratch: bytes of the largest parameter that a matrix product may copy while everything else is present.
         homes: where the weights of a model built from a folder lie, by parameter name; None for a model in memory.
+        rehearsal: tells what blocks will save in training; None where that is not known or not asked for.
     """
 
     division: UnitMap
@@ -40,13 +43,19 @@ class Blueprint:
     homes: dict[str, Home] | None
     integration: Integration
     tier: Literal["auto", "host", "disk"]
+    rehearsal: Rehearsal | None = None
     groups: list[ExpertGroup] = field(default_factory=list)
 
 
 class Working:
-    """`working_bytes` of one model, by batch and tokens; remembers the estimate, not the model."""
+    """`working_bytes` of one model, by batch and tokens; remembers the estimate, not the model.
 
-    def __init__(self, integration: Integration, model: nn.Module, scratch: int) -> None:
+    Attributes:
+        rehearsal: of its training.
+    """
+
+    def __init__(self, integration: Integration, model: nn.Module, scratch: int, rehearsal: Rehearsal | None) -> None:
+        self.rehearsal: Rehearsal | None = rehearsal
         self._known: dict[tuple[int, int], int] = {}
         self._integration, self._scratch, self._model = integration, scratch, weakref.ref(model)
 
@@ -56,6 +65,10 @@ class Working:
         if model is not None:
             self._known[key] = working_bytes(model, self._integration, batch=batch, tokens=tokens, scratch=self._scratch)
         return self._known.get(key, self._scratch)
+
+    def costs(self, batch: int, tokens: int) -> list[Cost] | None:
+        """What blocks save in a training step; None where only their weights tell."""
+        return self.rehearsal.costs(batch, tokens) if self.rehearsal is not None else None
 
 
 def refuse_uninitialised(model: nn.Module) -> None:

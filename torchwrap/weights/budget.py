@@ -16,7 +16,7 @@ from torchwrap.core.integration import Integration
 from torchwrap.core.tensors import data_of, held_bytes, is_placeholder, storage_key
 from torchwrap.storage.limits import is_limited, memory_available, memory_usage
 from torchwrap.stream.settings import Streaming
-from torchwrap.weights.training import Training, step_bytes
+from torchwrap.weights.training import Training
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
@@ -83,7 +83,7 @@ def weight_budget(
     if config.reserve is not None:
         reserve = int(config.reserve)
     elif training is not None:
-        reserve = step_bytes(working, training.head, 1, RESERVE_TOKENS) + RESERVE_TOKENS * training.kept
+        reserve = training.working(working, 1, RESERVE_TOKENS)
         on_host = training.optimizer
         otherwise = 'Pass activations="auto" or "recompute". Or: ' if training.kept else ""
     else:

@@ -42,6 +42,7 @@ from torchwrap.weights.training import StepToCome, TrainingPrediction, predict_s
 
 if TYPE_CHECKING:
     from torchwrap.optimizer.optimizer import OffloadedOptimizer
+    from torchwrap.weights.blueprint import Working
 
 __all__ = ["WeightsHandle"]
 
@@ -78,7 +79,7 @@ class WeightsHandle(TimedPasses):
         device: torch.device,
         origin: torch.device,
         baseline_bytes: int,
-        activation: Callable[[int, int], int],
+        activation: Working,
         mapped: bool,
         notes: Sequence[str] = (),
     ) -> None:
@@ -92,7 +93,7 @@ class WeightsHandle(TimedPasses):
         self.store: SpillStore | None = store
         self.device: torch.device = device
         self.baseline_bytes: int = baseline_bytes
-        self.activation: Callable[[int, int], int] = activation
+        self.activation: Working = activation
         self.origin: torch.device = origin  # where the weights go when the model is unwrapped
         self.mapped: bool = mapped  # built from a folder: after unwrap, weights show the folder's files, as a framework's own loading would
         self.notes: list[str] = list(notes)
@@ -166,11 +167,11 @@ class WeightsHandle(TimedPasses):
             batch: sequences (or images) per step.
             tokens: tokens per sequence.
 
-        Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md. What blocks keep or move out is estimated from the shapes of
-            their weights, without what attention keeps for each pair of tokens where its kernel is not fused; with activations="auto" it
-            is that of the first step, which recomputes, and afterwards what that step measured. Checkpointing by the model itself is seen,
-            by somebody outside of it is not. Seconds are simulated from the bandwidth seen so far and the last step that was measured,
-            whatever `batch` and `tokens` are; before that, they are those of moving bytes alone.
+        Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md. What blocks save is counted on a forward without memory if
+            training was the goal when the model was wrapped and its integration knows its inputs; else the shapes of weights tell, without
+            what attention keeps for each pair of tokens where its kernel is not fused. With "auto" the first step recomputes. Checkpointing
+            by the model itself is seen, by others not. Seconds are simulated from the bandwidth seen so far and the last step that was
+            measured, whatever `batch` and `tokens` are; before that, they are those of moving bytes alone.
 
         Raises:
             ConfigError: an argument is no integer of at least 1.

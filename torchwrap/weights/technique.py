@@ -94,7 +94,7 @@ class StreamingTechnique(Technique[S], Generic[S]):
                 device=device,
                 origin=blueprint.origin,
                 baseline_bytes=process_bytes(),
-                activation=Working(blueprint.integration, model, blueprint.scratch),
+                activation=Working(blueprint.integration, model, blueprint.scratch, blueprint.rehearsal),
                 mapped=blueprint.homes is not None,
                 notes=prepared.notes,
             )

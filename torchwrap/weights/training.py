@@ -12,13 +12,18 @@ measured rates in place of data-sheet ones, and a simulation in place of its sum
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+from torchwrap.activations.choose import Choice, Cost, peak_bytes
 from torchwrap.activations.expected import MODES, expected_costs, in_words, over_recomputed, recomputes_itself
+from torchwrap.activations.rehearsal import Rehearsal
 from torchwrap.core.config import format_bytes
-from torchwrap.storage.heap import FreedBlocks, refusal
+from torchwrap.storage.heap import FreedBlocks
+from torchwrap.stream.settings import Streaming
+from torchwrap.weights.footprint import Footprint, expected_footprint
 from torchwrap.weights.timing import Route, Update
 
 if TYPE_CHECKING:
@@ -26,54 +31,15 @@ if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
 
 __all__ = [
-    "CHUNK",
-    "IN_FLIGHT",
-    "Footprint",
     "StepToCome",
     "Training",
     "TrainingPrediction",
-    "expected_footprint",
     "forecast",
     "head_bytes",
-    "kept_bytes",
     "predict_step",
-    "room_for",
     "step_bytes",
     "training_of",
-    "waiting_bytes",
 ]
-
-CHUNK = 16 << 20
-"""Bytes of a parameter that an optimizer updates at a time unless it is told otherwise."""
-
-IN_FLIGHT = 3
-"""Chunks under way: one read, one updated, one written."""
-
-_STATES = 2  # per element, of the dtype of the weight: what Adam keeps
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Footprint:
-    """What an optimizer adds to a training step. Bytes.
-
-    Attributes:
-        ring: of the chunks under way.
-        gradients: of gradients present at once, those of the block whose backward runs included.
-        kept: of freed tensors at most, whose memory is used again (see storage/heap.py).
-        read, written: by the optimizer in a step, gradients that wait on the disk included.
-        overlaps: whether updates run during backward.
-        backwards: per step.
-        grows: whether a backward begins without gradients and leaves some in memory.
-    """
-
-    ring: int
-    gradients: int
-    kept: int
-    read: int
-    written: int
-    overlaps: bool
-    grows: bool = True
-    backwards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +49,24 @@ class Training:
     Attributes:
         optimizer: bytes of host memory.
         head: see `head_bytes`.
-        kept: bytes of activations per token beyond those of a step whose blocks are all computed again.
+        mode: the setting of `activations`.
+        kept: bytes of activations per token beyond those of a step whose blocks are all computed again, as the weights tell.
+        costs: what blocks save, by sequences and tokens of each; None where only the weights tell.
     """
 
     optimizer: int
     head: int
+    mode: str | None = None
     kept: int = 0
+    costs: Callable[[int, int], list[Cost] | None] | None = None
+
+    def working(self, activation: Callable[[int, int], int], batch: int, tokens: int) -> int:
+        """Working memory of a step; see `step_bytes` and `counted_bytes`."""
+        uses = self.costs(batch, tokens) if self.costs is not None else None
+        if uses is None:
+            return step_bytes(activation, self.head, batch, tokens) + batch * tokens * self.kept
+        choices = {use.unit: MODES.get(self.mode, "recompute") for use in uses}
+        return counted_bytes(activation, self.head, batch, tokens, peak_bytes(uses, choices))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,66 +142,43 @@ def step_bytes(activation: Callable[[int, int], int], head: int, batch: int, tok
     return 2 * activation(batch, tokens) - activation(1, 2) + 2 * batch * tokens * head
 
 
+def counted_bytes(activation: Callable[[int, int], int], head: int, batch: int, tokens: int, saved: int) -> int:
+    """The same of a step of whose blocks it is known what they save.
+
+    Gradients of activations are not counted: what a block saved is freed as fast as its backward makes them.
+
+    Args:
+        saved: bytes of it present at once, and of gradients of weights that stay.
+    """
+    return activation(1, 2) + saved + 2 * batch * tokens * head
+
+
 def head_bytes(units: Iterable[Unit], pieces: Iterable[Piece]) -> int:
     """Bytes per token of the widest output outside of blocks, usually the logits."""
     inside = {piece.index for unit in units if unit.kind in ("block", "expert") for piece in unit.pieces}
     return max((p.shape[0] * p.dtype.itemsize for p in pieces if p.index not in inside and len(p.shape) == 2), default=0)
 
 
-def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int, resident: Collection[int]) -> int:
-    """Gradients present at once while updates run during backward: `room` that may wait, the next ones, and one for each weight that stays.
-
-    The next is that of one weight of a block; those of a unit with others inside are handed over together. The backward may still read a
-    weight in memory, so its new values, which take the place of the gradient, wait for the end.
-    """
-    units = list(units)
-    around = {unit.parent for unit in units}
-    singly = [unit for unit in units if unit.kind == "block" and unit.index not in around]
-    together = [unit for unit in units if unit.kind != "block" or unit.index in around]
-    following = max(_largest(together), max((p.nbytes for unit in singly for p in unit.pieces if p.parameter.requires_grad), default=0))
-    streamed = {piece.index for unit in units for piece in unit.pieces} - set(resident)
-    return room + following + sum(piece.nbytes for piece in pieces if piece.index not in streamed and piece.parameter.requires_grad)
-
-
-def room_for(units: Iterable[Unit], chunk: int) -> int:
-    """Bytes of gradients that may wait for the optimizer while the next are computed: one unit's, so that it always has work."""
-    return max(chunk, _largest(units))
-
-
-def kept_bytes(units: Iterable[Unit], chunk: int) -> int:
-    """Bytes of freed tensors that are kept for the next ones: as many as gradients may wait; 0 where that cannot be.
-
-    Chosen: with half of it a step takes 6 % longer, with half more as long (medians of two to four runs, docs/figures.md).
-    """
-    return 0 if refusal() else room_for(units, chunk)
-
-
-def expected_footprint(units: Sequence[Unit], pieces: Sequence[Piece], resident: frozenset[int] | set[int]) -> Footprint:
-    """Of an Adam with usual settings, before there is an optimizer."""
-    trained = [piece for piece in pieces if piece.parameter.requires_grad]
-    total = sum(piece.nbytes for piece in trained)
-    away = sum(piece.nbytes for piece in trained if piece.index not in resident)
-    largest = max((piece.nbytes for piece in trained), default=0)
-    return Footprint(
-        ring=IN_FLIGHT * (1 + _STATES) * min(CHUNK, largest),
-        gradients=waiting_bytes(units, trained, room_for(units, CHUNK), resident) if trained else 0,
-        kept=kept_bytes(units, min(CHUNK, largest)),
-        read=_STATES * total + away,
-        written=_STATES * total + away,
-        overlaps=True,
-    )
-
-
-def training_of(units: Sequence[Unit], pieces: Sequence[Piece], activations: str | None) -> Training:
+def training_of(
+    units: Sequence[Unit], pieces: Sequence[Piece], config: Streaming, activations: str | None, rehearsal: Rehearsal | None
+) -> Training:
     """What a plan has to leave room for if all trained weights may be streamed.
 
     Args:
-        activations: the setting; "auto" keeps what there is room for, so it needs no more than "recompute".
+        config: names the optimizer.
+        activations: what becomes of those of blocks; "auto" keeps what there is room for, so it needs no more than "recompute".
+        rehearsal: of the model, where there is one.
     """
-    expected = expected_footprint(units, pieces, frozenset())
+    expected = expected_footprint(units, pieces, frozenset(), config.optimizer)
     uses = expected_costs(units, 1)
     kept = over_recomputed(uses, {use.unit: MODES.get(activations, "recompute") for use in uses})
-    return Training(expected.ring + expected.gradients + expected.kept, head_bytes(units, pieces), kept)
+    return Training(
+        expected.ring + expected.gradients + expected.kept,
+        head_bytes(units, pieces),
+        activations,
+        kept,
+        cache(rehearsal.costs) if rehearsal is not None else None,
+    )
 
 
 def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingPrediction:
@@ -233,14 +188,22 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
         footprint, write_rate, computing = optimizer.footprint(), optimizer.write_rate, optimizer.computing_s
     else:
         resident = {piece.index for piece in handle.pieces if piece.resident}
-        footprint, write_rate, computing = expected_footprint(handle.units, handle.pieces, resident), 0.0, None
+        footprint, write_rate, computing = expected_footprint(handle.units, handle.pieces, resident, handle.config.optimizer), 0.0, None
     slots = plan.slots * plan.slot_bytes
     separate = handle.device.type != "cpu"
-    working = step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
+    head = head_bytes(handle.units, handle.pieces)
     model = handle.root() if handle.root is not None else None
     itself = model is not None and recomputes_itself(model.modules())
-    if not itself:
-        working += handle.activations.over_recomputed(batch * tokens, _staying(handle.units, footprint))
+    staying = _staying(handle.units, footprint)
+    uses = handle.activation.costs(batch, tokens)
+    if uses is not None:
+        modes: dict[int, Choice] = {use.unit: "recompute" if itself else handle.activations.mode(use.unit) for use in uses}
+        working = counted_bytes(handle.activation, head, batch, tokens, peak_bytes(uses, modes, staying) - sum(staying.values()))
+        swapped = sum(use.nbytes for use in uses if modes[use.unit] == "swap")
+    else:
+        working = step_bytes(handle.activation, head, batch, tokens)
+        working += 0 if itself else handle.activations.over_recomputed(batch * tokens, staying)
+        swapped = 0 if itself else handle.activations.swapped(batch * tokens)
     read_rate = float(handle.stats()["bandwidth"])
     route = handle.route()
     if computing is None and route.step is not None:
@@ -252,7 +215,7 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
         slots=slots,
         working=0 if separate else working,
         weights=2 * plan.streamed_bytes * footprint.backwards,
-        swapped=0 if itself else handle.activations.swapped(batch * tokens) * footprint.backwards,
+        swapped=swapped * footprint.backwards,
         to_disk=not separate or handle.config.activations == "disk",
         activations="activations of blocks: those of the model's own checkpointing" if itself else _in_words(handle),
         read_rate=read_rate,
@@ -367,7 +330,3 @@ def _staying(units: Iterable[Unit], footprint: Footprint) -> dict[int, int]:
         return {}
     stays = [(unit.index, p) for unit in units for p in unit.pieces if p.parameter.requires_grad and (p.resident or not footprint.overlaps)]
     return {index: sum(piece.nbytes for other, piece in stays if other == index) for index, _ in stays}
-
-
-def _largest(units: Iterable[Unit]) -> int:
-    return max((sum(p.nbytes for p in unit.pieces if p.parameter.requires_grad) for unit in units), default=0)

@@ -1,0 +1,112 @@
+"""What an optimizer that streams its state adds to a training step: chunks under way, gradients that wait, bytes moved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from torchwrap.storage.heap import refusal
+from torchwrap.stream.settings import state_bytes
+from torchwrap.stream.units import Piece, Unit
+
+__all__ = ["CHUNK", "IN_FLIGHT", "Footprint", "elements_of", "expected_footprint", "kept_bytes", "room_for", "waiting_bytes"]
+
+CHUNK = 16 << 20
+"""Bytes of a parameter that an optimizer updates at a time unless it is told otherwise."""
+
+IN_FLIGHT = 3
+"""Chunks under way: one read, one updated, one written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What an optimizer adds to a training step. Bytes.
+
+    Attributes:
+        ring: of the chunks under way.
+        gradients: of gradients present at once, those of the block whose backward runs included.
+        kept: of freed tensors at most, whose memory is used again (see storage/heap.py).
+        read, written: by the optimizer in a step, gradients that wait on the disk included.
+        overlaps: whether updates run during backward.
+        backwards: per step.
+        grows: whether a backward begins without gradients and leaves some in memory.
+    """
+
+    ring: int
+    gradients: int
+    kept: int
+    read: int
+    written: int
+    overlaps: bool
+    grows: bool = True
+    backwards: int = 1
+
+
+def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int, resident: Collection[int]) -> int:
+    """Gradients present at once while updates run during backward: `room` that may wait, the next ones, and one for each weight that stays.
+
+    The next is that of one weight of a block; those of a unit with others inside are handed over together. The backward may still read a
+    weight in memory, so its new values, which take the place of the gradient, wait for the end.
+    """
+    units = list(units)
+    around = {unit.parent for unit in units}
+    singly = [unit for unit in units if unit.kind == "block" and unit.index not in around]
+    together = [unit for unit in units if unit.kind != "block" or unit.index in around]
+    following = max(_largest(together), max((p.nbytes for unit in singly for p in unit.pieces if p.parameter.requires_grad), default=0))
+    streamed = {piece.index for unit in units for piece in unit.pieces} - set(resident)
+    return room + following + sum(piece.nbytes for piece in pieces if piece.index not in streamed and piece.parameter.requires_grad)
+
+
+def room_for(units: Iterable[Unit], chunk: int) -> int:
+    """Bytes of gradients that may wait for the optimizer while the next are computed: one unit's, so that it always has work."""
+    return max(chunk, _largest(units))
+
+
+def kept_bytes(units: Iterable[Unit], chunk: int) -> int:
+    """Bytes of freed tensors that are kept for the next ones: as many as gradients may wait; 0 where that cannot be.
+
+    Chosen: with half of it a step takes 6 % longer, with half more as long (medians of two to four runs, docs/figures.md).
+    """
+    return 0 if refusal() else room_for(units, chunk)
+
+
+def elements_of(chunk: int, element: int, state: int) -> int:
+    """Elements of a weight updated at a time: `chunk` bytes of it, fewer if they and their state were more than three times that.
+
+    So with float32 copies of weights in bfloat16, which have six times their bytes of state, no more memory is under way than with Adam.
+
+    Args:
+        element, state: bytes of one element, and of what the optimizer keeps for it.
+    """
+    return min(chunk // element, 3 * chunk // (element + state))
+
+
+def expected_footprint(
+    units: Sequence[Unit], pieces: Sequence[Piece], resident: frozenset[int] | set[int], optimizer: int | str
+) -> Footprint:
+    """Of an optimizer with usual settings, before there is one.
+
+    Args:
+        optimizer: the setting of that name.
+    """
+    trained = [piece for piece in pieces if piece.parameter.requires_grad]
+    away = sum(piece.nbytes for piece in trained if piece.index not in resident)
+    largest = max((piece.nbytes for piece in trained), default=0)
+    state = ring = 0
+    for piece in trained:
+        size = piece.dtype.itemsize
+        per_element = state_bytes(optimizer, piece.dtype)
+        state += piece.nbytes // size * per_element
+        ring = max(ring, min(piece.nbytes // size, elements_of(CHUNK, size, per_element)) * (size + per_element))
+    return Footprint(
+        ring=IN_FLIGHT * ring,
+        gradients=waiting_bytes(units, trained, room_for(units, CHUNK), resident) if trained else 0,
+        kept=kept_bytes(units, min(CHUNK, largest)),
+        read=state + away,
+        written=state + away,
+        overlaps=True,
+    )
+
+
+def _largest(units: Iterable[Unit]) -> int:
+    return max((sum(p.nbytes for p in unit.pieces if p.parameter.requires_grad) for unit in units), default=0)
