@@ -53,9 +53,10 @@ class Run:
         for target in wanted:
             if target.away and target.piece is not None and target.piece.tiles:
                 raise errors.UnsupportedModelError(
-                    f"OffloadedOptimizer: {target.name} is streamed in tiles, which cannot be trained",
+                    f"OffloadedOptimizer: {target.name} is streamed in tiles, which cannot be trained: its gradient is as large as it is "
+                    "whole, and that of its input, a sum over tiles, is not that of training in memory",
                     where=target.name,
-                    fix="Freeze it with requires_grad_(False), or offload the model without tile_above=.",
+                    fix="Freeze it with requires_grad_(False), or offload the model without tile_above= and with room for it whole.",
                 )
         self._store.reserve(record for target in wanted for record in records_needed(target, self._chunk, self._store))
 
