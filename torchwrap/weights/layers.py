@@ -21,6 +21,7 @@ from torchwrap.stream.units import Piece, Unit
 from torchwrap.stream.watch import AbsentUseGuard, can_watch
 from torchwrap.weights.measure import Meter
 from torchwrap.weights.saved import saving_for
+from torchwrap.weights.transforms import refuse_transforms
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
@@ -52,6 +53,7 @@ class RootLayer(WeightsLayer):
         handle = self.handle
         if handle.engine is not None:
             handle.engine.check_process()
+            refuse_transforms("")
         handle.backward.settle()
         handle.lock.acquire()
         try:
@@ -120,6 +122,7 @@ class UnitLayer(WeightsLayer):
             self._calls.push(None)
             return args, kwargs
         unit = engine.units[self.unit]
+        refuse_transforms(unit.name)
         if self.handle.lent:
             self.handle.hide_lent()
         roomy = unit.kind == "leaf" and _copies_weight(args)
@@ -180,6 +183,7 @@ class RowLayer(WeightsLayer):
         table = self.handle.tables.get(self.unit)
         if table is None:
             return call(*args, **kwargs)
+        refuse_transforms(table.piece.name)
         assert isinstance(module, nn.Embedding)
         with self.handle.lock:
             check_untouched(table.piece)
