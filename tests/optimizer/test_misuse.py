@@ -56,9 +56,7 @@ def _replace(parameter: nn.Parameter, value: torch.Tensor | None) -> None:
 
 CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
     "ones": lambda p: _replace(p, torch.ones_like(p)),
-    "half": lambda p: _replace(p, p.grad * 0.5),  # type: ignore[operator]
     "zero_": lambda p: p.grad.zero_(),  # type: ignore[union-attr]
-    "fill_": lambda p: p.grad.fill_(1.0),  # type: ignore[union-attr]
     "data": lambda p: setattr(p.grad, "data", torch.ones_like(p)),
 }
 
@@ -303,9 +301,28 @@ class Sometimes(torch.optim.SGD):
                     p.sub_(p.grad * (1e3 / p.grad.norm()).clamp(max=1.0), alpha=group["lr"])
 
 
-def test_a_class_that_is_elementwise_for_small_gradients_only_is_found_out() -> None:
+class Large(Sometimes):
+    """Elementwise for small tensors only, as one that keeps its state in 8 bits."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(p.grad / p.grad.norm() if p.numel() >= 4096 else p.grad, alpha=group["lr"])
+
+
+class Kernels(Sometimes):
+    """Takes the mean out of the gradients of convolutions only."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(p.grad - p.grad.mean(dim=(1, 2, 3), keepdim=True) if p.dim() > 3 else p.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("cls", [Sometimes, Large, Kernels])
+def test_a_class_that_is_elementwise_for_some_gradients_only_is_found_out(cls: type[torch.optim.Optimizer]) -> None:
     with pytest.raises(tw.ConfigError, match="in parts it gives other numbers"):
-        OffloadedOptimizer(pair()[1], Sometimes, lr=0.1)
+        OffloadedOptimizer(pair()[1], cls, lr=0.1)
 
 
 @pytest.mark.parametrize("argument", [{"max_grad_norm": "1"}, {"path": 3}, {"overlap": "no"}, {"accumulate": True}])
@@ -369,3 +386,50 @@ def test_what_cannot_be_closed_keeps_nothing_else_open(how: str, tmp_path: Path,
 def test_weights_without_numbers_are_refused_by_name() -> None:
     with pytest.raises(tw.UnsupportedModelError, match=r"0\.weight is on meta"):
         OffloadedOptimizer(nn.Sequential(nn.Linear(2, 2, device="meta")), torch.optim.SGD, lr=1.0)
+
+
+# -- parameters that are not those it was made with ---------------------------------------------------------------------------------------
+
+
+def test_a_parameter_that_is_there_twice_is_refused() -> None:
+    _, model = pair()
+    weights = [model.head.weight, model.head.weight]
+    with pytest.raises(tw.ConfigError, match=r"head.weight is twice in one group"):
+        OffloadedOptimizer(model, torch.optim.AdamW, params=weights, lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, params=model.blocks.parameters(), lr=1e-2)
+    with pytest.raises(tw.ConfigError, match=r"head.weight is twice in one group"):
+        optimizer.add_param_group({"params": weights})
+    assert len(optimizer.param_groups) == 1 and trained(model, optimizer, range(1))
+    optimizer.close()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_groups_whose_parameters_were_exchanged_are_refused(overlap: bool) -> None:
+    """An ordinary optimizer steps those that are there now; they are neither watched here, nor is there room for their state."""
+    plain, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-2, overlap=overlap)
+    group = optimizer.param_groups[0]
+    before = group["params"]
+    group["params"] = before[:3]
+    with pytest.raises(tw.ConflictError, match=r"not those that it was made with.*add_param_group"):
+        loss_of(model, 0).backward()
+        optimizer.step()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    group["params"] = before
+    optimizer.zero_grad()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    assert trained(model, optimizer, range(2)) == trained(plain, reference, range(2))
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_a_frozen_weight_with_a_gradient_is_stepped_as_by_torch() -> None:
+    plain, model = pair()
+    for net in (plain, model):
+        net.requires_grad_(False)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-2)
+    for net, opt in ((plain, reference), (model, optimizer)):
+        for parameter in net.parameters():
+            parameter.grad = torch.ones(parameter.shape)
+        opt.step()
+    assert differences(plain, reference, model, optimizer) == []

@@ -26,6 +26,8 @@ def check_arguments(
     wrong: tuple[str, str, str] | None = None
     if path is not None and not isinstance(path, str | os.PathLike):
         wrong = ("path", f"{path!r} is no folder", "Pass a path, or None.")
+    elif path is not None and not str(path):
+        wrong = ("path", "a folder without a name", "Pass a path, or None.")
     elif path is not None and "\0" in str(path):
         wrong = ("path", f"no system has a folder with the name {str(path)!r}", "Pass a path without a null character, or None.")
     elif not isinstance(overlap, bool):

@@ -34,9 +34,15 @@ _NOT_ELEMENTWISE = {
     "Muon": "it orthogonalises whole matrices",
     "SparseAdam": "it works on sparse gradients",
 }
-_SHAPE = (29, 37)  # of the tensor tried; its parts below end inside a row, at multiples of BLOCK
-_CUTS = (0, 128, 640, 29 * 37)
-_SCALES = (1.0, 1e-6, 1e6)  # of gradients: some classes do something to the whole only if it is large, or small
+_CUTS = (0, 128, 640)  # where the parts of the tensors tried begin: inside a row, at multiples of BLOCK
+_TRIED = (  # shapes, and scales of gradients
+    ((29, 37), 1.0),
+    ((29, 37), 1e-6),  # some classes do something to the whole only if gradients are large, or small,
+    ((29, 37), 1e6),
+    ((130, 133), 1.0),  # or the tensor is (factors from 128 rows and columns on, state in 8 bits from 4096 elements on),
+    ((5, 11, 17), 1.0),  # or to kernels of convolutions only (centralised gradients)
+    ((7, 5, 5, 7), 1.0),
+)
 _STEPS = 4  # some classes take a different way in the first steps (momentum, rectification)
 
 
@@ -110,7 +116,7 @@ class Rule:
         Raises:
             ConfigError: parts give other bits than the whole, or the class fails on a plain tensor or gives other bits each time.
 
-        Cost: a few milliseconds for the first parameter of a kind.
+        Cost: some ten milliseconds for the first parameter of a kind.
         """
         key = (repr(sorted(settings.items(), key=lambda item: item[0])), dtype, device.type)
         known = self._known.get(key)
@@ -118,8 +124,8 @@ class Rule:
             self._check_repeatable(settings, dtype, device)
             # Optimizers with noise draw numbers: the user's must not move.
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.inference_mode(False):
-                for scale in _SCALES:
-                    known = self._try(settings, dtype, device, scale)
+                for shape, scale in _TRIED:
+                    known = self._try(settings, dtype, device, shape, scale)
                 assert known is not None
                 self._known[key] = known
         return known
@@ -136,13 +142,16 @@ class Rule:
                 fix="Leave fused= out, or train in float32, for which torchwrap.master_weights is enough.",
             )
 
-    def _try(self, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device, scale: float) -> dict[str, torch.dtype]:
+    def _try(
+        self, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device, shape: tuple[int, ...], scale: float
+    ) -> dict[str, torch.dtype]:
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(_SHAPE, generator=generator)
-        gradients = [torch.randn(_SHAPE, generator=generator) * scale for _ in range(_STEPS)]
+        start = torch.randn(shape, generator=generator)
+        gradients = [torch.randn(shape, generator=generator) * scale for _ in range(_STEPS)]
+        spans = list(pairwise((*_CUTS, start.numel())))
         whole = start.to(device, dtype, copy=True)
         inner = self.cls([{**settings, "params": [whole]}], **self.options)
-        parts = [start.to(device, dtype, copy=True).view(-1)[first:last] for first, last in pairwise(_CUTS)]
+        parts = [start.to(device, dtype, copy=True).view(-1)[first:last] for first, last in spans]
         states: list[Mapping[str, Any]] = [{} for _ in parts]
         try:
             for gradient in gradients:
@@ -150,13 +159,9 @@ class Rule:
                 whole.grad = full
                 step_of(inner)()
                 for number, part in enumerate(parts):
-                    states[number] = self.step(settings, part, full.view(-1)[_CUTS[number] : _CUTS[number + 1]], states[number])
+                    states[number] = self.step(settings, part, full.view(-1)[slice(*spans[number])], states[number])
         except Exception as error:
-            raise errors.ConfigError(
-                f"OffloadedOptimizer: {self.cls.__name__} cannot be offloaded: a step on a plain {dtype} tensor failed: {error}",
-                where="optimizer",
-                fix=_WAY_OUT,
-            ) from error
+            raise self._refused(f"a step on a plain {dtype} tensor failed: {error}") from error
         kept: Mapping[str, Any] = inner.state[whole]
         layout = {name: value.dtype for name, value in kept.items() if isinstance(value, torch.Tensor) and value.shape == whole.shape}
         same = _equal(whole.view(-1), torch.cat(parts)) and all(kept.keys() == state.keys() for state in states)
@@ -166,12 +171,11 @@ class Rule:
             else:
                 same = same and all(_equal(value, state[name]) for state in states)
         if not same:
-            raise errors.ConfigError(
-                f"OffloadedOptimizer: {self.cls.__name__} cannot be offloaded: in parts it gives other numbers than as a whole",
-                where="optimizer",
-                fix=_WAY_OUT,
-            )
+            raise self._refused("in parts it gives other numbers than as a whole")
         return layout
+
+    def _refused(self, reason: str) -> errors.ConfigError:
+        return errors.ConfigError(f"OffloadedOptimizer: {self.cls.__name__} cannot be offloaded: {reason}", where="optimizer", fix=_WAY_OUT)
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self._handle is not None:
             self._handle.backward.settle()
-        updates = self._works.step.gather(self.param_groups)
+        updates = self._works.step.gather(self._parameters.checked(self.param_groups))
         self._works.watch()  # trained since the last time
         self._works.step.carry_out(updates)
         self._works.resident.step(self._parameters.targets, self.param_groups)

@@ -72,12 +72,30 @@ class Parameters:
     def _layout(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
         return dict(self._rule.layout(settings_of(group), parameter.dtype, parameter.device))
 
+    def checked(self, groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """The same groups; `ConflictError` if somebody put other parameters into them, for which there are no hooks and no room."""
+        listed = [parameter for group in groups for parameter in group["params"]]
+        mine = [target.parameter for target in self.targets]
+        if len(listed) != len(mine) or any(a is not b for a, b in zip(listed, mine, strict=True)):
+            raise errors.ConflictError(
+                "OffloadedOptimizer: the parameters in param_groups are not those that it was made with",
+                where="param_groups",
+                fix="Make a new one for other parameters, or use add_param_group(). Leave some out with requires_grad_(False).",
+            )
+        return groups
+
     # -- who drives them -----------------------------------------------------------------------------------------------------------------
 
     def check_reachable(self, parameters: Iterable[Any]) -> None:
-        """Raise `ConflictError` if the weight of one of these, or of a (name, parameter), is away and the handle does not know where."""
+        """Raise `ConflictError` if the weight of one of these, or of a (name, parameter), is away and the handle does not know where;
+        `ConfigError` if one is there twice, which torch would step twice, with a warning."""
+        seen: set[int] = set()
         for number, entry in enumerate(parameters):
             parameter = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(parameter, torch.Tensor) and id(parameter) in seen:
+                name = self._names.get(id(parameter)) or f"parameter {number}"
+                raise errors.ConfigError(f"OffloadedOptimizer: {name} is twice in one group", where=name, fix="Leave one of the two out.")
+            seen.add(id(parameter))
             if not isinstance(parameter, torch.Tensor) or not is_placeholder(data_of(parameter)):
                 continue
             if self._handle is None or self._handle.piece_of(parameter) is None:

@@ -49,7 +49,8 @@ class Run:
             DiskFullError: there is none.
             UnsupportedModelError: a weight that is streamed in tiles is trained.
         """
-        wanted = [t for t in self._targets if t.parameter.requires_grad and t.parameter.numel() and (whole or t.streamed)]
+        trained = [t for t in self._targets if t.parameter.requires_grad or t.parameter.grad is not None]  # torch steps what has a gradient
+        wanted = [t for t in trained if t.parameter.numel() and (whole or t.streamed)]
         for target in wanted:
             if target.away and target.piece is not None and target.piece.tiles:
                 raise errors.UnsupportedModelError(

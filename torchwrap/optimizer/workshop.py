@@ -105,7 +105,7 @@ class Workshop:
             self.chunks: Chunks = Chunks(rule, self.store, self.reader, held, values.landed, timeline)
             self.updater: Updater = Updater(self.chunks, engine, timeout_s, timeline)
             self.pace: Pace = Pace(handle, self.updater, self.chunks)
-            self.gradients: Gradients = Gradients(groups, handle, self.updater, self.timing(asked))
+            self.gradients: Gradients = Gradients(lambda: parameters.checked(groups()), handle, self.updater, self.timing(asked))
             self.step: Step = Step(targets, self.gradients, self.updater, max_grad_norm)
             self.freed: FreedBlocks = FreedBlocks(self._kept())
         except BaseException:
