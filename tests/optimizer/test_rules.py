@@ -140,10 +140,9 @@ def taken() -> tuple[nn.Module, OffloadedOptimizer]:
     return model, optimizer
 
 
-def test_a_gradient_that_was_taken_reads_as_not_a_number() -> None:
+def test_a_gradient_that_was_taken_is_gone_after_zero_grad() -> None:
     model, optimizer = taken()
-    gradient = model.get_parameter("blocks.0.up.weight").grad
-    assert gradient is not None and gradient.isnan().all() and gradient.untyped_storage().nbytes() == 4
+    assert model.get_parameter("blocks.0.up.weight").grad is not None
     optimizer.step()
     optimizer.zero_grad()
     assert model.get_parameter("blocks.0.up.weight").grad is None

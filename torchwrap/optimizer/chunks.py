@@ -222,7 +222,7 @@ class Chunks:
             read = weight[: last - first].view(torch.uint8).numpy().data
             update.total = (update.total + sum64(read, first * dtype.itemsize)) % (1 << 64)
         if isinstance(update.gradient, torch.Tensor):
-            gradient = update.gradient.reshape(-1)[first:last]
+            gradient = update.gradient.reshape(-1)[first:last].contiguous()
         else:
             gradient = room(_GRADIENT, dtype)[: last - first]
             if update.scale is not None:

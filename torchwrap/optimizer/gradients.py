@@ -148,8 +148,7 @@ class Gradients:
                 self._mix(target)
                 raise _cleared(target)
             return
-        standin = target.parameter.grad
-        zeroed = standin is not None and bool(standin.flatten()[0] == 0)  # zero_grad(set_to_none=False)
+        zeroed = target.is_zeroed()  # zero_grad(set_to_none=False)
         if (zeroed or target in self._parked) and target not in self._used:
             if not zeroed:
                 self._check_shown(target)
@@ -305,7 +304,7 @@ class Gradients:
 
     def _check_shown(self, target: Target) -> None:
         shown = target.parameter.grad
-        if shown is not None and target.is_taken() and is_placeholder(shown) and bool(shown.flatten()[0].isnan()):
+        if shown is not None and target.is_taken() and is_placeholder(shown) and not target.is_zeroed():
             return
         if not self.began:
             raise errors.ConflictError(

@@ -164,7 +164,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._works.updater.take_unfinished()
         self._works.step.over()
         for target in self._parameters.targets:
-            if target.is_taken():
+            if target.is_taken() and set_to_none:
                 target.parameter.grad = None
         super().zero_grad(set_to_none)
         self._works.watch()

@@ -109,9 +109,16 @@ class Target:
         """Whether the gradient was taken and the stand-in is still in its place."""
         return self.standin is not None and self.parameter.grad is self.standin
 
+    def is_zeroed(self) -> bool:
+        """Whether the stand-in, if there is one, was set to zero."""
+        return self.standin is not None and self.standin.is_zero()
+
     def gradient(self) -> torch.Tensor | None:
-        """The gradient, if there is one to be used."""
-        return None if self.is_taken() else self.parameter.grad
+        """The gradient, if there is one to be used; one that was taken and then set to zero is one element, expanded."""
+        if self.standin is None or not self.is_taken():
+            return self.parameter.grad
+        given = self.standin
+        return torch.zeros((), dtype=given.dtype, device=given.device).expand(given.shape) if self.is_zeroed() else None
 
 
 def can_stream(parameter: nn.Parameter, piece: Piece | None) -> bool:
