@@ -1,8 +1,7 @@
 """The Triton kernels in Triton's interpreter. `test_triton.py` runs this file in processes of its own, with TRITON_INTERPRET=1.
 
 The interpreter takes about 20 ms for each tile (triton 3.9), so shapes are as small as they can be with several tiles in each direction,
-and cases differ in kind instead of filling a grid. Law of errors: against float64 at most twice the error of the textbook formula computed
-in the dtype of the inputs, plus 1e-6.
+and cases differ in kind instead of filling a grid. The law of errors is that of all back ends, see cases.py.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.attention.cases import assert_law, scale_of
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.masks.mask import TileMask
@@ -55,14 +55,6 @@ def textbook(given: Call, dtype: torch.dtype, grad_out: Tensor, grad_lse: Tensor
     return out.detach(), lse.detach(), dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
 
-def assert_law(name: str, ours: Tensor, usual: Tensor, exact: Tensor) -> None:
-    assert ours.shape == exact.shape
-    same = (ours.double() == exact) | (ours.isnan() & exact.isnan())
-    error = (ours.double() - exact).abs().masked_fill(same, 0).max().item()
-    allowed = 2 * (usual.double() - exact).nan_to_num(posinf=0).abs().max().item() + 1e-6
-    assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
-
-
 def check(given: Call, backend: Triton | None = None, *, gradients: bool = True) -> None:
     backend = backend or Triton()
     assert backend.refuses(given) is None
@@ -73,13 +65,13 @@ def check(given: Call, backend: Triton | None = None, *, gradients: bool = True)
     grad_lse = torch.randn(lse.shape, generator=source)
     exact = textbook(given, torch.float64, grad_out, grad_lse)
     usual = textbook(given, given.q.dtype, grad_out, grad_lse)
-    assert_law("out", out, usual[0], exact[0])
-    assert_law("lse", lse, usual[1], exact[1])
+    assert_law(out, usual[0], exact[0], "out", scale_of(exact[0]))
+    assert_law(lse, usual[1], exact[1], "lse", scale_of(exact[1]))
     if gradients:
         ours = dict(zip(NAMES, backend.backward(given, out, lse, grad_out, grad_lse), strict=True))
         for name, expected in exact[2].items():
             assert ours[name].dtype == getattr(given, name).dtype
-            assert_law(f"gradient of {name}", ours[name], usual[2][name], expected)
+            assert_law(ours[name], usual[2][name], expected, f"gradient of {name}", scale_of(*exact[2].values()))
 
 
 def ints(*values: int) -> Tensor:

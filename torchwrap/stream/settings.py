@@ -31,23 +31,36 @@ def state_bytes(optimizer: int | str, dtype: torch.dtype) -> int:
     Raises:
         ConfigError: that is no class of `torch.optim`, or one that needs more than gradients and usual settings; or negative.
     """
+    found = _class_of(optimizer)
+    if isinstance(found, int):
+        return found
+    assert isinstance(optimizer, str)
+    low = optimizer.startswith(_MASTER) and dtype in (torch.bfloat16, torch.float16)
+    weight = torch.zeros(64, dtype=torch.float32 if low else dtype, requires_grad=dtype.is_floating_point or dtype.is_complex)
+    weight.grad = torch.zeros_like(weight)
+    with suppress(Exception):  # whatever such a class raises
+        made = found([weight])  # type: ignore[call-arg]
+        made.step()
+        kept = [value for value in made.state[weight].values() if isinstance(value, torch.Tensor) and value.shape == weight.shape]
+        return sum(value.element_size() for value in kept) + (torch.float32.itemsize if low else 0)
+    raise _unplanned(optimizer)
+
+
+def _class_of(optimizer: int | str) -> int | type[torch.optim.Optimizer]:
+    """The class that the setting names, or the bytes; it is not tried, for torch loads its compiler when an optimizer first steps."""
     if isinstance(optimizer, int):
         if optimizer < 0:
             raise errors.ConfigError(f"{optimizer} bytes of state for an element", where="optimizer", fix="Use 0 or more.")
         return optimizer
     master = optimizer.startswith(f"{_MASTER}(") and optimizer.endswith(")")
-    name = optimizer[len(_MASTER) + 1 : -1] if master else optimizer
-    cls = getattr(torch.optim, name, None)
-    low = master and dtype in (torch.bfloat16, torch.float16)
+    cls = getattr(torch.optim, optimizer[len(_MASTER) + 1 : -1] if master else optimizer, None)
     if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer):
-        weight = torch.zeros(64, dtype=torch.float32 if low else dtype, requires_grad=dtype.is_floating_point or dtype.is_complex)
-        weight.grad = torch.zeros_like(weight)
-        with suppress(Exception):  # whatever such a class raises
-            made = cls([weight])  # type: ignore[call-arg]
-            made.step()
-            kept = [value for value in made.state[weight].values() if isinstance(value, torch.Tensor) and value.shape == weight.shape]
-            return sum(value.element_size() for value in kept) + (torch.float32.itemsize if low else 0)
-    raise errors.ConfigError(
+        return cls
+    raise _unplanned(optimizer)
+
+
+def _unplanned(optimizer: int | str) -> errors.ConfigError:
+    return errors.ConfigError(
         f"{optimizer!r} is no optimizer that training can be planned for",
         where="optimizer",
         fix=f'Use a class of torch.optim ("AdamW", "SGD"), "{_MASTER}(AdamW)", or the bytes it keeps for each element of a weight.',
@@ -122,7 +135,7 @@ class Streaming(Config):
     def validate(self) -> None:
         """Rules that concern more than one field."""
         name = self.technique
-        state_bytes(self.optimizer, torch.float32)
+        _class_of(self.optimizer)
         if self.activations is None:
             object.__setattr__(self, "activations", "keep")
         if 0 < int(self.io_chunk) < 4096:

@@ -11,6 +11,7 @@ torch's backward adds gradients up in it, over heads of a group and blocks of ro
 from __future__ import annotations
 
 import functools
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,10 +98,20 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
         return *found[:3], None, None
     q, k, v, seen = call.q, call.k, call.v, limits(call.mask)
     wants_bias = call.bias is not None and call.bias.requires_grad
-    more = {"wants_bias": wants_bias, "some_keys": call.some_keys, **_more(call)}
+    shifts = wants_bias and call.bias is not None and call.bias.shape[3] == 1 and call.sinks is None and not call.some_keys
+    more = {"wants_bias": wants_bias and not shifts, "some_keys": call.some_keys, **_more(call)}
     dq, dk, dv, delta, dbias = gradients(q, k, v, out, lse, grad_out, grad_lse, seen, **more)
     dsinks = None if call.sinks is None else grad_of_sinks(call.sinks, lse, delta)
+    if shifts and call.bias is not None:
+        dbias = _of_shift(call.bias, lse, grad_lse)
     return dq, dk, dv, dsinks, None if dbias is None or call.bias is None else dbias.to(call.bias.dtype)
+
+
+def _of_shift(bias: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """Gradient of a bias that is the same for all keys: it moves lse by itself and no weight. Summing the gradients of scores, whose sum is
+    zero, would leave their rounding errors."""
+    of_rows = 0.0 * lse if grad_lse is None else grad_lse + 0.0 * lse  # NaN where the row is
+    return of_rows.masked_fill(lse == -math.inf, 0.0).double()[..., None].sum_to_size(bias.shape)
 
 
 def _more(call: Call) -> dict[str, Any]:
