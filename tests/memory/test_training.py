@@ -80,7 +80,7 @@ def test_an_optimizer_that_cannot_fit_is_refused_and_the_model_goes_on(child: An
 
 def test_blocks_that_keep_their_activations_are_planned_as_such(child: Any, folder: Path, losses: list[str]) -> None:
     """More of the memory goes to activations; where that cannot be, it is refused before anything is taken."""
-    result = child("train", folder, 1, "activations=keep", limit=LIMIT).check()
+    result = child("train", folder, 1, "activations=keep", limit=LIMIT * 6 // 5).check()
     assert result.data["losses"] == losses[:1]
     promised = result.data["promised"]["peak_process"]
     assert abs(promised - result.peak_bytes) <= 0.10 * result.peak_bytes, (promised, result.peak_bytes)

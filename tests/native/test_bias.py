@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 from tests.attention.cases import assert_correct
 from tests.native.test_prefill import SETS, Native, in_both_types, in_every_type
 from torchwrap import native
-from torchwrap.attention.contract import checked
+from torchwrap.attention.contract import Call, checked
+from torchwrap.attention.cpu import prefill
 from torchwrap.attention.masks.mask import TileMask
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
@@ -31,19 +33,32 @@ FORMS: dict[str, tuple[int | str, ...]] = {
     "all rows": ("B", "H", 1, "K"),
     "all but keys": (1, 1, 1, "K"),
     "one of a batch": ("B", 1, 1, "K"),
-    "all columns": (1, "H", "Q", 1),
-    "one number": (1, 1, 1, 1),
 }
+SHIFTS: dict[str, tuple[int | str, ...]] = {"all columns": (1, "H", "Q", 1), "one number": (1, 1, 1, 1)}
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
 @pytest.mark.parametrize("form", FORMS)
 @in_both_types
 def test_every_form_of_a_bias(form: str, instruction_set: str, dtype: torch.dtype) -> None:
+    assert_correct(Native(instruction_set, 2), biased(FORMS[form], dtype), form, with_lse=True)
+
+
+@pytest.mark.parametrize("form", SHIFTS)
+@pytest.mark.parametrize("with_lse", [True, False], ids=["lse", "out"])
+@in_every_type
+def test_a_bias_that_is_the_same_for_all_keys_moves_lse_alone(form: str, with_lse: bool, dtype: torch.dtype) -> None:
+    call = biased(SHIFTS[form], dtype, mask=TileMask.padded([0, 90], 150, 137))  # the first entry sees nothing
+    assert_correct(SimpleNamespace(forward=prefill.forward, backward=prefill.backward), call, form, with_lse=with_lse)
+    out, lse = prefill.forward(call)
+    *_, dbias = prefill.backward(call, out, lse, torch.randn_like(out), torch.ones_like(lse))
+    assert dbias is not None and 0 < dbias.float().sum() == (lse > -math.inf).sum()
+
+
+def biased(form: tuple[int | str, ...], dtype: torch.dtype, **given: Any) -> Call:
     q, k, v = tensors(2, (4, 2), 150, 137, 24, dtype)
     sizes = {"B": 2, "H": 4, "Q": 150, "K": 137}
-    bias = torch.randn([sizes.get(str(size), 1) for size in FORMS[form]]).to(dtype).requires_grad_()
-    assert_correct(Native(instruction_set, 2), checked(q, k, v, bias=bias), form, with_lse=True)
+    return checked(q, k, v, bias=torch.randn([sizes.get(str(size), 1) for size in form]).to(dtype).requires_grad_(), **given)
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
@@ -140,7 +155,7 @@ def test_every_way_to_hide_keys(mask: str, instruction_set: str, dtype: torch.dt
 def test_threads_change_no_bit_of_the_gradient_of_a_bias(form: str, dtype: torch.dtype) -> None:
     q, k, v = tensors(3, (6, 2), 300, 400, 32, dtype)
     sizes = {"B": 3, "H": 6, "Q": 300, "K": 400}
-    bias = torch.randn([sizes.get(str(size), 1) for size in FORMS[form]]).to(dtype).requires_grad_()
+    bias = torch.randn([sizes.get(str(size), 1) for size in (FORMS | SHIFTS)[form]]).to(dtype).requires_grad_()
     seen = TileMask.from_dense(torch.rand(3, 1, 300, 400) < torch.tensor([0.0, 0.3, 0.9])[:, None, None, None])
     call = checked(q, k, v, mask=seen, bias=bias)
     out, lse = Native(threads=1).forward(call)

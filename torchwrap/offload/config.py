@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from torchwrap.core import errors
 from torchwrap.core.config import option
-from torchwrap.stream.settings import Streaming
+from torchwrap.stream.settings import Streaming, state_bytes
 
 __all__ = ["Offload"]
 
@@ -56,6 +58,8 @@ class Offload(Streaming):
         if self.activations is None and self.goal == "train":  # what is kept would come on top of weights, gradients and state
             object.__setattr__(self, "activations", "auto")
         super().validate()
+        if self.goal == "train":
+            state_bytes(self.optimizer, torch.float32)
         if self.params == "device" and (self.device_memory is not None):
             raise errors.ConfigError(
                 'offload: params="device" keeps everything on the device, so device_memory cannot bound it',
