@@ -3,13 +3,15 @@
 It is optional: without a compiler the installation succeeds, and torchwrap.native.reason() says why it is missing. The library has a plain
 C interface and is loaded through ctypes, so it belongs to no Python version: the wheel is tagged for the platform alone, or for none when
 nothing was compiled. Instruction sets beyond the processor's baseline get files of their own, compiled one beside the other; one
-that the compiler does not know is left out.
+that the compiler does not know is left out. TORCHWRAP_CXXFLAGS holds more flags for the compiler, as "-O0" for a quick build of slow
+kernels.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,7 +66,7 @@ class BuildKernels(build_ext):
             [str(SOURCE / file) for file in files],
             output_dir=os.path.join(self.build_temp, folder),
             macros=macros,
-            extra_postargs=[*FLAGS, *flags],
+            extra_postargs=[*FLAGS, *flags, *shlex.split(os.environ.get("TORCHWRAP_CXXFLAGS", ""))],
         )
 
 
