@@ -35,6 +35,16 @@ def test_description_names_compiler_instruction_set_and_file() -> None:
     assert "baseline" in native.instruction_sets()
 
 
+@needs_kernels
+def test_products_of_bfloat16_come_first_where_the_processor_is_fast_at_them() -> None:
+    names = list(native.instruction_sets())
+    assert names[-1] == "baseline"
+    if {"avx512", "avx512_bf16"} <= set(names):
+        with open("/proc/cpuinfo") as lines:
+            intel = any("GenuineIntel" in line for line in lines)
+        assert names[:2] == (["avx512", "avx512_bf16"] if intel else ["avx512_bf16", "avx512"])
+
+
 @pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "broken"])
 def test_missing_library_is_told_and_refused(content: bytes | None, tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     from pathlib import Path

@@ -2,9 +2,9 @@
 
 Each query sees an interval of keys, less those that are hidden one by one; a bias may be added to the scores.
 
-In bfloat16 products are of its numbers, as torch's CPU kernel has them. But that kernel adds gradients up in bfloat16, over the heads of a
-group, blocks of rows and blocks of keys; here all sums stay in float32 until the end. float16 is widened block by block, and multiplied in
-float32. Neither function has an operator of torch around it: they are the inside of one (`torchwrap.attention.attend`), which knows about
+Halves are widened block by block, and multiplied in float32; bfloat16 is multiplied as it is where the processor is faster at that. Torch's
+CPU kernel adds gradients up in bfloat16, over the heads of a group, blocks of rows and blocks of keys; here all sums stay in float32 until
+the end. Neither function has an operator of torch around it: they are the inside of one (`torchwrap.attention.attend`), which knows about
 autograd and has checked what it is given.
 """
 
@@ -133,8 +133,8 @@ def prefill(
         sinks (Hq); bias (B or 1, Hq or 1, Sq or 1, Sk or 1), floating, of any strides; none of the sizes 0, D and Dv <= 512.
         out (B, Hq, Sq, Dv), lse (B, Hq, Sq). Nothing is checked here: what does not fit is read as addresses.
 
-    Exactness: scores and all sums in float32; in bfloat16 weights are rounded to it for their product with values. Independent of the
-        number of threads and of strides, not of the instruction set: sums are in another order.
+    Exactness: scores and all sums in float32; where the processor is fastest at products of bfloat16 as it is, weights are rounded to it.
+        Independent of the number of threads and of strides, not of the instruction set: sums are in another order.
 
     Cost: `4 * (visible pairs) * D` operations for each query head; about half a megabyte for each thread.
 
@@ -207,7 +207,7 @@ def gradients(
     Shapes: as in `prefill`; out and grad_out (B, Hq, Sq, Dv) in the type of q, lse, grad_lse and delta
         (B, Hq, Sq) float32. Results as q, k, v and bias.
 
-    Exactness: as in `prefill`; in bfloat16 gradients of scores too are rounded once, for their products. In halves delta
+    Exactness: as in `prefill`; gradients of scores are rounded where weights are. In halves delta
         is not taken from out, which was rounded, with dropout and in short calls. With `few` all is in float32.
 
     Cost: `10 * (visible pairs) * D` operations for each query head, 14 with dropout in halves; about a megabyte for each thread,

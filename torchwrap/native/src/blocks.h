@@ -70,9 +70,13 @@ INLINE Vector if_seen(Vector x, Range seen, int64_t left, Vector otherwise) {
     return if_below(sub(zeros(), column), (float)(left - seen.end + 1), otherwise, x);
 }
 
-// A row as products take it: where it is, or, in float16, widened to float32.
+// A row as products take it: where it is, or widened to float32.
 template <class T, class E> using Wide = T[std::is_same_v<T, E> ? 1 : MAX_WIDTH];
 template <class T> INLINE const T *row_as(const T *row, int64_t, T *) { return row; }
+INLINE const float *row_as(const BFloat16 *row, int64_t width, float *wide) {
+    for (int64_t d = 0; d < width; d++) wide[d] = widened(row[d]);
+    return wide;
+}
 INLINE const float *row_as(const Float16 *row, int64_t width, float *wide) {
     for (int64_t d = 0; d < width; d += 2 * W) {
         const int64_t count = width - d < 2 * W ? width - d : 2 * W;

@@ -5,7 +5,7 @@
 namespace torchwrap {
 namespace {
 
-// Best first.
+// Best first, as `at` has them.
 const Choice choices[] = {
 #if defined(WITH_AVX512_BF16)
     {"avx512_bf16", &kernel_avx512_bf16, &prefill_avx512_bf16, &gradients_avx512_bf16, &few_avx512_bf16,
@@ -22,12 +22,21 @@ const Choice choices[] = {
 };
 constexpr int CHOICES = sizeof choices / sizeof choices[0];
 
+// Intel's processors make two products of bfloat16 in each lane in the time of four of float32 (Sapphire and Emerald Rapids: one such instruction in
+// two cycles), so there what widens comes first: it takes 0.6 of the time for many queries, 0.55 to 1 for one.
+const Choice &at(int number) {
+#if defined(WITH_AVX512_BF16) && defined(WITH_AVX512)
+    if (number < 2 && __builtin_cpu_is("intel")) return choices[1 - number];
+#endif
+    return choices[number];
+}
+
 }  // namespace
 
 const Choice *choice(int number) {
     if (number < 0)
-        for (number = 0; !choices[number].runs();) number++;
-    return number < CHOICES && choices[number].runs() ? &choices[number] : nullptr;
+        for (number = 0; !at(number).runs();) number++;
+    return number < CHOICES && at(number).runs() ? &at(number) : nullptr;
 }
 
 }  // namespace torchwrap

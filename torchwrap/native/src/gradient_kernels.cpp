@@ -1,5 +1,5 @@
-// Gradients of attention, with every sum in float32: some rows of queries against all the keys they see. Products are of float32 or bfloat16;
-// float16 is widened to float32 where it is packed.
+// Gradients of attention, with every sum in float32: some rows of queries against all the keys they see. Products are of float32, or of bfloat16
+// where the processor is faster at that (tiles.h); halves are widened to float32 where they are packed.
 //
 // With P = exp(S - lse) and delta = sum(dO * O) - dlse of each row: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale * dS K,
 // dK = scale * dS^T Q; dropout multiplies P in dV, and dO V^T, with the same factors. Keys go in blocks of BLOCK, rows in blocks of HEIGHT. Of a pair of blocks, tiles of ROWS x COLUMNS
@@ -310,12 +310,12 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
 }
 
 size_t scratch_bytes(const PrefillCall &call) {
-    return call.dtype == BFLOAT16 ? Scratch<BFloat16>(call, nullptr).bytes : Scratch<float>(call, nullptr).bytes;
+    return call.dtype == BFLOAT16 ? Scratch<OfBFloat16>(call, nullptr).bytes : Scratch<float>(call, nullptr).bytes;
 }
 void run(const PrefillCall &call, const PrefillTask &task, void *memory) {
     switch (call.dtype) {
         case FLOAT32: return rows_of<float, float>(call, task, memory);
-        case BFLOAT16: return rows_of<BFloat16, BFloat16>(call, task, memory);
+        case BFLOAT16: return rows_of<OfBFloat16, BFloat16>(call, task, memory);
         default: return rows_of<float, Float16>(call, task, memory);
     }
 }

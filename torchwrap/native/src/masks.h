@@ -11,9 +11,7 @@ namespace {
 
 // `count` numbers of a row, `stride` apart, in float32.
 INLINE void widened(const float *from, int64_t count, float *to) { memcpy(to, from, count * sizeof *to); }
-INLINE void widened(const BFloat16 *from, int64_t count, float *to) {
-    for (int64_t i = 0; i < count; i++) to[i] = widened(from[i]);
-}
+INLINE void widened(const BFloat16 *from, int64_t count, float *to) { row_as(from, count, to); }
 INLINE void widened(const Float16 *from, int64_t count, float *to) { row_as(from, count, to); }
 template <class E> void widened(const E *from, int64_t stride, int64_t count, float *to) {
     if (stride == 1) return widened(from, count, to);

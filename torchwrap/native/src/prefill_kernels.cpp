@@ -1,5 +1,5 @@
-// Attention of many queries, with every sum in float32: some rows of queries over all the keys they see. Products are of float32 or bfloat16;
-// float16 is widened to float32 where it is packed.
+// Attention of many queries, with every sum in float32: some rows of queries over all the keys they see. Products are of float32, or of bfloat16
+// where the processor is faster at that (tiles.h); halves are widened to float32 where they are packed.
 //
 // Keys go in blocks of BLOCK, packed once for all rows of the task, rows in blocks of HEIGHT. Of a block of keys, ROWS rows of scores are
 // computed in registers and kept; the running maximum turns them into weights, which are stored in the type of the values, and another product
@@ -162,7 +162,8 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
                 else weigh<T, false>(call, at, top + r, r, block, columns, hides ? &bits : nullptr);
             add_matrix<T>(at.values + top * at.value_width, count, at.value_width,
                           {(const Word<T> *)(at.weights + columns.first), BLOCK / PACKED<T>, 1},
-                          at.v_across + columns.first / PACKED<T> * at.value_width, (columns.end - columns.first) / PACKED<T>);
+                          at.v_across + columns.first / PACKED<T> * at.value_width,
+                          (up(columns.end < span.end - block ? columns.end : span.end - block, PACKED<T>) - columns.first) / PACKED<T>);
         }
     }
     for (int64_t r = 0; r < task.end - task.begin; r++) {
@@ -175,12 +176,12 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
 }
 
 size_t scratch_bytes(const PrefillCall &call) {
-    return call.dtype == BFLOAT16 ? Scratch<BFloat16>(call, nullptr).bytes : Scratch<float>(call, nullptr).bytes;
+    return call.dtype == BFLOAT16 ? Scratch<OfBFloat16>(call, nullptr).bytes : Scratch<float>(call, nullptr).bytes;
 }
 void run(const PrefillCall &call, const PrefillTask &task, void *memory) {
     switch (call.dtype) {
         case FLOAT32: return rows_of<float, float>(call, task, memory);
-        case BFLOAT16: return rows_of<BFloat16, BFloat16>(call, task, memory);
+        case BFLOAT16: return rows_of<OfBFloat16, BFloat16>(call, task, memory);
         default: return rows_of<float, Float16>(call, task, memory);
     }
 }

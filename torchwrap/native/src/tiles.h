@@ -1,7 +1,9 @@
 // Products of small matrices of float32, or of bfloat16 with sums in float32: what attention over many queries consists of.
 //
-// The inner dimension goes in 32-bit *words*: one float32, or two neighbouring elements in bfloat16, a *pair*, as the processor's instruction
-// for it takes them. The left factor gives one word at a time, to all lanes; the right factor gives W columns of words. So a right factor
+// bfloat16 is multiplied as it is only where the processor has an instruction for it, which `choices.cpp` takes only where it is fast; elsewhere
+// it is widened to float32 where it is packed, as float16 always is: half the time of widening it in every product (AVX2, 1024 queries).
+//
+// The inner dimension goes in 32-bit *words*: one float32, or two neighbouring elements in bfloat16, a *pair*, as the instruction takes them. The left factor gives one word at a time, to all lanes; the right factor gives W columns of words. So a right factor
 // is packed beforehand: `columns_of` makes it of rows that run along the inner dimension, `across` of rows that run across it.
 // Sums of ROWS rows and up to COLUMNS columns stand in registers while the inner dimension is walked.
 #pragma once
@@ -24,6 +26,7 @@ template <> constexpr int VECTORS<float> = 2;
 template <class T> constexpr int COLUMNS = VECTORS<T> * W;
 
 #if defined(__AVX512BF16__)
+using OfBFloat16 = BFloat16;  // what products of bfloat16 are made of
 using Pairs = __m512bh;
 INLINE Pairs words(const uint32_t *p) { return (Pairs)_mm512_loadu_si512(p); }
 INLINE Pairs word(uint32_t p) { return (Pairs)_mm512_set1_epi32((int)p); }
@@ -38,31 +41,7 @@ INLINE void store_across(Vector a, Vector b, uint32_t *both, BFloat16 *row_a = n
 // 2 * W numbers of one row.
 INLINE void store_rounded(Vector a, Vector b, BFloat16 *to) { _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(b, a)); }
 #else
-struct Pairs { Vector even, odd; };
-INLINE Pairs words(const uint32_t *p) { Pairs a; load_pair((const BFloat16 *)p, a.even, a.odd); return a; }
-INLINE Pairs word(uint32_t p) {
-    const uint32_t words[2] = {p << 16, p & 0xffff0000u};
-    float parts[2];
-    memcpy(parts, words, sizeof parts);
-    return {all(parts[0]), all(parts[1])};
-}
-INLINE Vector add_products(Vector sum, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, sum)); }
-
-INLINE uint32_t rounded(float x);
-INLINE void store_across(Vector a, Vector b, uint32_t *both, BFloat16 *row_a = nullptr, BFloat16 *row_b = nullptr) {
-    float x[W], y[W];
-    store(x, a), store(y, b);
-    for (int i = 0; i < W; i++) {
-        const uint32_t low = rounded(x[i]), high = rounded(y[i]);
-        both[i] = low | high << 16;
-        if (row_a) row_a[i].bits = (uint16_t)low, row_b[i].bits = (uint16_t)high;
-    }
-}
-INLINE void store_rounded(Vector a, Vector b, BFloat16 *to) {
-    float x[2 * W];
-    store(x, a), store(x + W, b);
-    for (int i = 0; i < 2 * W; i++) to[i].bits = (uint16_t)rounded(x[i]);
-}
+using OfBFloat16 = float;
 #endif
 
 // To the nearest bfloat16, ties to even; what is not a number stays so.
