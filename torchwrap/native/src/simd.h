@@ -189,12 +189,27 @@ INLINE void transpose(const void *const *rows, void *to, size_t stride) {
 }
 
 // The first `count` elements of a pair; what lies behind them in memory is not touched, and counts as zero.
+#if defined(__AVX512F__)
+INLINE void load_pair(const float *p, int count, Vector &a, Vector &b) {
+    const uint32_t lanes = (uint32_t)((1ull << count) - 1);
+    a = _mm512_maskz_loadu_ps((__mmask16)lanes, p), b = _mm512_maskz_loadu_ps((__mmask16)(lanes >> W), p + W);
+}
+INLINE void load_pair(const Float16 *p, int count, Vector &a, Vector &b) {
+    const uint32_t lanes = (uint32_t)((1ull << count) - 1);
+    a = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)lanes, p));
+    b = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((__mmask16)(lanes >> W), p + W));
+}
+INLINE void load_pair(const BFloat16 *p, int count, Vector &even, Vector &odd) {
+    widen(_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p), even, odd);
+}
+#else
 template <class T> INLINE void load_pair(const T *p, int count, Vector &a, Vector &b) {
     T whole[2 * W];
     memset((void *)whole, 0, sizeof whole);
     memcpy((void *)whole, p, count * sizeof(T));
     load_pair(whole, a, b);
 }
+#endif
 
 INLINE void store_pair(const float *, Vector a, Vector b, float *to) { store(to, a), store(to + W, b); }
 INLINE void store_pair(const Float16 *, Vector a, Vector b, float *to) { store(to, a), store(to + W, b); }
