@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int64_t TASKS = 32, LONGEST = 512;  // parts are made for as many tasks, of at least two blocks; of one where rows are few
-constexpr int64_t ALONE = 1 << 22;            // products of a row and a key, times widths, below which one thread is enough (chosen)
+constexpr int64_t ALONE = 1 << 20;            // products of a row and a key, times width, below which one thread is enough: 10 to 20 microseconds
 constexpr int64_t FEW_ALONE = 1 << 17;        // the same for gradients of few rows: rows times bytes of K and V (as in decode.cpp)
 
 // Which of those tasks that add to the same numbers of the gradient of the bias a task is, and which of such chains (`of`) it is in. Numbers for all
