@@ -98,11 +98,12 @@ class Update:
 
 @dataclass(eq=False, slots=True)
 class Chunk:
-    """One chunk under way; `buffers` by stream."""
+    """One chunk under way; `buffers` by stream, and `sums` of what will be written by record."""
 
     update: Update
     index: int
     buffers: dict[str, Buffer]
+    sums: dict[str, int] = field(default_factory=dict)
     ticket: aio.Ticket | None = None
 
 
@@ -250,12 +251,14 @@ class Chunks:
         elif memory is not None:
             target.torn = True  # until the last chunk
             memory[first:last].copy_(weight[: last - first])
+        # Here and not where it is written: the bytes are in the processor's cache, and the disk does not wait for sums.
+        chunk.sums = {name: self._store.sum_of(draft, chunk.index, _memory(chunk, name)) for name, draft in update.drafts.items()}
 
     def write(self, chunk: Chunk) -> bool:
         """Write what changed; True if that was the last chunk of the parameter, whose new values are the present ones then."""
         update, began, before = chunk.update, time.monotonic(), self._store.bytes_written
         for name, draft in update.drafts.items():
-            self._store.write(draft, chunk.index, chunk.buffers[name.rpartition(":")[2]].memory)
+            self._store.write(draft, chunk.index, _memory(chunk, name), chunk.sums.get(name))
         ended = time.monotonic()
         self.writing_s += ended - began
         if self._timeline is not None and update.drafts:
@@ -289,6 +292,11 @@ class Chunks:
         known = [key for key in update.target.order if key in update.target.layout or key in update.numbers]
         new = [key for key in (*update.numbers, *update.target.layout) if key not in known]
         return (*known, *new)
+
+
+def _memory(chunk: Chunk, record: str) -> memoryview:
+    """Where a record's chunk lies."""
+    return chunk.buffers[record.rpartition(":")[2]].memory
 
 
 def _streams(update: Update) -> dict[str, torch.dtype]:

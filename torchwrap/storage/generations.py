@@ -165,12 +165,19 @@ class GenerationStore:
         in_place = current is not None and current.half == half
         return Draft(record, half, [None] * record.count, in_place, None if record.torn else current)
 
-    def write(self, draft: Draft, index: int, memory: memoryview) -> None:
+    @staticmethod
+    def sum_of(draft: Draft, index: int, memory: memoryview) -> int:
+        """Sum of the data in `memory`, for `write`: taken by another thread, it does not keep the one that writes from the disk."""
+        head = draft.record.head(index)
+        return sum64(memory[head : head + draft.record.place(draft.half, index)[1]])
+
+    def write(self, draft: Draft, index: int, memory: memoryview, total: int | None = None) -> None:
         """Write one chunk of a new version.
 
         Args:
             memory: from the chunk's first block on (the data begins at `record.head(index)`), whole blocks; its address is a multiple of
                 4096. What surrounds the data is set to zero.
+            total: what `sum_of` gave for it, if it was asked.
 
         Raises:
             DiskFullError, StorageError: the present version is intact, unless the draft replaces it in place: then the record is torn.
@@ -187,7 +194,7 @@ class GenerationStore:
         with as_storage_error("writing", self.file.path, whole):
             self._disk.write(memory[:whole], offset - head)
         self.bytes_written += whole
-        draft.sums[index] = sum64(memory[head : head + nbytes])
+        draft.sums[index] = self.sum_of(draft, index, memory) if total is None else total
 
     def finish(self, *drafts: Draft) -> None:
         """Make complete drafts the present versions of their records, all at once."""
