@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import torchwrap as tw
+from tests.optimizer.optimizing import ADAM, batch, pair
 from torchwrap.core import errors
 from torchwrap.optimizer import workshop
 
@@ -135,3 +136,29 @@ def test_parameters_whose_gradients_do_not_fit_are_not_added(limited: Any) -> No
     assert len(optimizer.param_groups) == 2
     stepped(model, optimizer)
     optimizer.close()
+
+
+def test_a_head_gives_nothing_up_if_gradients_will_take_the_memory_that_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = pair(offload={"params": "disk", "k": 2})
+    engine, made = tw.handle_of(model, "offload").engine, []
+    make_room = engine._make_room
+    monkeypatch.setattr(engine, "_make_room", lambda unit: (made.append(unit.name), make_room(unit)))
+
+    def rooms(loss: bool = True) -> set[str]:
+        made.clear()
+        output = model(batch(0)).sum()
+        if loss:
+            output.backward()
+        return set(made)
+
+    assert rooms() == {"head"}  # no optimizer: gradients stay, and nobody knows how much memory there is
+    model.zero_grad()
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.Adam, **ADAM)
+    for _ in range(2):
+        optimizer.zero_grad()
+        assert rooms() == set()
+        optimizer.step()
+    with torch.no_grad():
+        assert rooms(loss=False) == {"head"}
+    optimizer.close()
+    assert rooms() == {"head"}

@@ -126,6 +126,7 @@ class UnitLayer(WeightsLayer):
         if self.handle.lent:
             self.handle.hide_lent()
         roomy = unit.kind == "leaf" and _copies_weight(args)
+        roomy = roomy and _room_of_gradients(self.handle) < max(piece.nbytes for piece in unit.pieces)
         meter = self._meter()
         if meter is not None:
             meter.fetching(self.unit)
@@ -269,3 +270,15 @@ def _copies_weight(args: tuple[Any, ...]) -> bool:
     if not isinstance(x, torch.Tensor) or not x.numel() or not x.dim():
         return False
     return x.numel() > x.shape[-1] or x.untyped_storage().nbytes() > x.numel() * x.element_size()
+
+
+def _room_of_gradients(handle: WeightsHandle) -> int:
+    """Bytes that a forward may use because gradients will need them in the backward after it, and only then.
+
+    Not those of gradients of weights that stay: they may be there still, from the step before.
+    """
+    optimizer = handle.optimizer() if handle.driven and torch.is_grad_enabled() else None
+    footprint = optimizer.footprint() if optimizer is not None else None
+    if footprint is None or not (footprint.overlaps and footprint.grows):
+        return 0
+    return footprint.gradients - sum(piece.nbytes for piece in handle.pieces if piece.resident and piece.parameter.requires_grad)
