@@ -4,12 +4,18 @@ Everything that a check or a choice depends on is in the key: sizes, strides and
 number of threads, whether gradients are wanted, and how many back ends have failed or were measured since. What depends on a mask is kept
 at the mask, which never changes. Tensors of other classes or devices, under transforms or a compiler take the whole way, and so does every
 call that no back end has prepared.
+
+Of the last layouts torch itself tells whether three tensors are laid out so, by the guards that its compiler makes, in half the time of
+making a key: their check covers class, dtype, device, sizes, strides, requires_grad, and all that would change what operators do (autocast,
+transforms, signs still to be applied). Without them every call makes its key.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +23,7 @@ from torch import Tensor
 from torchwrap.attention.contract import Drawing, Prepared, checked
 from torchwrap.attention.dispatch import prepare, revision
 from torchwrap.attention.settings import Settings
-from torchwrap.attention.transforms import is_traced, transformed
+from torchwrap.attention.transforms import is_forward_mode, is_traced, transformed
 from torchwrap.native.threads import stuck
 
 if TYPE_CHECKING:
@@ -28,7 +34,12 @@ __all__ = ["MOST", "forget", "prepared"]
 MOST = 512
 """Layouts that are kept, of calls without a mask and of each mask (chosen: a model has few, and each new length of a cache is one)."""
 
-_plain: dict[Any, Prepared | None] = {}
+_Held = tuple[Prepared | None, Callable[[Tensor, Tensor, Tensor], bool] | None]
+LAST = 2
+"""Layouts that guards are kept for (chosen: self-attention and cross-attention take turns)."""
+
+_Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)  # torch 2.13
+_plain: dict[Any, _Held] = {}
 _modes = torch._C._len_torch_dispatch_stack  # torch 2.13: such as that of fake tensors, whose new tensors have no memory
 _threads, _learns = torch.get_num_threads, torch.is_grad_enabled
 
@@ -53,45 +64,88 @@ def prepared(
     Raises:
         ConfigError, UnsupportedModelError: as `attend`.
     """
+    global _last
+    said = backend.text if type(backend) is Settings else backend
+    kinds = type(scale), type(softcap), type(dropout)
+    if kinds[2] is float and dropout == 0.0:
+        now = kinds, scale, softcap, said, name, _learns(), _threads(), revision()
+        for last in _last:
+            # Fake tensors are of a class of their own, but what a dispatch mode does to others is not in the guards.
+            if (
+                last.now == now
+                and last.mask() is mask
+                and last.fits(q, k, v)
+                and not (_modes() or is_forward_mode() or is_traced() or stuck())
+            ):
+                return last.work if q.data_ptr() and k.data_ptr() and v.data_ptr() else None
     if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu):
         return None
     if transformed() or is_traced() or _modes() or stuck() or q.is_neg() or k.is_neg() or v.is_neg():
         return None
-    kinds = type(scale), type(softcap), type(dropout)
     if kinds not in _NUMBERS or not 0.0 <= dropout < 1.0:
         return None
     held, rule = (_plain, None) if mask is None else _of(mask, q)
     if held is None:
         return None
-    said = backend.text if type(backend) is Settings else backend
     trains = _learns() and (q.requires_grad or k.requires_grad or v.requires_grad)
     try:
         key = (
             q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
             rule, scale, softcap, dropout, said, trains, _threads(), revision(),
         )  # fmt: skip
-        found = held.get(key, _NEW)
+        kept: _Held = held.get(key, _NEW)
+        found, fits = kept
     except (RuntimeError, TypeError):  # sparse and nested tensors have no strides; what is no name of a back end may have no hash
         return None
-    if found is _NEW:
+    if found is _NEW[0]:
         given: dict[str, Any] = {name: mask}
         call = checked(q, k, v, **given, scale=scale, softcap=softcap, wants_lse=trains)
         call = replace(call, dropout=dropout) if dropout else call  # without a seed: each call draws its own
         found = prepare(call, backend, trains, mask if type(mask) is Tensor else None)
         if len(held) >= MOST:
             held.clear()
-        held[key] = found
+        fits = None if dropout or found is None or type(mask) is Tensor else _guards(q, k, v)
+        held[key] = found, fits
     # Zeros have no memory.
     if found is None or not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
         return None
-    return cast(Drawing, found).drawn() if dropout else found
+    if dropout:
+        return cast(Drawing, found).drawn()
+    if fits is not None:
+        _last = (_Last(now, weakref.ref(mask) if mask is not None else _no_mask, fits, found), *_last[: LAST - 1])
+    return found
 
 
-_NEW: Any = object()
+class _Last(NamedTuple):
+    """A call that was prepared: numbers and settings, its mask, whether three tensors are laid out as its own were, what computes it."""
+
+    now: tuple[Any, ...]
+    mask: Callable[[], object]
+    fits: Callable[[Tensor, Tensor, Tensor], bool]
+    work: Prepared
+
+
+_last: tuple[_Last, ...] = ()
+
+
+def _guards(q: Tensor, k: Tensor, v: Tensor) -> Callable[[Tensor, Tensor, Tensor], bool] | None:
+    """Whether three tensors are laid out as these, as a function; None: torch has no guards to make it of."""
+    if _Guards is None:
+        return None
+    sizes, strides = ([list(of(tensor)) for tensor in (q, k, v)] for of in (Tensor.size, Tensor.stride))
+    fits: Callable[[Tensor, Tensor, Tensor], bool] = _Guards(q, k, v, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return fits
+
+
+def _no_mask() -> None:
+    return None
+
+
+_NEW: Any = object(), None
 _NUMBERS = {(scale, softcap, float) for scale in (float, type(None)) for softcap in (float, type(None))}
 
 
-def _of(mask: Any, q: Tensor) -> tuple[dict[Any, Prepared | None] | None, object]:
+def _of(mask: Any, q: Tensor) -> tuple[dict[Any, _Held] | None, object]:
     """Where it is kept what was prepared for a mask, and the mask's part of the key.
 
     A rule without tensors is the same as any other that says so, since masks are made anew for each step. Of a tensor only the layout is
@@ -103,7 +157,7 @@ def _of(mask: Any, q: Tensor) -> tuple[dict[Any, Prepared | None] | None, object
     found = getattr(mask, "_found", None)
     if found is None or mask.device.type != "cpu":
         return None, None
-    pair: tuple[dict[Any, Prepared | None], object] | None = found.get("prepared")
+    pair: tuple[dict[Any, _Held], object] | None = found.get("prepared")
     if pair is None:
         plain = mask.plain is not None
         rule = (tuple(mask.shape), mask.right, mask.left, mask.first_query() - mask.kv_offset) if plain else None
@@ -113,4 +167,6 @@ def _of(mask: Any, q: Tensor) -> tuple[dict[Any, Prepared | None] | None, object
 
 def forget() -> None:
     """Drop what is kept for calls without a mask, as after a change that the key does not know: another library, a test."""
+    global _last
     _plain.clear()
+    _last = ()

@@ -1,0 +1,114 @@
+"""Calls of the last layouts are known by torch's guards, in place of a key: the same results, and what the key refuses is refused."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from torchwrap.attention import prepared
+from torchwrap.attention.attend import attend
+from torchwrap.attention.cpu import decode
+from torchwrap.attention.masks.mask import TileMask
+from torchwrap.attention.settings import Settings
+from torchwrap.core import errors
+
+pytestmark = [
+    pytest.mark.skipif(decode.native_library() is not None, reason="nothing is prepared without the native kernels"),
+    pytest.mark.skipif(prepared._Guards is None, reason="this torch has no guards"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known() -> Any:
+    prepared.forget()
+    yield
+    prepared.forget()
+
+
+def tensors(keys: int = 20, rows: int = 1, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(keys)
+    return torch.randn(2, 4, rows, 16, dtype=dtype), *(torch.randn(2, 2, keys, 16, dtype=dtype) for _ in range(2))
+
+
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each call that makes its key."""
+    counted: list[int] = []
+    whole = prepared.is_traced
+    monkeypatch.setattr(prepared, "transformed", lambda: bool(counted.append(1)) or whole())
+    return counted
+
+
+def wanted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    return attend(q, k, v, backend="eager", **options)
+
+
+def test_a_layout_is_known_without_a_key_from_the_second_call_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = made(monkeypatch)
+    both = tensors(), tensors(30)
+    for turn in range(3):
+        for given in both:
+            torch.testing.assert_close(attend(*given), wanted(*given))
+        if not turn:
+            first = len(counted)
+    ours = [attend(*given) for given in both]
+    keys_of_eager = 2 * 2  # `wanted` is no prepared call, and makes its key every time
+    assert len(counted) == first + keys_of_eager and len(ours) == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda q, k, v: (q, k.bfloat16().float().mT.contiguous().mT, v), lambda q, k, v: (q[:1], k[:1], v[:1]),
+        lambda q, k, v: (q.double(), k.double(), v.double()), lambda q, k, v: (torch._neg_view(q), k, v),
+        lambda q, k, v: (q, torch._efficientzerotensor(k.shape), v), lambda q, k, v: (q, k[:, :, ::2], v[:, :, ::2]),
+        lambda q, k, v: (q.bfloat16(), k.bfloat16(), v.bfloat16()),
+    ],
+    ids=["strides", "batch", "double", "sign", "zeros", "length", "dtype"],
+)  # fmt: skip
+def test_tensors_of_another_layout_are_not_taken_for_the_last(other: Any) -> None:
+    given = tensors()
+    attend(*given)
+    changed = other(*given)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if changed[0].dtype == torch.bfloat16 else {}
+    whole = [tensor.resolve_neg().clone() for tensor in changed]
+    torch.testing.assert_close(attend(*changed), wanted(*whole), **tolerance)
+
+
+def test_numbers_settings_and_gradients_are_part_of_what_is_known() -> None:
+    q, k, v = tensors()
+    attend(q, k, v, scale=1.0)
+    torch.testing.assert_close(attend(q, k, v, scale=0.5), wanted(q, k, v, scale=0.5))
+    torch.testing.assert_close(attend(q, k, v, scale=1.0, softcap=2.0), wanted(q, k, v, scale=1.0, softcap=2.0))
+    with pytest.raises(errors.ConfigError, match="scale is a bool"):
+        attend(q, k, v, scale=True)
+    with pytest.raises(errors.ConfigError):
+        attend(q, k, v, scale=1.0, backend="none of them")
+    torch.testing.assert_close(attend(q, k, v, scale=1.0, backend=Settings(backend="sdpa")), wanted(q, k, v, scale=1.0))
+    assert attend(q, k.requires_grad_(), v, scale=1.0).requires_grad
+    with torch.no_grad():
+        assert not attend(q, k, v, scale=1.0).requires_grad
+
+
+def test_masks_are_known_by_themselves_and_not_kept() -> None:
+    q, k, v = tensors(20, 20)
+    masks = [TileMask.causal(1, 20, 20), TileMask.window(1, 20, 20, 3), TileMask.padded((20, 7), 20, 20)]
+    for _ in range(2):
+        for mask in masks:
+            torch.testing.assert_close(attend(q, k, v, mask=mask), wanted(q, k, v, mask=mask))
+            torch.testing.assert_close(attend(q, k, v), wanted(q, k, v))
+    gone = [weakref.ref(mask) for mask in masks]
+    del mask, masks
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None, None]
+
+
+def test_without_guards_calls_are_known_by_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "_Guards", None)
+    given = tensors()
+    for _ in range(2):
+        torch.testing.assert_close(attend(*given), wanted(*given))
+    assert not prepared._last
