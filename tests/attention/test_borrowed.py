@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -71,6 +72,23 @@ def test_a_gradient_of_lse_is_not_lost(faster: bool) -> None:
         torch.testing.assert_close(found, [tensor.float() for tensor in wanted], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(32, 40), (4, 32, 40), (2, 1, 32, 40)])
+def test_a_bias_and_rows_that_it_hides(faster: bool, shape: tuple[int, ...]) -> None:
+    q, k, v = tensors(32, 40)
+    bias = torch.randn(shape)
+    bias[..., 3, :] = -math.inf
+    bias[..., 5, 7:] = -math.inf
+    exact, lse = attention(checked(*(tensor.double() for tensor in (q, k, v)), bias=bias.double()))
+    assert borrowed.takes(call(32, 40, bias=bias, wants_lse=False)) == faster
+    for name in ("bias", "mask"):
+        for _ in range(2):
+            out, found_lse = attend(q, k, v, **{name: bias}, return_lse=True)
+            torch.testing.assert_close(out, exact.float(), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found_lse, lse.float(), atol=1e-5, rtol=1e-4)
+            assert (out[:, :, 3] == 0).all() and (found_lse[:, :, 3] == -math.inf).all()
+            torch.testing.assert_close(attend(q, k, v, **{name: bias}), out)
+
+
 def test_gradients_of_any_strides(faster: bool) -> None:
     q, k, v = (tensor.requires_grad_() for tensor in tensors(32, 32))
     for grad in (torch.ones(()).expand(2, 4, 32, 24), torch.randn(2, 4, 24, 32).mT):
@@ -84,7 +102,8 @@ def test_gradients_of_any_strides(faster: bool) -> None:
     [
         call(64, 64), call(15, 32), call(32, 96), call(32, 33), call(32, 32, dtype=torch.bfloat16), call(32, 32, softcap=3.0),
         call(32, 32, dropout=0.1), call(32, 32, scale=-1.0), call(32, 32, bias=torch.zeros(32, 32)), call(32, 32, sinks=torch.zeros(4)),
-        call(32, 32, mask=TileMask.window(1, 32, 32, 8)), call(16, 32, mask=TileMask.causal(1, 16, 32)),
+        call(32, 32, bias=torch.zeros(32, 1), wants_lse=False), call(32, 32, mask=TileMask.window(1, 32, 32, 8)),
+        call(16, 32, mask=TileMask.causal(1, 16, 32)),
     ],
 )  # fmt: skip
 def test_what_its_kernel_lacks_or_is_slower_at_is_not_taken(monkeypatch: pytest.MonkeyPatch, other: Call) -> None:

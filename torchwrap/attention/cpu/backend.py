@@ -55,7 +55,7 @@ class Composed:
         if call.is_empty or call.sinks is not None or not all(tensor.stride(3) == 1 for tensor in (call.q, call.k, call.v)):
             return None
         way = _way(call)
-        if way == "borrowed" and mask is None:
+        if way == "borrowed" and (mask is None or mask.is_floating_point()):
             return borrowed.Borrowed(call, trains)
         few = way == "native" and (mask is None or call.q_length == 1)
         if not few and way != "many":
