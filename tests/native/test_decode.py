@@ -62,8 +62,16 @@ def test_every_number_of_rows(rows: int, instruction_set: str) -> None:
 @pytest.mark.parametrize("width", [1, 2, 15, 16, 31, 32, 33, 127, 129, 500, 512])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_every_width_up_to_the_largest(width: int, dtype: torch.dtype) -> None:
-    case = Case(width=width, value_width=513 - width, keys=131, rows=3, dtype=dtype)
-    check(case.tensors(), *call(case))
+    for rows in (2, 3, 8):  # blocks of two, three and four
+        case = Case(width=width, value_width=513 - width, keys=131, rows=rows, dtype=dtype)
+        check(case.tensors(), *call(case))
+
+
+@pytest.mark.parametrize("rows", [3, 6])
+def test_keys_that_fill_no_vector(rows: int) -> None:
+    for keys in range(1, 36):
+        case = Case(rows=rows, keys=keys, dtype=torch.bfloat16, width=40)
+        check(case.tensors(), *call(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -75,8 +83,10 @@ def test_result_does_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> 
         assert torch.equal(alone[0], together[0]) and torch.equal(alone[1], together[1])
 
 
-def test_keys_and_values_that_no_row_sees_are_never_read() -> None:
-    case = Case(keys=700, rows=2)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_keys_and_values_that_no_row_sees_are_never_read(rows: int, dtype: torch.dtype) -> None:
+    case = Case(keys=700, rows=rows, dtype=dtype)
     arguments = case.tensors()
     k, v = arguments["k"], arguments["v"]
     assert isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
