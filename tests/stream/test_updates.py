@@ -153,6 +153,20 @@ def test_a_backward_waits_for_a_slot_that_updates_copy_from(tmp_path: Path) -> N
         thread.join(20)
 
 
+def test_a_backward_that_waits_for_a_slot_goes_on_when_the_engine_is_closed(tmp_path: Path) -> None:
+    with engine_over(tmp_path, SIZES, 2) as (engine, stored):
+        leave(engine, stored.units[3])
+        engine.hold(stored.units[2])
+        held: list[bool] = []
+        thread = threading.Thread(target=lambda: held.append(engine.hold(stored.units[1])))
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        engine.close()
+        thread.join(5.0)  # a twelfth of the longest time it may wait
+        assert held == [False]
+
+
 @pytest.mark.parametrize("how", ["used", "read", "failed", "needed", "written"])
 def test_a_slot_left_for_updates_gives_way(tmp_path: Path, how: str) -> None:
     with engine_over(tmp_path, SIZES, 2) as (engine, stored):

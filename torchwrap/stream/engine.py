@@ -327,6 +327,8 @@ class Engine(UpdatedWindow):
             if not self._closed:
                 self.trim()
                 self._closed = True
+                with self.state:
+                    self.state.notify_all()  # a backward in another thread that waits for a slot goes on without one
                 self._uploads.put(None)
                 if self._uploader is not None:
                     self._uploader.join(5.0)
