@@ -102,13 +102,37 @@ class Rule:
 
     @contextmanager
     def loaded(self, state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> Iterator[torch.optim.Optimizer]:
-        """For the block, an instance of the class with this state and these groups, which it has brought up to date if they are old."""
+        """For the block, an instance of the class with this state and these groups, which it has brought up to date if they are old.
+
+        Raises:
+            ConfigError: they are another class's. torch takes them, and fails in the next step or computes with what it finds.
+        """
         before = self.template.param_groups
         try:
-            self.template.__setstate__({"state": state, "param_groups": groups})
+            self.template.__setstate__({"state": {}, "param_groups": groups})
+            for number, group in enumerate(self.template.param_groups):
+                self._check_own(number, group, state)
+            self.template.__setstate__({"state": state, "param_groups": self.template.param_groups})
             yield self.template
         finally:
             self.template.__setstate__({"state": {}, "param_groups": before})
+
+    def _check_own(self, number: int, group: Mapping[str, Any], state: Mapping[Any, Any]) -> None:
+        """A setting too many may be a scheduler's, one too few of an older version; both, or a lack of state, are another class's."""
+        lacking = [name for name in self.template.defaults if name not in group]
+        foreign = [name for name in group if name not in (*self.template.defaults, "params", "param_names", "initial_lr")]
+        if lacking and foreign:
+            raise self._foreign(f"it has no {lacking[0]} and has {foreign[0]}", f"param_groups[{number}]")
+        for place, parameter in enumerate(group["params"]):
+            kept: Mapping[str, Any] = state.get(parameter) or {}
+            for name in self.layout(settings_of(group), parameter.dtype, parameter.device) if kept else ():
+                if name not in kept:
+                    raise self._foreign(f"it has no {name}, only {', '.join(kept)}", f"param_groups[{number}]['params'][{place}]")
+
+    def _foreign(self, reason: str, where: str) -> errors.ConfigError:
+        name = self.cls.__name__
+        fix = f"Load what {name} has saved. To begin {name} on weights that another has trained, load no state."
+        return errors.ConfigError(f"OffloadedOptimizer: this is no state dict of {name}: {reason}", where=where, fix=fix)
 
     def layout(self, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> dict[str, torch.dtype]:
         """What the class keeps per element of a parameter, by name.

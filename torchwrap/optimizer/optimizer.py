@@ -222,7 +222,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Take over settings and state of the wrapped class, from this class or from a plain optimizer.
 
         Raises:
-            ValueError: other groups than this optimizer's, in torch's words.
+            ValueError: other groups than this optimizer's, in torch's words. ConfigError: another class's; nothing is changed.
 
         Cost: values are written one by one; no copy of the whole is made.
         """
