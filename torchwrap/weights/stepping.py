@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchwrap.core import errors
 from torchwrap.stream.units import Piece
+from torchwrap.weights.averaging import look_at_averages
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
@@ -42,11 +43,14 @@ def watch_steps(handle: WeightsHandle) -> Callable[[], None]:
             _watched.remove(entry)
             entry[1].remove()
         _watched.append((weakref.ref(handle), hook := register_optimizer_step_pre_hook(_Watch(handle))))
+        look_at_averages(True)
 
     def end() -> None:
         with _lock:
             _watched[:] = [entry for entry in _watched if entry[1] is not hook]
             hook.remove()
+            if not _watched:
+                look_at_averages(False)
 
     return end
 
@@ -111,6 +115,7 @@ class _Watch:
         knows = getattr(optimizer, STEPS_ABSENT_WEIGHTS, None)
         if handle is None or (knows is not None and knows(handle)):
             return
+        closure = (*args[1:], kwargs.get("closure"))[0]  # brings gradients when it is too late to look
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 piece = handle.piece_of(parameter)
@@ -118,7 +123,7 @@ class _Watch:
                     continue
                 if knows is not None and parameter.requires_grad:  # its gradient may have been taken already, or not come yet
                     raise _wrapped_since(piece)
-                if parameter.grad is not None:
+                if parameter.grad is not None or (closure is not None and parameter.requires_grad):
                     raise errors.ConflictError(
                         f"torchwrap: {type(optimizer).__name__} would write to {piece.name}, whose weights are away",
                         where=piece.name,
