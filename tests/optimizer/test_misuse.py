@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,23 @@ from tests.optimizer.test_rules import Broken
 from torchwrap import OffloadedOptimizer
 
 # -- two optimizers ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.LBFGS(p, lr=0.1), lambda p: torch.optim.AdamW(p, fused=True)], ids=["lbfgs", "fused"]
+)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_ordinary_optimizer_is_refused_before_its_closure_brings_gradients(make: Any, by_name: bool) -> None:
+    _, model = pair()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = make(model.parameters())
+
+    def closure() -> torch.Tensor:
+        raise AssertionError("called")
+
+    with pytest.raises(tw.ConflictError, match=r"would write to .*OffloadedOptimizer"):
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_second_optimizer_on_the_same_parameters_is_refused_until_the_first_is_closed_or_gone() -> None:
@@ -133,7 +151,7 @@ def test_clearing_between_two_backwards_of_a_step_is_refused() -> None:
     first, second = loss_of(model, 0), loss_of(model, 1)
     first.backward()
     model.zero_grad(set_to_none=False)
-    with pytest.raises(tw.ConflictError, match=r"an update has used already.*overlap=False"):
+    with pytest.raises(tw.ConflictError, match=r"has updated weights already.*overlap=False"):
         second.backward()
     with pytest.warns(tw.TorchwrapWarning, match="half a step ahead"):
         optimizer.close()
@@ -266,7 +284,7 @@ def test_backwards_inside_one_that_is_not_followed_use_nothing(wrap: bool) -> No
 
 
 def test_a_step_does_not_finish_what_a_refused_backward_left_half_done() -> None:
-    model = tw.offload(_Shared(), params="disk", units=("block",))
+    model = nn.Sequential(_Shared(), nn.Linear(128, 128))  # in memory nobody counts how often a weight is used
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
     with pytest.raises(tw.ConflictError, match="overlap=False"):
         model(torch.ones(3, 128, requires_grad=True)).square().mean().backward()
@@ -433,3 +451,25 @@ def test_a_frozen_weight_with_a_gradient_is_stepped_as_by_torch() -> None:
             parameter.grad = torch.ones(parameter.shape)
         opt.step()
     assert differences(plain, reference, model, optimizer) == []
+
+
+def test_the_state_of_another_class_is_refused_before_anything_is_changed() -> None:
+    plain, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    trained(model, optimizer, range(1))
+    before = optimizer.state_dict()
+    for cls, options in ((torch.optim.SGD, {"momentum": 0.9}), (torch.optim.SGD, {}), (torch.optim.Adagrad, {})):
+        other = cls(plain.parameters(), lr=0.1, **options)
+        trained(plain, other, range(1))
+        with pytest.raises(tw.ConfigError, match="no state dict of AdamW: it has no betas"):
+            optimizer.load_state_dict(other.state_dict())
+    without = copy.deepcopy(before)
+    del without["state"][0]["exp_avg_sq"]
+    with pytest.raises(tw.ConfigError, match="has no exp_avg_sq, only step, exp_avg"):
+        optimizer.load_state_dict(without)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    assert all(torch.equal(after["state"][n][key], value) for n, kept in before["state"].items() for key, value in kept.items())
+    del before["param_groups"][0]["decoupled_weight_decay"]  # of an older version, and moved by a scheduler
+    optimizer.load_state_dict({**before, "param_groups": [{**group, "initial_lr": 1.0} for group in before["param_groups"]]})
+    trained(model, optimizer, range(1, 2))

@@ -30,6 +30,10 @@ class Heard:
     def __init__(self) -> None:
         self.units: list[int] = []
         self.ends: list[BaseException | None] = []
+        self.begun = 0
+
+    def backward_begun(self) -> None:
+        self.begun += 1
 
     def unit_done(self, unit: Unit) -> None:
         self.units.append(unit.index)
@@ -208,7 +212,7 @@ def test_only_the_outermost_backward_ends(reentrant: bool) -> None:
     handle.backward.listeners.append(heard)
     for count in (1, 2):
         loss_of(model, {"ids": torch.arange(24)}).backward()
-        assert heard.ends == [None] * count
+        assert heard.ends == [None] * count and heard.begun == count
 
 
 def test_units_are_read_once_for_each_pass_and_ahead_of_their_use() -> None:

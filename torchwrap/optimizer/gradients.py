@@ -20,6 +20,7 @@ import torch
 
 from torchwrap.core import errors
 from torchwrap.core.tensors import is_placeholder
+from torchwrap.optimizer import refused
 from torchwrap.optimizer.chunks import Parked, Update
 from torchwrap.optimizer.elementwise import settings_of
 from torchwrap.optimizer.handover import Handover
@@ -92,8 +93,12 @@ class Gradients:
         self._deferred = False
         self.norms: dict[Target, torch.Tensor] = {}
         self.settings: list[dict[str, Any]] | None = None
+        self._units: dict[int, list[int]] = {}  # that use a piece, by its index
         if handle is not None:
             handle.backward.listeners.append(self)
+            for unit in handle.units:
+                for piece in unit.pieces:
+                    self._units.setdefault(piece.index, []).append(unit.index)
 
     def watch(self, targets: Sequence[Target], others: Sequence[Target]) -> None:
         """Put hooks on the parameters that are trained and have none yet; `others` are updated as a whole, and only guarded."""
@@ -116,6 +121,12 @@ class Gradients:
             self._deferred = False
 
     # -- called by autograd and by the model ------------------------------------------------------------------------------------------
+
+    def backward_begun(self) -> None:
+        """Refuse what needs weights that the backward before has replaced, before autograd does in its words."""
+        if self._used and not self._taking and not is_nested():
+            cleared = next((used for used in self._used if used.parameter.grad is None), None)
+            raise refused.replaced(next(iter(self._used))) if cleared is None else refused.cleared(cleared)
 
     def unit_done(self, unit: Unit) -> None:
         """Hand over what was taken of this unit; wait if too much waits already."""
@@ -146,7 +157,7 @@ class Gradients:
             self.drop_cleared(target)
             if target in self._used:
                 self._mix(target)
-                raise _cleared(target)
+                raise refused.cleared(target)
             return
         zeroed = target.is_zeroed()  # zero_grad(set_to_none=False)
         if (zeroed or target in self._parked) and target not in self._used:
@@ -159,7 +170,7 @@ class Gradients:
                 self._lifted.add(target)
             return
         self._mix(target)
-        raise _added(target)
+        raise refused.added(target)
 
     def _after(self, target: Target, parameter: torch.Tensor) -> None:
         """A parameter's gradient of this backward is complete."""
@@ -179,8 +190,8 @@ class Gradients:
             )
         following = self._handle is not None and self._handle.backward.running
         last = self._backwards == self.timing.backwards - 1 and (following or self.timing.backwards == 1)
-        if self.timing.take and last and inner:
-            return  # stays where it is: the backward around this one may bring more of it
+        if self.timing.take and last and (inner or (following and self._comes_in_parts(target))):
+            return  # stays where it is: the backward around this one, or another within it, may bring more of it
         if self.timing.take and last:
             self._take(target)
         elif self.timing.park and (not self.timing.take or not last):
@@ -192,18 +203,23 @@ class Gradients:
         if self._used and not self._taking:
             self._mix(target)
             cleared = next((used for used in self._used if used.parameter.grad is None), None)
-            raise _added(target) if cleared is None else _cleared(cleared)
+            raise refused.added(target) if cleared is None else refused.cleared(cleared)
 
     def _mix(self, target: Target) -> None:
-        if (
-            self._taking or self._arrived or is_nested()
-        ):  # otherwise this backward has changed nothing yet, and the step before can be finished
+        # Otherwise this backward has changed nothing yet, and the step before can be finished.
+        if self._taking or self._arrived or is_nested():
             self._mixed = target.name
 
     def _inner(self) -> bool:
         if self._handle is not None and self._handle.backward.running:
             return self._handle.backward.nested
         return self._run is not None and self._run.nested
+
+    def _comes_in_parts(self, target: Target) -> bool:
+        """Whether its weight is used several times, and reentrant checkpointing runs a backward for each."""
+        assert self._handle is not None
+        units = self._units.get(target.piece.index) if target.piece is not None else None
+        return is_nested() if units is None else self._handle.backward.comes_in_parts(units)  # whose uses nobody counts
 
     def _follow(self) -> None:
         """Hear of the end of a backward that goes through no wrapped model."""
@@ -380,20 +396,3 @@ class Gradients:
             self.allow_calls()
         if self._store is not None:
             self._store.close()
-
-
-def _cleared(target: Target) -> errors.ConflictError:
-    return errors.ConflictError(
-        f"OffloadedOptimizer: the gradient of {target.name} was cleared after an update had used it",
-        where=target.name,
-        fix="Call rollback(), or close() and load model and a new optimizer from a checkpoint. Then call step() after each backward, or "
-        "pass overlap=False to be able to give gradients up.",
-    )
-
-
-def _added(target: Target) -> errors.ConflictError:
-    return errors.ConflictError(
-        f"OffloadedOptimizer: a backward would add to the gradient of {target.name}, which an update has used already",
-        where=target.name,
-        fix="Call optimizer.zero_grad() after each step; with several backwards per step, pass accumulate=N or overlap=False.",
-    )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,10 @@ __all__ = ["Backward", "BackwardClock", "BackwardListener", "Run", "is_nested"]
 
 class BackwardListener(Protocol):
     """Who wants to know how far a backward has come. Called in the thread that runs the hooks, with no lock held."""
+
+    def backward_begun(self) -> None:
+        """The outermost backward comes to the model; no node there has run. What is raised here ends it."""
+        ...
 
     def unit_done(self, unit: Unit) -> None:
         """Every node of the unit that this backward has reached has run. A unit used several times may be reported several times."""
@@ -83,6 +87,27 @@ class Backward:
         self._open: list[Unit] = []  # units whose nodes are running: a block, and the expert inside it
         self._run: Run | None = None
         self._begun = threading.Lock()
+        self._uses: dict[int, int] = {}  # since the forward after the last backward began, by unit
+        self._apart: set[int] = set()  # units used where reentrant checkpointing builds no graph
+        self._old = False
+
+    def used(self, unit: int) -> None:
+        """A forward uses a unit, or computes it again. Cost: without a gradient a walk up the Python stack, if anybody listens."""
+        if not self.listeners or self.runs_here:
+            return
+        apart = not torch.is_grad_enabled()
+        if apart and not is_nested():
+            return  # nothing comes back through it
+        if self._old:
+            self._uses, self._apart, self._old = {}, set(), False
+        self._uses[unit] = self._uses.get(unit, 0) + 1
+        if apart:
+            self._apart.add(unit)
+
+    def comes_in_parts(self, units: Iterable[int]) -> bool:
+        """Whether a gradient of a weight of these units may be accumulated several times: in a backward of its own for some of its uses."""
+        each = list(units)
+        return not self._apart.isdisjoint(each) and sum(self._uses.get(unit, 0) for unit in each) > 1
 
     @property
     def running(self) -> bool:
@@ -150,6 +175,8 @@ class Backward:
             if self._run is None:
                 self._run = Run.followed(lambda run: self._close(run, None))
             ours = self._run.thread == threading.get_ident()
+        for listener in self.listeners if new else ():
+            listener.backward_begun()
         if new and self.clock is not None:
             self.clock.backward_begun()
         return ours
@@ -182,6 +209,7 @@ class Backward:
             if self._run is not run:
                 return
             self._run = None
+            self._old = True
             left, self._open = self._open, ([] if error is not None else self._open)
             if error is not None:
                 self._since.clear()

@@ -117,6 +117,8 @@ class UnitLayer(WeightsLayer):
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.handle.stepping:
             self.handle.refuse_mixture()
+        if self.where == "inside":
+            self.handle.backward.used(self.unit)
         engine = self.handle.engine
         if engine is None:
             self._calls.push(None)
@@ -181,6 +183,7 @@ class RowLayer(WeightsLayer):
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.handle.stepping:
             self.handle.refuse_mixture()
+        self.handle.backward.used(self.unit)
         table = self.handle.tables.get(self.unit)
         if table is None:
             return call(*args, **kwargs)
