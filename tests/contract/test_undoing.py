@@ -9,7 +9,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -22,16 +22,6 @@ from tests.contract.cases import Case, every_model, every_technique, models_name
 from tests.contract.compare import equal, model_difference
 from tests.contract.neutral import Inner, Outer
 from tests.models import ModelFixture, run
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections() -> Iterator[None]:
-    """Objects of the frameworks are left out of the many collections in this file, which would take a second each."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
 
 ORDERS = list(itertools.permutations(("technique", "outer", "inner")))
 
@@ -241,15 +231,11 @@ def _leave_after_an_error(case: Case, model: nn.Module, fixture: ModelFixture) -
 @every_model
 @pytest.mark.parametrize("leave", [_leave_wrapped, _leave_unwrapped, _leave_after_an_error], ids=["wrapped", "unwrapped", "after-an-error"])
 def test_model_is_collected(case: Case, fixture: ModelFixture, leave: Callable[[Case, nn.Module, ModelFixture], None]) -> None:
-    gc.freeze()  # what was there before is not looked through again: a collection then takes no quarter of a second
-    try:
-        model = fixture.build()
-        leave(case, model, fixture)
-        alive = [weakref.ref(module) for module in model.modules()]
-        del model
-        gc.collect()
-    finally:
-        gc.unfreeze()
+    model = fixture.build()
+    leave(case, model, fixture)
+    alive = [weakref.ref(module) for module in model.modules()]
+    del model
+    gc.collect()
     assert [ref().__class__.__name__ for ref in alive if ref() is not None] == []
 
 

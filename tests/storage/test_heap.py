@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal())
 
 @pytest.fixture
 def freed() -> Iterator[FreedBlocks]:
+    gc.unfreeze()  # conftest.py: what was there before this file is seen again
     for left in [found for found in gc.get_objects() if type(found) is FreedBlocks]:
         left.close()  # of optimizers that other tests left open: bounds add up
     keep_heap_small()
