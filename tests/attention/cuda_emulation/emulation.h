@@ -4,6 +4,7 @@
 // sums inside a tensor core (here: float32, k ascending), and the last bit of the card's exp2. Fragment maps are written from the tables of
 // the PTX manual, not from the kernels. Lanes that meet at different instructions, and barriers that not everybody reaches, are errors.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -38,10 +39,16 @@ struct Warp {
     const uint4* rows[32];
 };
 
+struct Fiber {
+    ucontext_t entry;
+    jmp_buf where;
+    bool begun = false;
+};
+
 inline int current, threads, waiting, finished;
 inline int step = 1;  // threads run in ascending order, or in descending: what lacks a barrier shows in one of them
 inline unsigned block[3], barrier_generation;
-inline std::vector<ucontext_t> fibers;
+inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline std::vector<char> done;
 inline ucontext_t launcher;
@@ -55,13 +62,21 @@ inline long shuffles, products;
     std::abort();
 }
 
+// A switch of contexts saves the mask of signals, which is a call of the system: a thread is entered by one, and is left and found again by jumps.
+[[noreturn]] inline void resume(Fiber& fiber) {
+    if (fiber.begun) _longjmp(fiber.where, 1);
+    fiber.begun = true;
+    setcontext(&fiber.entry);
+    std::abort();
+}
+
 // Whoever waits for its warp lets only that warp run, so that a warp gets as far as it can before another begins: a missing barrier shows.
 inline void next_fiber(bool of_this_warp) {
     if (++idle > 4L * threads) fail("threads wait for each other: a barrier or an exchange is not reached by all");
     const int from = current, first = of_this_warp ? current / 32 * 32 : 0, count = of_this_warp ? min(32, threads - first) : threads;
     do current = first + (current - first + (step == 1 ? 1 : count - 1)) % count;
     while (done[current]);
-    if (current != from) swapcontext(&fibers[from], &fibers[current]);
+    if (current != from && _setjmp(fibers[from].where) == 0) resume(fibers[current]);
 }
 
 template <class Compute>

@@ -13,7 +13,7 @@ void fiber() {
     if (++finished == threads) setcontext(&launcher);
     do current = (current + step) % threads;
     while (done[current]);
-    setcontext(&fibers[current]);
+    resume(fibers[current]);
 }
 
 }  // namespace
@@ -38,12 +38,14 @@ extern "C" const char* launch(const Params* params, int x, int y, int z, int thr
         idle = 0;
         error = nullptr;
         for (int i = 0; i < threads; ++i) {
-            getcontext(&fibers[i]);
-            fibers[i].uc_stack.ss_sp = stacks.get() + i * stack;
-            fibers[i].uc_stack.ss_size = stack;
-            makecontext(&fibers[i], fiber, 0);
+            ucontext_t& entry = fibers[i].entry;
+            getcontext(&entry);
+            entry.uc_stack.ss_sp = stacks.get() + i * stack;
+            entry.uc_stack.ss_size = stack;
+            makecontext(&entry, fiber, 0);
         }
-        swapcontext(&launcher, &fibers[current]);
+        fibers[current].begun = true;
+        swapcontext(&launcher, &fibers[current].entry);
         if (error) return error;
     }
     return nullptr;
