@@ -23,6 +23,7 @@ from torchwrap.core import errors
 from torchwrap.optimizer.chunks import Chunk, Chunks, Update
 from torchwrap.storage.pool import Buffer
 from torchwrap.storage.priority import give_way
+from torchwrap.storage.workers import LOOK_S
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Piece
@@ -153,7 +154,7 @@ class Updater:
                         f"OffloadedOptimizer: an update made no progress for {self._timeout_s:g} s",
                         fix="Check the disk, or raise io_timeout_s.",
                     )
-                self._changed.wait(self._timeout_s - quiet)
+                self._changed.wait(min(self._timeout_s - quiet, LOOK_S))
             end = time.monotonic()
             self.waited_s += end - begin
         if waits and self._timeline is not None:

@@ -28,7 +28,11 @@ from torchwrap.storage.pool import Buffer, allocate
 from torchwrap.storage.priority import give_way
 from torchwrap.storage.request import Piece, Read
 
-__all__ = ["Mode", "Pool", "Ticket", "mismatch", "typed"]
+__all__ = ["LOOK_S", "Mode", "Pool", "Ticket", "mismatch", "typed"]
+
+LOOK_S = 0.5
+"""Longest wait of one piece, chosen. Python looks for signals before a wait, and an interrupt that comes between the look and the wait
+does not end it: it is raised when the wait is over, which without this bound is when the disk moves or the time-out runs out."""
 
 Mode = Literal["auto", "direct", "buffered", "uring"]
 
@@ -165,7 +169,7 @@ class Pool:
                 quiet = time.monotonic() - max(begin, ticket._moved or self._moved)
                 if quiet >= limit:
                     raise self._stuck(ticket, limit)
-                self._changed.wait(limit - quiet)
+                self._changed.wait(min(limit - quiet, LOOK_S))
         return None
 
     def stop(self, timeout_s: float) -> None:
