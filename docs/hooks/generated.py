@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import re
@@ -46,21 +47,29 @@ def fill(markdown: str) -> str:
 
 def messages() -> list[Message]:
     """Every message with which the library makes one of its errors, read from the source."""
-    from torchwrap.core import errors
-
-    names, found = set(errors.__all__), set()
+    found: set[Message] = set()
     for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if folder == "torchwrap" and "integrations" in path.parts:
                 continue
-            for call, name in _error_calls(ast.parse(path.read_text()), names):
-                what, fix = _template(call.args[0]) if call.args else "", ""
-                for keyword in call.keywords:
-                    if keyword.arg == "fix":
-                        fix = _template(keyword.value)
-                if what:
-                    found.add(Message(name, path.relative_to(ROOT).as_posix(), what, fix))
+            found |= _messages_of(path, path.stat().st_mtime_ns)
     return sorted(found)
+
+
+@functools.cache
+def _messages_of(path: Path, changed_ns: int) -> frozenset[Message]:
+    """Those of one file. Kept, because every error's section of the handbook asks for all of them."""
+    from torchwrap.core import errors
+
+    found = set()
+    for call, name in _error_calls(ast.parse(path.read_text()), set(errors.__all__)):
+        what, fix = _template(call.args[0]) if call.args else "", ""
+        for keyword in call.keywords:
+            if keyword.arg == "fix":
+                fix = _template(keyword.value)
+        if what:
+            found.add(Message(name, path.relative_to(ROOT).as_posix(), what, fix))
+    return frozenset(found)
 
 
 def _error_calls(tree: ast.AST, names: set[str]) -> Iterator[tuple[ast.Call, str]]:
