@@ -81,14 +81,14 @@ def _applied(case: Case, fixture: ModelFixture) -> Iterator[nn.Module]:
 def _bare_class_decorator(case: Case, fixture: ModelFixture) -> Iterator[nn.Module]:
     plain = fixture.build()
     with _decorated(type(plain), case.callable):
-        yield fixture.build()
+        yield fixture.construct()
 
 
 @contextmanager
 def _configured_class_decorator(case: Case, fixture: ModelFixture) -> Iterator[nn.Module]:
     plain = fixture.build()
     with _decorated(type(plain), case.callable(**fields_of(case.config(plain)))):
-        yield fixture.build()
+        yield fixture.construct()
 
 
 @contextmanager
