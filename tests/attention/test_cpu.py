@@ -209,3 +209,9 @@ def test_the_watch_sees_the_definition_make_squares() -> None:
     with largest_tensor() as seen:
         attention(call)
     assert seen.elements >= 256 * 256
+
+
+@pytest.mark.parametrize("seed", [25, 39, 57, 80])
+def test_the_law_holds_for_heads_of_width_one_in_halves(seed: int) -> None:
+    call, what = make(seed, heads=(1, 1), q_length=30, past=0, width=1, dtype=torch.bfloat16, mask="causal", extra="plain")
+    assert_correct(CPU, call, what)

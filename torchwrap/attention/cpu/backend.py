@@ -62,7 +62,7 @@ class Composed:
             return None
         from torchwrap.attention.cpu import prepared  # here: loads the library
 
-        if trains and prefill.refuses(call) is not None:
+        if (trains and prefill.refuses(call) is not None) or (prefill.is_narrow(call) and (trains or not few)):
             return None
         return prepared.Few(call, trains, mask) if few else prepared.Many(call, trains, mask)
 
