@@ -256,6 +256,52 @@ def test_compiled_code_has_one_graph_and_the_same_gradients(name: str, extra: st
     near(grads[1], grads[0])
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (2, 4, 12, 12), (1, 1, 1, 12)], ids=str)
+def test_compiled_code_takes_masks_of_booleans_and_never_their_numbers(shape: tuple[int, ...]) -> None:
+    leaves = [tensor.requires_grad_() for tensor in inputs(2, (4, 2), 12, 12)]
+
+    def function(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        return attend(q, k, v, mask=seen & True)
+
+    torch._dynamo.reset()
+    compiled: Callable[..., Tensor] = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        mask = torch.rand(shape) < 0.5
+        expected, found = function(*leaves, mask), compiled(*leaves, mask)
+        near(found, expected)
+        near(*(torch.autograd.grad(out.square().sum(), leaves) for out in (found, expected)))
+
+
+def test_compiled_code_takes_a_mask_of_booleans_beside_a_bias_and_with_rows() -> None:
+    q, k, v = inputs(2, (4, 2), 12, 12)
+    mask, bias = torch.rand(12, 12) < 0.5, torch.randn(4, 1, 12)
+
+    def function(mask: Tensor) -> tuple[Tensor, Tensor]:
+        return attend(q, k, v, mask=mask, bias=bias, need_rows=[0, -1])[1], attend(q, k, v, mask=mask, bias=bias)
+
+    torch._dynamo.reset()
+    near(torch.compile(function, fullgraph=True, backend="aot_eager")(mask), function(mask))
+
+
+def test_compiled_code_has_the_gradients_of_the_definition_too() -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in inputs(1, (4, 2), 5, 5))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: attend(q, k, v, backend="eager"), fullgraph=True, backend="aot_eager")
+    near(torch.autograd.grad(compiled(q).square().sum(), (q, k, v)), torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v)))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "sdpa", "eager"])
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_an_infinite_sink_is_no_number_as_in_the_softmax(backend: str, queries: int) -> None:
+    q, k, v = inputs(1, (2, 2), queries, 12)
+    sinks = torch.tensor([math.inf, -math.inf], requires_grad=True)
+    out, lse = attend(q, k, v, sinks=sinks, backend=backend, return_lse=True)
+    assert out[:, 0].isnan().all() and lse[:, 0].isnan().all()
+    near((out[:, 1], lse[:, 1]), tuple(found[:, 1] for found in attend(q, k, v, return_lse=True)))
+    out.sum().backward()
+    assert sinks.grad is not None and bool(sinks.grad[0].isnan()) and sinks.grad[1] == 0
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_the_bias_of_compiled_code_has_its_gradient_where_it_is_wanted(wanted: bool) -> None:
     q, k, v = (tensor.requires_grad_(not wanted) for tensor in inputs(1, (4, 2), 5, 5))

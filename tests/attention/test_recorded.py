@@ -84,3 +84,29 @@ def test_a_dense_mask_may_be_exported() -> None:
             return attend(x, x, x, mask=mask)
 
     torch.testing.assert_close(torch.export.export(Module(), (first,)).module()(second), Module()(second), atol=1e-5, rtol=1e-5)
+
+
+TRANSFORMS: dict[str, Callable[[Call], Call]] = {
+    "grad": lambda call: torch.func.grad(lambda x: call(x).square().sum()),
+    "vmap": lambda call: torch.func.vmap(call),
+    "vmap of grad": lambda call: torch.func.vmap(torch.func.grad(lambda x: call(x).square().sum())),
+    "grad of vmap": lambda call: torch.func.grad(lambda x: torch.func.vmap(call)(x).square().sum()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_make_fx_records_a_call_under_a_transform(name: str, masked: bool) -> None:
+    first, second = (torch.randn(*(() if name == "grad" else (2,)), 1, 2, 8, 16) for _ in range(2))
+    mask = torch.ones(8, 8).tril().bool() if masked else None
+    transform = TRANSFORMS[name](lambda x: attend(x, x, x, mask=mask))
+    torch.testing.assert_close(make_fx(transform)(first)(second), transform(second), atol=1e-5, rtol=1e-5)
+
+
+def test_make_fx_of_second_derivatives_refuses_by_name() -> None:
+    def first(x: Tensor) -> Tensor:
+        found: Tensor = torch.func.grad(lambda x: attend(x, x, x).square().sum())(x).sum()
+        return found
+
+    with pytest.raises(UnsupportedModelError, match="derivatives of derivatives"):
+        make_fx(torch.func.grad(first))(two(8)[0])

@@ -22,7 +22,7 @@ from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.prepared import prepared
 from torchwrap.attention.rows import probabilities, row_numbers
 from torchwrap.attention.settings import Settings
-from torchwrap.attention.transforms import is_forward_mode, is_mapped, recorded, transformed
+from torchwrap.attention.transforms import is_forward_mode, is_mapped, is_traced, recorded, transformed
 from torchwrap.core import errors
 from torchwrap.native.threads import one_thread, stuck
 
@@ -151,12 +151,12 @@ def attend(
             )
         return (out, lse) if return_lse else out
     q, k, v = autocast(q, k, v)
-    if isinstance(mask, Tensor) and _has_no_tiles(mask):
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool and _has_no_tiles(mask, need_rows is not None):
         mask = node.added(mask, q)
     wants_lse = return_lse or torch.is_grad_enabled() or transformed() or recorded()
     call = checked(q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, wants_lse=wants_lse)
     rows = None if need_rows is None else row_numbers(need_rows, call.q_length)
-    if recorded():
+    if recorded() and not transformed():
         if is_forward_mode():
             node.refuse_forward_mode()
         out, lse = operator.apply(call, backend if isinstance(backend, str) else backend.text)
@@ -172,14 +172,13 @@ def attend(
     return (out, lse, shares) if return_lse else (out, shares)
 
 
-def _has_no_tiles(mask: Tensor) -> bool:
-    """Whether a mask cannot be sorted into tiles: it is mapped over, or a graph is recorded, which would hold the numbers of this one.
+def _has_no_tiles(mask: Tensor, with_rows: bool) -> bool:
+    """Whether a mask of booleans can be sorted into tiles neither now nor by the operator that stands in a graph for this call.
 
-    Where Dynamo records, the graph ends instead.
+    Nobody can look at the numbers of what is mapped over; those of a graph are others when it runs, and only the operator sees them.
     """
-    if torch.compiler.is_dynamo_compiling() or hasattr(mask, "_found") or mask.dtype != torch.bool or mask.layout != torch.strided:
-        return False
-    return is_mapped(mask) or recorded()
+    unseen = is_mapped(mask) or is_traced() or (recorded() and (with_rows or transformed()))
+    return unseen and not hasattr(mask, "_found") and mask.layout == torch.strided
 
 
 def _needs_grad(call: Call) -> bool:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
+from torchwrap.attention.merge import logits_of
+from torchwrap.attention.transforms import recorded
 from torchwrap.core import errors
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ class Call:
         scale: factor of the scores.
         softcap: bound of the scaled scores, or None.
         sinks: `[Hq]`, one logit for each head, or None.
-        bias: added to the scores after the cap; `[B | 1, Hq | 1, Sq | 1, Sk]`, or None.
+        bias: added to the scores after the cap; `[B | 1, Hq | 1, Sq | 1, Sk]`, or None. Where a graph is recorded it may be bool: a mask
+            that only the operator in the graph can sort into tiles.
         dropout: probability with which a weight becomes 0 (the others grow by `1 / (1 - dropout)`).
         seed: int64 scalar that picks the dropped weights; None without dropout.
         some_keys: for a backward over a part of the keys: out and lse are those of all of them.
@@ -263,11 +266,15 @@ def checked(
                 f"sinks are {_said(sinks)}, and q has {q.shape[1]} heads", where="attend", fix="Give one number for each query head."
             )
         _same_device(q, sinks, "sinks")
+        sinks = logits_of(sinks)
     seen, added = _masks(mask, shape, q)
     if bias is not None:
         _check_added(bias, shape, "bias")
         _same_device(q, bias, "bias")
-        added = bias if added is None else bias + added
+        if added is not None and added.dtype == torch.bool:
+            added = bias.masked_fill(~added, -math.inf)
+        else:
+            added = bias if added is None else bias + added
     return Call(
         q=q, k=k, v=v, mask=seen, scale=factor, softcap=softcap, sinks=sinks,
         bias=None if added is None else added[(None,) * (4 - added.dim())], dropout=dropout,
@@ -362,6 +369,8 @@ def _masks(mask: TileMask | Tensor | None, shape: tuple[int, int, int, int], q: 
         return TileMask(mask.shape[0], *shape[2:], key_mask=mask[:, 0, 0].clone()), None
     if mask.is_meta:
         return None, torch.zeros_like(mask, dtype=q.dtype)  # shapes alone
+    if recorded():
+        return None, mask
     return TileMask.from_dense(mask.expand(mask.shape[0], mask.shape[1], *shape[2:])), None
 
 

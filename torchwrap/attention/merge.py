@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["grad_of_sinks", "merge", "merge_all", "merge_into", "merge_stack", "with_sinks"]
+__all__ = ["grad_of_sinks", "logits_of", "merge", "merge_all", "merge_into", "merge_stack", "with_sinks"]
 
 
 def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,9 +76,18 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, 
     """
     if sinks is None:
         return out, lse
-    sink = sinks.detach().to(lse.dtype)[:, None].expand_as(lse)
+    sink = logits_of(sinks.detach()).to(lse.dtype)[:, None].expand_as(lse)
     total = torch.logaddexp(lse, sink)
     return out * torch.exp(lse - torch.where(total == -math.inf, 0.0, total))[..., None].to(out.dtype), total
+
+
+def logits_of(sinks: Tensor) -> Tensor:
+    """The sinks, with NaN for infinity, as the softmax of a row with an infinite score is: as `exp(score - lse)` it would hide the keys.
+
+    Args:
+        sinks: `[Hq]`; -inf is a sink that takes nothing.
+    """
+    return sinks + 0.0 * sinks.clamp_min(0.0)
 
 
 def grad_of_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from torchwrap.attention import drowned, operator
 from torchwrap.attention.autocast import exact_dtypes
 from torchwrap.attention.contract import Call, Prepared
 from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.settings import Settings
-from torchwrap.attention.transforms import transformed
+from torchwrap.attention.transforms import recorded, transformed
 from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.native.threads import one_thread, stuck
 
@@ -61,6 +62,8 @@ def _forward(rest: Call, backend: str | Settings, tensors: tuple[Tensor | None, 
         found: tuple[Tensor, Tensor] = untraced(_forward, rest, backend, tensors)
         return found
     call = _with(rest, tensors)
+    if recorded():
+        return operator.apply(call, backend if isinstance(backend, str) else backend.text)
     with exact_dtypes(call.q):
         return attempt(call, backend, lambda found: found.forward(call))
 
@@ -186,9 +189,12 @@ class _Gradients(_Last):
             found: tuple[Tensor | None, ...] = untraced(_Gradients.forward, *given)
             return found
         call = _with(rest, tensors).for_gradients(wants_bias)
+        if recorded():  # make_fx around a transform, which has run its rules by now
+            text = backend if isinstance(backend, str) else backend.text
+            return operator.gradients(call, out, lse, grad_out, grad_lse, wants_bias, text)
         with exact_dtypes(call.q):
             # Whoever computed the forward: out and lse are the same for all.
-            return attempt(call, backend, lambda found: found.backward(call, out, lse, grad_out, grad_lse), "backward")
+            return attempt(call, backend, lambda found: drowned.backward(found, call, out, lse, grad_out, grad_lse), "backward")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:

@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchwrap.attention import drowned
 from torchwrap.attention.autocast import exact_dtypes
 from torchwrap.attention.contract import Call
 from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.masks.dictionary import TileDictionary
 from torchwrap.attention.masks.fields import TENSOR_FIELDS
-from torchwrap.attention.transforms import is_traced
+from torchwrap.attention.transforms import autograd_allowed, is_traced
 from torchwrap.core import errors
 
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
-__all__ = ["apply", "mask_of", "taken_apart"]
+__all__ = ["apply", "gradients", "mask_of", "taken_apart"]
 
-_ABSENT = -1
+_ABSENT, _DENSE = -1, -2
 _NUMBERS = ("right", "left", "chunk")
 _TENSORS = (*TENSOR_FIELDS, "q_offset")
 
@@ -51,6 +52,8 @@ def mask_of(tensors: Sequence[Tensor], numbers: Sequence[int]) -> TileMask | Non
         return None
     from torchwrap.attention.masks.mask import TileMask  # here: masks import dictionaries, and this module is imported by both
 
+    if numbers[0] == _DENSE:
+        return TileMask.from_dense(tensors[0].expand(-1, -1, *numbers[1:]))
     batch, q_length, kv_length, *rest = numbers
     values: dict[str, Any] = {name: None if value == _ABSENT else value for name, value in zip(_NUMBERS, rest, strict=False)}
     kv_offset, q_offset, *rest = rest[len(_NUMBERS) :]
@@ -73,11 +76,25 @@ def apply(call: Call, backend: str) -> tuple[Tensor, Tensor]:
             fix="Use torch.export or torch.compile, or give the mask as a tensor of booleans, which is added to the scores then.",
         )
     wants_bias = call.bias is not None and call.bias.requires_grad  # graphs hold tensors that have forgotten it
-    out, lse = _attend(
-        call.q, call.k, call.v, call.sinks, call.bias, call.seed, *taken_apart(call.mask), call.scale, call.softcap, call.dropout,
-        wants_bias, backend,
-    )  # fmt: skip
+    out, lse = _attend(*_given(call), wants_bias, backend)
     return out, lse
+
+
+def gradients(
+    call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None, wants_bias: bool, backend: str
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, the sinks and the bias of the call, by the operator of the backward; None where the call has none."""
+    given = _given(call)
+    grads = _attend_backward(grad_out, grad_lse, out, lse, *given, wants_bias, backend)
+    return tuple(None if tensor is None else grad for tensor, grad in zip(given[:5], grads, strict=True))
+
+
+def _given(call: Call) -> tuple[Any, ...]:
+    """The call as both operators take it."""
+    bias, (tensors, numbers) = call.bias, taken_apart(call.mask)
+    if bias is not None and bias.dtype == torch.bool:  # a mask that nobody could look at while the graph was recorded
+        tensors, numbers, bias = [bias], [_DENSE, call.q_length, call.kv_length], None
+    return call.q, call.k, call.v, call.sinks, bias, call.seed, tensors, numbers, call.scale, call.softcap, call.dropout
 
 
 def _call(
@@ -118,8 +135,8 @@ def _attend_backward(
     dropout: float, wants_bias: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     call = _call(q, k, v, sinks, bias, seed, tensors, numbers, scale, softcap, dropout).for_gradients(wants_bias)
-    with exact_dtypes(q):
-        found = attempt(call, backend, lambda chosen: chosen.backward(call, out, lse, grad_out, grad_lse), "backward")
+    with exact_dtypes(q), autograd_allowed():
+        found = attempt(call, backend, lambda chosen: drowned.backward(chosen, call, out, lse, grad_out, grad_lse), "backward")
     dq, dk, dv, dsinks, dbias = (q.new_empty(0) if grad is None else grad.contiguous() for grad in found)
     return dq, dk, dv, dsinks, dbias
 

@@ -27,12 +27,13 @@ def visible(call: Call) -> Tensor | None:
     return call.mask.rectangles((0, call.q_length), (0, call.kv_length))
 
 
-def attention(call: Call, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def attention(call: Call, dtype: torch.dtype | None = None, first_row: int = 0) -> tuple[Tensor, Tensor]:
     """Out and lse by the definition.
 
     Args:
         call: the call. Gradients flow to its tensors.
         dtype: of the computation; None: that of q for the products, with sums as in the contract.
+        first_row: number of the call's first query among those for which dropout was drawn.
 
     Returns:
         out `[B, Hq, Sq, Dv]` in `dtype` (that of q for None), and lse `[B, Hq, Sq]`.
@@ -58,7 +59,8 @@ def attention(call: Call, dtype: torch.dtype | None = None) -> tuple[Tensor, Ten
     weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)[..., : call.kv_length]
     if call.seed is not None:
         heads = torch.arange(call.batch * call.heads).view(call.batch, call.heads)
-        weights = weights * factors(call.seed, call.dropout, heads, (0, call.q_length), (0, call.kv_length), call.q.device)
+        rows = first_row, first_row + call.q_length
+        weights = weights * factors(call.seed, call.dropout, heads, rows, (0, call.kv_length), call.q.device)
     return weights.to(dtype) @ v, lse
 
 

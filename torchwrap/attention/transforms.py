@@ -7,7 +7,7 @@ element of a batch, and nobody can look at the numbers of all elements at once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from torchwrap.core.errors import UnsupportedModelError
 
-__all__ = ["beneath", "is_forward_mode", "is_mapped", "is_traced", "outside_of_transforms", "recorded", "transformed"]
+__all__ = ["autograd_allowed", "beneath", "is_forward_mode", "is_mapped", "is_traced", "outside_of_transforms", "recorded", "transformed"]
 
 _in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch's own `autograd.Function` asks the same
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
@@ -80,6 +80,18 @@ def beneath(tensor: Tensor) -> Tensor:
     while _is_wrapped(tensor):
         tensor = _unwrapped(tensor)
     return tensor
+
+
+@contextlib.contextmanager
+def autograd_allowed() -> Iterator[None]:
+    """A region in which gradients can be taken by autograd inside an operator, where torch 2.13 keeps it from seeing any call."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    hidden = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, hidden)
 
 
 def outside_of_transforms() -> AbstractContextManager[object]:

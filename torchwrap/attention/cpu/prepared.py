@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchwrap.attention import drowned
 from torchwrap.attention.contract import Call, Prepared
 from torchwrap.attention.cpu import decode, prefill
+from torchwrap.attention.cpu.backend import Composed
 from torchwrap.native.decode import Prepared as Decode
 from torchwrap.native.prefill import Backward, Forward, Hidden, in_memory, readable, unread
 
@@ -136,11 +138,12 @@ class Many:
     """
 
     name = "cpu"
-    __slots__ = ("_backward", "_forward", "again", "kind", "trains")
+    __slots__ = ("_backward", "_forward", "_numbers", "again", "kind", "trains")
 
     def __init__(self, call: Call, trains: bool, mask: Tensor | None = None) -> None:
         self.trains, self.kind = trains, ""
-        how: dict[str, Any] = dict(scale=call.scale, softcap=call.softcap, dropout=call.dropout)
+        self._numbers: dict[str, Any] = dict(scale=call.scale, softcap=call.softcap, dropout=call.dropout)
+        how: dict[str, Any] = {**self._numbers}
         bias = None
         if mask is None:
             how |= dict(limits=prefill.limits(call.mask), hidden=prefill.hidden(call))
@@ -171,6 +174,11 @@ class Many:
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of q, k and v."""
         bias, shown = (_added(mask), None) if self.again else _read(mask)
+        if bias is not None and lse is not None and not self.again and drowned.rows(lse, grad_out, grad_lse) is not None:
+            assert out is not None and mask is not None
+            drawn = torch.tensor(seed) if self._numbers["dropout"] else None
+            call = Call(q=q, k=k, v=v, bias=mask[(None,) * (4 - mask.dim())], seed=drawn, **self._numbers)
+            return drowned.backward(Composed(), call, out, lse, grad_out, grad_lse)[:3]
         return self._backward(q, k, v, out, lse, grad_out, grad_lse, bias, shown, seed)
 
 

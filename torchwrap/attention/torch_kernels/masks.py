@@ -69,12 +69,20 @@ def added(call: Call, word: bool) -> tuple[Tensor | None, Tensor | None]:
         return None, None
     if call.mask is None or is_full(call):
         assert call.bias is not None
-        numbers = call.bias.detach().to(call.q.dtype)
+        numbers = _narrowed(call.bias.detach(), call.q.dtype)
     else:
         mask: Any = call.mask.to(call.q.device)
         seen = mask.rectangles((0, call.q_length), (0, call.kv_length))
-        numbers = torch.where(seen, 0.0 if call.bias is None else call.bias.detach(), -math.inf).to(call.q.dtype)
+        numbers = torch.where(seen, 0.0 if call.bias is None else _narrowed(call.bias.detach(), call.q.dtype), -math.inf).to(call.q.dtype)
     return numbers, numbers.amax(-1) != -math.inf
+
+
+def _narrowed(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias in another dtype. What was finite stays so: a row whose keys are all hidden by float32's least number has their mean."""
+    least, most = torch.finfo(dtype).min, torch.finfo(dtype).max
+    if torch.finfo(bias.dtype).max <= most:
+        return bias.to(dtype)
+    return torch.where(bias.isinf(), bias, bias.clamp(least, most)).to(dtype)
 
 
 def added_bytes(call: Call, word: bool) -> int:
