@@ -242,13 +242,14 @@ def user_mask(mask: Tensor, queries: int) -> TileMask | Tensor:
         mask: [B or 1, H or 1, Sq or 1, Sk], bool or floating.
         queries: Sq.
 
-    Cost: reads the mask once, as long as it is the same tensor and nobody writes to it; in every layer for tensors of inference mode, which
-        do not tell.
+    Cost: reads a mask without gradient once, as long as it is the same tensor and nobody writes to it; in every layer for tensors of
+        inference mode, which do not tell.
     """
     if mask.dim() != 4 or isinstance(mask, TileMask):
         return mask
     rows = mask.expand(-1, -1, queries, -1) if mask.shape[2] == 1 else mask
-    if torch.compiler.is_dynamo_compiling():
+    # A bias that is learned begins at zero in many models (Swin, BEiT): as tiles it would show everything, and learn nothing.
+    if torch.compiler.is_dynamo_compiling() or mask.requires_grad:
         return rows
     if mask.is_inference():
         made = _as_tiles(mask, queries)

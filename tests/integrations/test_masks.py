@@ -13,6 +13,7 @@ import transformers
 from transformers import AttentionInterface, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 
+import torchwrap as tw
 from tests.attention.masks import whole
 from torchwrap.attention.masks.fields import TENSOR_FIELDS
 from torchwrap.attention.masks.mask import TileMask
@@ -196,6 +197,15 @@ def test_masks_of_users_are_read_once_and_again_when_written_to() -> None:
     assert isinstance(second, TileMask) and torch.equal(whole(second), dense)
     bias = torch.randn(2, 1, 6, 6)
     assert user_mask(bias, bias.shape[2]) is bias and user_mask(second, second.shape[2]) is second
+
+
+def test_a_bias_that_is_learned_from_zero_has_gradients() -> None:
+    config = transformers.SwinConfig(image_size=16, patch_size=4, embed_dim=8, depths=[2], num_heads=[2], window_size=2)
+    model = tw.fast_attention(transformers.SwinModel(config))
+    tables = [parameter for name, parameter in model.named_parameters() if name.endswith("bias_table")]
+    assert tables and not any(table.any() for table in tables)
+    model(torch.randn(1, 3, 16, 16)).last_hidden_state.square().sum().backward()
+    assert all(table.grad is not None and bool(table.grad.any()) for table in tables)
 
 
 def test_masks_of_inference_mode_are_served_too() -> None:
