@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from torchwrap.core import errors
+from torchwrap.storage.workers import LOOK_S
 from torchwrap.stream.slots import Fetch
 from torchwrap.stream.units import Piece, Unit
 from torchwrap.stream.window import Window
@@ -116,8 +117,10 @@ class UpdatedWindow(Window):
     def _await(self, over: Callable[[], bool], what: str, where: str) -> None:
         end = time.monotonic() + self._timeout_s
         while not over():
-            if not self.state.wait(end - time.monotonic()) and not over():
+            left = end - time.monotonic()
+            if left <= 0:
                 raise errors.StorageError(f"torchwrap: {what} took over {self._timeout_s} s", where=where)
+            self.state.wait(min(left, LOOK_S))
 
     # -- slots left for updates ----------------------------------------------------------------------------------------------------
 
@@ -156,7 +159,8 @@ class UpdatedWindow(Window):
         if over() or not self.layout(unit).places:
             return
         began = time.monotonic()
-        self.state.wait_for(over, self._timeout_s)  # at the latest then it is taken from them
+        while not over() and (left := began + self._timeout_s - time.monotonic()) > 0:  # at the latest then it is taken from them
+            self.state.wait(min(left, LOOK_S))
         ended = time.monotonic()
         self.counters["stalls"] += 1
         self.counters["stall_s"] += ended - began
