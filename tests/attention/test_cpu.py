@@ -11,7 +11,7 @@ import torch
 
 from tests.attention.cases import DTYPES, EXTRAS, MASKS, WIDTHS, assert_correct, largest_tensor, make
 from torchwrap.attention.contract import checked
-from torchwrap.attention.cpu import decode, prefill
+from torchwrap.attention.cpu import backend, decode, prefill
 from torchwrap.attention.cpu.backend import Composed
 from torchwrap.attention.dispatch import choose
 from torchwrap.attention.masks.mask import TileMask
@@ -215,3 +215,19 @@ def test_the_watch_sees_the_definition_make_squares() -> None:
 def test_the_law_holds_for_heads_of_width_one_in_halves(seed: int) -> None:
     call, what = make(seed, heads=(1, 1), q_length=30, past=0, width=1, dtype=torch.bfloat16, mask="causal", extra="plain")
     assert_correct(CPU, call, what)
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "keys", "halves", "kernel"),
+    [(12, 12, False, "few"), (16, 200, False, "few"), (17, 200, False, "many"), (17, 200, True, "few"), (17, 17, True, "many")],
+)
+def test_keys_are_packed_for_more_than_sixteen_rows(
+    monkeypatch: pytest.MonkeyPatch, rows: int, keys: int, halves: bool, kernel: str, lse: bool
+) -> None:
+    q, k, v = (torch.zeros(1, 2, length, 24, dtype=torch.bfloat16) for length in (rows, keys, keys))
+    call = checked(q, k, v, wants_lse=lse)
+    if prefill.refuses(call) is not None:
+        pytest.skip("this processor packs for no call")
+    monkeypatch.setattr(backend, "_multiplies_halves", lambda: halves)
+    assert kernel in CPU.describe(call).split("queries")[0]

@@ -112,3 +112,13 @@ def test_without_guards_calls_are_known_by_their_keys(monkeypatch: pytest.Monkey
     for _ in range(2):
         torch.testing.assert_close(attend(*given), wanted(*given))
     assert not prepared._last
+
+
+def test_a_call_without_a_mask_is_not_that_of_a_mask_that_is_gone() -> None:
+    q, k, v = tensors(20, rows=20)
+    for _ in range(2):
+        mask = TileMask.causal(1, 20, 20)
+        torch.testing.assert_close(attend(q, k, v, mask=mask), wanted(q, k, v, mask=mask))
+        del mask
+        gc.collect()
+        torch.testing.assert_close(attend(q, k, v), wanted(q, k, v))

@@ -38,7 +38,8 @@ def backward(found: Backend, call: Call, out: Tensor, lse: Tensor, grad_out: Ten
 
     Cost: a look at lse where there is a bias; for such rows, scores of up to a million at a time.
     """
-    lost = rows(lse, grad_out, grad_lse) if call.bias is not None and found.name != "eager" else None
+    looks = call.bias is not None and found.name != "eager" and not call.some_keys  # the softmax is that of all keys
+    lost = rows(lse, grad_out, grad_lse) if looks else None
     if lost is None:
         return found.backward(call, out, lse, grad_out, grad_lse)
     rest = grad_out.masked_fill(lost[..., None], 0.0), None if grad_lse is None else grad_lse.masked_fill(lost, 0.0)

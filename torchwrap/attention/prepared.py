@@ -73,7 +73,7 @@ def prepared(
             # Fake tensors are of a class of their own, but what a dispatch mode does to others is not in the guards.
             if (
                 last.now == now
-                and last.mask() is mask
+                and (last.mask is _no_mask if mask is None else last.mask() is mask)  # a mask that is gone is None as well
                 and last.fits(q, k, v)
                 and not (_modes() or is_forward_mode() or is_traced() or stuck())
             ):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.contract import Call, Gradients, Prepared
-from torchwrap.attention.cpu import borrowed, compose, decode, prefill, tiled
+from torchwrap.attention.cpu import compose, decode, prefill, tiled
 from torchwrap.attention.cpu.parts import Block, Part, Strip, plan
 
 __all__ = ["Composed"]
@@ -42,8 +42,6 @@ class Composed:
         if call.is_empty:
             return call.empty_result()
         way = _way(call)
-        if way == "borrowed":
-            return borrowed.forward(call)
         if way == "many":
             return prefill.forward(call)
         if way is not None:
@@ -55,8 +53,6 @@ class Composed:
         if call.is_empty or call.sinks is not None or not all(tensor.stride(3) == 1 for tensor in (call.q, call.k, call.v)):
             return None
         way = _way(call)
-        if way == "borrowed" and (mask is None or mask.is_floating_point()):
-            return borrowed.Borrowed(call, trains)
         few = way == "native" and (mask is None or call.q_length == 1)
         if not few and way != "many":
             return None
@@ -71,8 +67,6 @@ class Composed:
         if call.is_empty:
             return "nothing to compute"
         way = _way(call)
-        if way == "borrowed":
-            return "torch's kernel as it is: faster here at products of these sizes"
         if way == "native":
             return "a few queries, by the native kernel: keys and values are read once"
         missing = decode.native_refuses(call) if call.q_length == 1 else None
@@ -89,11 +83,10 @@ class Composed:
 
     def backward(self, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         """Gradients of everything."""
-        if grad_lse is None and not call.is_empty and _way(call) == "borrowed":
-            return *borrowed.backward(call, out, lse, grad_out), None, None
         if prefill.refuses(call) is None:
-            if _way(call) != "many" and not prefill.is_few(call):
-                # `decode` sums scores in another order: gradients would lose in accuracy what the two differ by.
+            if _way(call) != "many" and not prefill.is_few(call) and not call.some_keys:
+                # `decode` sums scores in another order: gradients would lose in accuracy what the two differ by. Those of all keys cannot
+                # be computed here.
                 out, lse = prefill.forward(call)
             return prefill.backward(call, out, lse, grad_out, grad_lse)
         tile = compose.refuses(call) is not None or call.is_empty or (call.bias is not None and call.bias.requires_grad)
@@ -102,10 +95,8 @@ class Composed:
         return compose.backward(call, out, lse, grad_out)
 
 
-def _way(call: Call) -> decode.Form | Literal["many", "borrowed"] | None:
+def _way(call: Call) -> decode.Form | Literal["many"] | None:
     """What computes the call, if it is no composition."""
-    if borrowed.takes(call):
-        return "borrowed"
     few = decode.form(call)
     if few is not None and (call.q_length == 1 or call.group * call.q_length <= _most_few(call)):
         return few
@@ -117,9 +108,9 @@ def _most_few(call: Call) -> int:
 
     Packing takes 1.2 to 2.6 times as long up to 12 rows, as long for 16, and 0.75 to 0.95 of the time from 24 on, in all dtypes, over as
     many keys as queries and over more (Intel with AVX-512, one and two threads). Where bfloat16 is multiplied as it is (AMD), that holds
-    for as many keys as queries. Gradients of more rows than 16 are of a packed forward, which would be computed a second time.
+    for as many keys as queries. Whether gradients are wanted does not count: a block that is computed again has the same bits.
     """
-    longer = call.mode == "chunked" and not call.wants_lse and _multiplies_halves()
+    longer = call.mode == "chunked" and _multiplies_halves()
     return decode.MOST_ROWS if longer else prefill.MOST_FEW
 
 
