@@ -2,9 +2,8 @@
 
 Rounds alternate and start with a different contender each time; each run is a fresh child in a fresh memory group, after the page cache of
 the checkpoint was dropped, between two probes of the disk. The first steps of a run are not counted (`WARM`): files are new and libraries
-cold then.
-Figures are medians over all counted steps of all rounds. No time is reported unless the losses of all steps of all runs have equal bits;
-DeepSpeed's own Adam rounds differently, so for it the largest relative distance of a loss is reported instead.
+cold then. Figures are medians over all counted steps of all rounds. No time is reported unless the losses of all steps of all runs have
+equal bits; DeepSpeed's own Adam rounds differently, so for it the largest relative distance of a loss is reported instead.
 
 Overlap efficiency, the physical limit over what was measured: `max(T_io, T_compute + T_update) / T_step`, where `T_io` is what the raw
 probe would take to move the same bytes, reading and writing at the same time, and `T_compute + T_update` the fastest step with
@@ -39,8 +38,8 @@ CONTENDERS = ("torchwrap", "torchwrap-serial", "memory", "paging", "deepspeed")
 LIMITS = {"torchwrap": GIB * 5 // 4, "torchwrap-serial": GIB * 5 // 4, "paging": GIB * 3 // 2, "deepspeed": GIB * 5}
 INEXACT = frozenset({"deepspeed"})
 WARM = 2
-"""Steps before those that are counted. With one, training in memory seemed to take 3.1 s a step instead of 2.0: its second step, the first with
-moments and gradients of the size that they keep, takes 4.1 to 4.3 s."""
+"""Steps before those that are counted. With one, training in memory seemed to take 3.1 s a step instead of 2.0: its second step, the
+first with moments and gradients of the size that they keep, takes 4.1 to 4.3 s."""
 
 
 @dataclass(kw_only=True)
