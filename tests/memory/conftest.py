@@ -31,7 +31,7 @@ def child() -> RunChild:
 
     def run(name: str, *arguments: Any, limit: int | None = None) -> ChildResult:
         command = [sys.executable, str(CHILDREN), name, *map(str, arguments)]
-        return run_child(command, limit=limit, environment=ENVIRONMENT, folder=ROOT, timeout_s=120)
+        return run_child(command, limit=limit, environment=ENVIRONMENT, folder=ROOT, timeout_s=240)
 
     return run
 
