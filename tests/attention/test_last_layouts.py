@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -76,6 +78,28 @@ def test_tensors_of_another_layout_are_not_taken_for_the_last(other: Any) -> Non
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if changed[0].dtype == torch.bfloat16 else {}
     whole = [tensor.resolve_neg().clone() for tensor in changed]
     torch.testing.assert_close(attend(*changed), wanted(*whole), **tolerance)
+
+
+# In a process of its own, which a guard that is asked for their strides ends without a word of Python.
+NESTED = """
+import torch
+from torchwrap.attention.attend import attend
+from torchwrap.core.errors import ConfigError
+known = torch.randn(2, 4, 6, 8)
+nested = torch.nested.nested_tensor([known[0], known[1]])
+attend(known, known, known)
+for given in ((nested, known, known), (known, nested, known), (known, known, nested), (nested, nested, nested)):
+    try:
+        attend(*given)
+    except ConfigError as error:
+        assert "nested" in str(error)
+        print("refused")
+"""
+
+
+def test_nested_tensors_are_refused_after_others_too() -> None:
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", NESTED], capture_output=True, text=True, check=False, timeout=120)
+    assert (found.returncode, found.stdout.split()) == (0, ["refused"] * 4), found.stderr
 
 
 def test_numbers_settings_and_gradients_are_part_of_what_is_known() -> None:

@@ -74,6 +74,7 @@ def prepared(
             if (
                 last.now == now
                 and (last.mask is _no_mask if mask is None else last.mask() is mask)  # a mask that is gone is None as well
+                and not (q.is_nested or k.is_nested or v.is_nested)  # torch's guards end the process over their strides
                 and last.fits(q, k, v)
                 and not (_modes() or is_forward_mode() or is_traced() or stuck())
             ):
