@@ -23,7 +23,7 @@ from torchwrap.core.config import parse_size
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
 from torchwrap.storage.limits import memory_available
 
-__all__ = ["CooperativeCache", "CooperativeLayer", "plan_of_cache", "shape_of_cache"]
+__all__ = ["CooperativeCache", "CooperativeLayer", "keeps_latents", "plan_of_cache", "shape_of_cache"]
 
 
 class CooperativeCache(DynamicCache):
@@ -58,7 +58,7 @@ class CooperativeCache(DynamicCache):
         PlanError: the memory does not suffice; nothing stays allocated.
         DiskFullError: the disk has less room than the plan needs there.
         UnsafePathError: the folder for it is a link, somebody else's, or writable by others.
-        UnsupportedModelError: the model has no layer of full attention with a cache of its own.
+        UnsupportedModelError: the model has no layer of full attention with a cache of its own, or keeps latents in it.
 
     Exactness: tokens of greedy generation as with a cache on one device, up to rounding of sums in another order; with a narrower
         `kv_host_dtype` lossy.
@@ -113,16 +113,20 @@ def plan_of_cache(
     if min(tokens, batch) < 1:
         raise ConfigError(f"{batch} rows of {tokens} tokens", where="CooperativeCache", fix="Give at least one of each.")
     layers = DynamicCache(config=model.config).layers
-    divided = sum(type(layer) is DynamicLayer for layer in layers)
-    if not divided:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no layer of full attention with a growing cache: {', '.join(map(repr, layers))}",
-            where="CooperativeCache",
-            fix="Use the model's own cache.",
-        )
+    divided = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
     dtype = dtype or model.dtype
     storage = _storage(kv_host_dtype, dtype)
-    shape = shape_of_cache(model, divided, batch, dtype, storage)
+    shapes = {shape_of_cache(model, index, batch, dtype, storage) for index in divided}
+    lacking = None
+    if not divided:
+        lacking = f"has no layer of full attention with a growing cache: {', '.join(map(repr, layers))}"
+    elif keeps_latents(model):
+        lacking = "keeps latents in its cache, of which it makes the keys and values of all tokens in every step"
+    elif len(shapes) > 1:
+        lacking = f"has layers of full attention with keys of different shapes: {', '.join(map(repr, shapes))}"
+    if lacking is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} {lacking}", where="CooperativeCache", fix="Use the model's own cache.")
+    shape = replace(shapes.pop(), layers=len(divided))
     machine = machine_for(torch.device(device or model.device))
     chunk_bytes, workers = _chunk_bytes(stream_chunk_mib), _threads(host_threads)
     host = parse_size(host_memory, field="host_memory") if host_memory is not None else memory_available() or 0
@@ -229,22 +233,36 @@ def _disk_rate(folder: str | None) -> float:
 
 def _for_prompts(model: Any, device: torch.device, budget: int, shape: CacheShape) -> int:
     """Bytes that a chunk of a prompt may take in attention: what is free beside the cache, less what the rest of a block takes of it."""
-    config = model.config.get_text_config(decoder=True)
     free = max(0, free_on(device) - budget) if budget else free_on(device) // 9  # of the tenth that is left alone
-    wide = 4 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    wide = max(4 * one.hidden_size + 3 * (getattr(one, "intermediate_size", None) or 4 * one.hidden_size) for one in _configs(model))
     others = shape.batch * wide * shape.itemsize
     return int(free * shape.prompt_bytes // (shape.prompt_bytes + others))
 
 
-def shape_of_cache(model: Any, layers: int, batch: int, dtype: torch.dtype, storage: torch.dtype | None = None) -> CacheShape:
-    """Sizes of the keys and values of so many of a model's layers, as its config says."""
-    config = model.config.get_text_config(decoder=True)
+def keeps_latents(model: Any) -> bool:
+    """Does the model cache latents, which are neither keys nor values (DeepSeek and its kind, in transformers 5.23)?"""
+    return getattr(_configs(model)[0], "kv_lora_rank", None) is not None
+
+
+def shape_of_cache(model: Any, layer: int, batch: int, dtype: torch.dtype, storage: torch.dtype | None = None) -> CacheShape:
+    """Sizes of what one of a model's layers keeps, as its config says."""
+    config = _configs(model)[layer]
     heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = value_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if keeps_latents(model):
+        kv_heads, width, value_width = 1, config.kv_lora_rank, config.qk_rope_head_dim
     return CacheShape(
-        layers=layers, batch=batch, heads=heads, kv_heads=getattr(config, "num_key_value_heads", None) or heads, width=width,
-        value_width=width, itemsize=dtype.itemsize, host_itemsize=None if storage is None else storage.itemsize,
+        layers=1, batch=batch, heads=heads, kv_heads=kv_heads, width=width, value_width=value_width, itemsize=dtype.itemsize,
+        host_itemsize=None if storage is None else storage.itemsize,
     )  # fmt: skip
+
+
+def _configs(model: Any) -> list[Any]:
+    """The config of each layer: in some models (Gemma 4) they have heads of their own."""
+    config = model.config.get_text_config(decoder=True)
+    found = getattr(config, "per_layer_config", None)  # transformers 5.23
+    return list(found) if found else [config] * config.num_hidden_layers
 
 
 def _chunk_bytes(mib: float) -> int:

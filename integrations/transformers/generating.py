@@ -23,7 +23,7 @@ from torchwrap.attention.cooperative.settings import CacheSettings
 from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.layer import Layer, held_back
 from torchwrap.core.swap import original_class
-from torchwrap.integrations.transformers.cooperative import CooperativeCache, plan_of_cache, shape_of_cache
+from torchwrap.integrations.transformers.cooperative import CooperativeCache, keeps_latents, plan_of_cache, shape_of_cache
 
 __all__ = ["CacheMaker", "divides", "growing_layers", "plan_of_arenas"]
 
@@ -40,8 +40,8 @@ def growing_layers(model: nn.Module) -> list[Any]:
 
 
 def divides(model: nn.Module) -> bool:
-    """Has the cache of the model's generations layers of full attention? A window is small and stays where it is."""
-    return any(type(layer) is DynamicLayer for layer in growing_layers(model))
+    """Has the cache of the model's generations keys of layers of full attention? A window is small and stays where it is."""
+    return any(type(layer) is DynamicLayer for layer in growing_layers(model)) and not keeps_latents(model)
 
 
 def plan_of_arenas(model: Any, tokens: int, batch: int) -> ArenaPlan | None:
@@ -49,9 +49,10 @@ def plan_of_arenas(model: Any, tokens: int, batch: int) -> ArenaPlan | None:
     layers = growing_layers(model)
     if not layers or not all(isinstance(layer, DynamicLayer) for layer in layers):
         return None
-    shape = shape_of_cache(model, len(layers), batch, model.dtype)
     return ArenaPlan(
-        tokens=tokens, windows=tuple(getattr(layer, "sliding_window", None) for layer in layers), token_bytes=shape.token_bytes
+        tokens=tokens,
+        windows=tuple(getattr(layer, "sliding_window", None) for layer in layers),
+        token_bytes=tuple(shape_of_cache(model, index, batch, model.dtype).token_bytes for index in range(len(layers))),
     )
 
 

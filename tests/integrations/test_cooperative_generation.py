@@ -191,6 +191,45 @@ def test_models_without_such_a_cache_are_refused_when_wrapped(name: str) -> None
     assert set(model.__dict__) == before and not tw.wrappers_of(model)
 
 
+GEMMA4 = tiny.Case(
+    "Gemma4ForCausalLM", "Gemma4TextConfig",
+    dict(
+        attending.TEXT, num_hidden_layers=4, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True,
+        sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2, num_kv_shared_layers=0, hidden_size_per_layer_input=0,
+    ),
+)  # fmt: skip
+DEEPSEEK = tiny.Case(
+    "DeepseekV3ForCausalLM", "DeepseekV3Config",
+    dict(
+        attending.TEXT, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12,
+        first_k_dense_replace=3,
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("split", ["token", "head"])
+def test_layers_with_heads_of_their_own_are_planned_each_as_it_is(split: str, no_gathering: None) -> None:
+    plain, model = GEMMA4.build(), tw.fast_attention(GEMMA4.build(), **HALF, kv_split=split)
+    found = model.generate(**prompt(), **OPTIONS, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, plain.generate(**prompt(), **OPTIONS))
+    shape = found.past_key_values.plan.shape
+    assert (shape.layers, shape.kv_heads, shape.width) == (2, 1, 16) and found.past_key_values.plan.host_bytes
+    grown = tw.fast_attention(GEMMA4.build())
+    plan, cache = tw.fast_attention.plan(grown, tokens=12, batch=2), grown(**prompt()).past_key_values
+    assert plan.token_bytes == tuple(2 * layer.keys[0, :, 0].nbytes + 2 * layer.values[0, :, 0].nbytes for layer in cache.layers)
+
+
+def test_latents_are_no_keys_that_could_be_attended_on_the_host() -> None:
+    model = DEEPSEEK.build()
+    with pytest.raises(tw.UnsupportedModelError, match="generates with a growing cache of the keys"):
+        tw.fast_attention(model, cache="cooperative")
+    with pytest.raises(tw.UnsupportedModelError, match="DeepseekV3ForCausalLM keeps latents"):
+        CooperativeCache(model, tokens=20)
+    tw.fast_attention(model)
+    plan, cache = tw.fast_attention.plan(model, tokens=12, batch=2), model(**prompt()).past_key_values
+    assert plan.token_bytes == tuple(2 * layer.keys[0, :, 0].nbytes + 2 * layer.values[0, :, 0].nbytes for layer in cache.layers)
+
+
 def test_a_model_on_several_devices_is_refused() -> None:
     model = tw.fast_attention(built(), **HALF)
     model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 1}
@@ -263,7 +302,7 @@ def test_a_plan_of_arenas_bounds_what_they_take(name: str, tokens: int) -> None:
             model(torch.ones(2, 1, dtype=torch.long), past_key_values=cache)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     # A window of W tokens keeps the W - 1 that the next one sees.
-    assert plan.held_bytes - len(cache.layers) * plan.token_bytes <= held <= plan.held_bytes
+    assert plan.held_bytes - sum(plan.token_bytes) <= held <= plan.held_bytes
     assert sum(layer.arena.nbytes for layer in cache.layers if hasattr(layer, "arena")) <= plan.device_bytes
     assert str(tokens) in plan.explain() and plan.host_bytes == 0
 

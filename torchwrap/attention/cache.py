@@ -189,23 +189,23 @@ class ArenaPlan:
     Attributes:
         tokens: of the sequence, prompt and answer together.
         windows: for each layer, the tokens it keeps; None: all.
-        token_bytes: of one token of every row of the batch, in one layer.
+        token_bytes: for each layer, of one token of every row of the batch.
     """
 
     tokens: int
     windows: tuple[int | None, ...]
-    token_bytes: int
+    token_bytes: tuple[int, ...]
 
     @property
     def held_bytes(self) -> int:
         """Bytes of the tokens at the end."""
-        return sum(min(self.tokens, window or self.tokens) for window in self.windows) * self.token_bytes
+        return sum(min(self.tokens, window or self.tokens) * each for window, each in zip(self.windows, self.token_bytes, strict=True))
 
     @property
     def device_bytes(self) -> int:
         """Most bytes at any time: every layer's memory as large as it may get, and beside it the old memory of the one that grows."""
-        rooms = [self._room(window) for window in self.windows]
-        return (sum(rooms) + max(min(self.tokens, room) for room in rooms)) * self.token_bytes
+        rooms = [(self._room(window), each) for window, each in zip(self.windows, self.token_bytes, strict=True)]
+        return sum(room * each for room, each in rooms) + max(min(self.tokens, room) * each for room, each in rooms)
 
     @property
     def host_bytes(self) -> int:

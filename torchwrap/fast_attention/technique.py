@@ -83,8 +83,8 @@ class FastAttentionTechnique(Technique[FastAttention]):
             raise _nothing_found(model, integration)
         if config.cache == "cooperative" and not any(route.generates for route in routes):
             raise UnsupportedModelError(
-                f'cache="cooperative": no model in this {type(model).__name__} generates with a growing cache of layers of full attention, '
-                f"as far as the {integration.name} integration knows",
+                f'cache="cooperative": no model in this {type(model).__name__} generates with a growing cache of the keys and values of '
+                f"layers of full attention, as far as the {integration.name} integration knows",
                 where=type(model).__name__,
                 fix='Use cache="arena", the default.',
             )
