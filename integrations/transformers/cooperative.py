@@ -191,11 +191,11 @@ class CooperativeLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row so many times."""
-        self._select(torch.arange(self.store.layers[self.place].batch).repeat_interleave(repeats))
+        self._select(torch.arange(self.store.layers[self.place].batch, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Some rows only."""
-        self._select(torch.arange(self.store.layers[self.place].batch)[indices.cpu()])
+        self._select(torch.arange(self.store.layers[self.place].batch, device="cpu")[indices.cpu()])
 
     def offload(self) -> None:
         """Nothing: what belongs on the host is there."""

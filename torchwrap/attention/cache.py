@@ -130,7 +130,7 @@ class Arena:
             self.hold(self.keys.index_select(0, rows), self.values.index_select(0, rows))
             return
         if rows.device.type == "cpu":
-            changed = (rows != torch.arange(len(rows))).nonzero()[:, 0]
+            changed = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
             if not len(changed):
                 return
         else:

@@ -278,7 +278,7 @@ def checked(
     return Call(
         q=q, k=k, v=v, mask=seen, scale=factor, softcap=softcap, sinks=sinks,
         bias=None if added is None else added[(None,) * (4 - added.dim())], dropout=dropout,
-        seed=torch.randint(2**62, (), dtype=torch.int64) if dropout else None, wants_lse=wants_lse,
+        seed=torch.randint(2**62, (), dtype=torch.int64, device="cpu") if dropout else None, wants_lse=wants_lse,
     )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ class Pages:
 def _runs(rows: Tensor, first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """`runs` and `run_of` of `Pages`."""
     apart = torch.nonzero(rows.diff() != 1)[:, 0] + 1
-    length = torch.arange(0, len(rows), LONGEST)
+    length = torch.arange(0, len(rows), LONGEST, device=rows.device)
     begin = torch.unique(torch.cat([first, end, apart, length]))  # sorted
     begin = begin[begin < len(rows)]
     size = torch.cat([begin, begin.new_tensor([len(rows)])]).diff()

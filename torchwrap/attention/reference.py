@@ -58,7 +58,7 @@ def attention(call: Call, dtype: torch.dtype | None = None, first_row: int = 0) 
     dead = (lse == -math.inf)[..., None]
     weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)[..., : call.kv_length]
     if call.seed is not None:
-        heads = torch.arange(call.batch * call.heads).view(call.batch, call.heads)
+        heads = torch.arange(call.batch * call.heads, device=call.q.device).view(call.batch, call.heads)
         rows = first_row, first_row + call.q_length
         weights = weights * factors(call.seed, call.dropout, heads, rows, (0, call.kv_length), call.q.device)
     return weights.to(dtype) @ v, lse

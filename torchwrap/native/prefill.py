@@ -226,7 +226,7 @@ def gradients(
 def _like(tensor: Tensor, width: int) -> Tensor:
     """Memory laid out as that of a tensor if that has a contiguous last dimension: models that keep heads innermost get results so too."""
     like = torch.empty_like(tensor) if width == tensor.shape[3] else tensor.new_empty(*tensor.shape[:3], width)
-    return like if like.stride(3) == 1 else torch.empty(like.shape, dtype=like.dtype)
+    return like if like.stride(3) == 1 else torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 def in_memory(tensor: Tensor) -> Tensor:
@@ -343,7 +343,7 @@ class Forward(_Prepared):
         An lse that is not wanted may be None.
         """
         out = torch.empty_like(q) if self._alike else _like(q, self._width)
-        lse = torch.empty(self._rows, dtype=torch.float32) if wants_lse or not self._unread else None
+        lse = torch.empty(self._rows, dtype=torch.float32, device=q.device) if wants_lse or not self._unread else None
         addresses = self._pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), self._unread if lse is None else lse.data_ptr(), self._limits_at,
             0 if sinks is None else sinks.data_ptr(), 0, 0, 0, 0, 0, 0, 0 if bias is None else bias.data_ptr(), 0,
@@ -385,10 +385,10 @@ class Backward(_Prepared):
             dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
         if not self._whole:
             dk.zero_(), dv.zero_()
-        delta = torch.empty(self._rows, dtype=torch.float32)
+        delta = torch.empty(self._rows, dtype=torch.float32, device=q.device)
         dbias = None
         if wants_bias and bias is not None:
-            dbias = torch.zeros(bias.shape, dtype=torch.float32 if bias.shape == (*q.shape[:3], k.shape[2]) else torch.float64)
+            dbias = q.new_zeros(bias.shape, dtype=torch.float32 if bias.shape == (*q.shape[:3], k.shape[2]) else torch.float64)
         addresses = self._pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr(), 0 if lse is None else lse.data_ptr(),
             self._limits_at, 0, grad_out.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(), dq.data_ptr(), dk.data_ptr(),

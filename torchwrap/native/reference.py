@@ -98,7 +98,7 @@ def _seen(scores: Tensor, limits: Tensor | None, hidden: Hidden | None) -> Tenso
         seen = seen & (hidden.q_segments[:, None, :, None] == hidden.k_segments[:, None, None])
     if hidden is not None and hidden.codes is not None and hidden.tiles is not None:
         (_, height, width), (row, column) = hidden.tiles.shape, hidden.start
-        line, place = torch.arange(scores.shape[2]) + row, columns + column
+        line, place = torch.arange(scores.shape[2], device=scores.device) + row, columns + column
         number = hidden.codes[:, :, (line // height)[:, None], place // (8 * width)].long()
         byte = hidden.tiles[number, (line % height)[:, None], place % (8 * width) // 8]
         seen = seen & (byte >> (place % 8).to(torch.uint8) & 1).bool()

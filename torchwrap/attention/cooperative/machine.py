@@ -87,7 +87,7 @@ class OneMemory:
         self.device: torch.device = torch.device("cpu")
 
     def device_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return _host_tensor(shape, dtype)
@@ -239,6 +239,6 @@ def cores() -> int:
 
 def _host_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     try:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     except RuntimeError as error:  # torch's allocator for the CPU has no class of its own for "no memory"
         raise MemoryError(str(error)) from error

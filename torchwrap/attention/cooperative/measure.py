@@ -113,7 +113,7 @@ def measure_disk(disk: Disk, *, sample_bytes: int = 32 << 20, repeats: int = 3) 
     Cost: `sample_bytes` of memory and of the disk, for a moment.
     """
     shelf = Shelf(disk)
-    half = torch.ones(1, 1, max(1, sample_bytes // 8), 1)
+    half = torch.ones(1, 1, max(1, sample_bytes // 8), 1, device="cpu")
     shelf.put(Arena(half, half, half.shape[2]))
     try:
         times = []

@@ -162,7 +162,7 @@ def _seen(call: Call, block: Block, part: Part) -> Tensor | None:
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.full(seen.shape, -math.inf, dtype=dtype).masked_fill_(seen, 0.0)
+    return torch.full(seen.shape, -math.inf, dtype=dtype, device=seen.device).masked_fill_(seen, 0.0)
 
 
 def _added_dtype(call: Call) -> torch.dtype:

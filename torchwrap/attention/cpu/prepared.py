@@ -68,8 +68,8 @@ class Few:
         if self._copies:
             q = q.contiguous()
         bias = self._bias(mask)
-        out = torch.empty_like(q) if self._alike else torch.empty(self._shape, dtype=self._dtype)
-        lse = torch.empty(self._shape[:3], dtype=torch.float32) if wants_lse or not self._unread else None
+        out = torch.empty_like(q) if self._alike else torch.empty(self._shape, dtype=self._dtype, device=q.device)
+        lse = torch.empty(self._shape[:3], dtype=torch.float32, device=q.device) if wants_lse or not self._unread else None
         at, of_bias = self._unread if lse is None else lse.data_ptr(), 0 if bias is None else bias.data_ptr()
         self._work(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, 0, 0, self._limits_at, 0, 0, of_bias)
         return out, lse
@@ -176,7 +176,7 @@ class Many:
         bias, shown = (_added(mask), None) if self.again else _read(mask)
         if bias is not None and lse is not None and not self.again and drowned.rows(lse, grad_out, grad_lse) is not None:
             assert out is not None and mask is not None
-            drawn = torch.tensor(seed) if self._numbers["dropout"] else None
+            drawn = torch.tensor(seed, device="cpu") if self._numbers["dropout"] else None
             call = Call(q=q, k=k, v=v, bias=mask[(None,) * (4 - mask.dim())], seed=drawn, **self._numbers)
             return drowned.backward(Composed(), call, out, lse, grad_out, grad_lse)[:3]
         return self._backward(q, k, v, out, lse, grad_out, grad_lse, bias, shown, seed)
@@ -208,7 +208,7 @@ class Drawn:
 
     def __init__(self, many: Many) -> None:
         self._many, self.trains = many, many.trains
-        self._seed = int(torch.randint(2**62, (), dtype=torch.int64))
+        self._seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
 
     @property
     def kind(self) -> str:

@@ -141,7 +141,7 @@ def _add_to_bias(call: Call, total: Tensor, share: Tensor, tile: _Tile, columns:
 
 def _kept(call: Call, tile: _Tile, columns: Span, like: Tensor) -> Tensor:
     assert call.seed is not None
-    heads = torch.arange(tile.batch[0] * call.heads, tile.batch[1] * call.heads)
+    heads = torch.arange(tile.batch[0] * call.heads, tile.batch[1] * call.heads, device=call.q.device)
     return factors(call.seed, call.dropout, heads, tile.rows, columns, like.device).to(like.dtype).view_as(like)
 
 

@@ -52,14 +52,14 @@ def equal_work(rows: int, keys: int, count: int, *, mask: TileMask | None = None
     """
     if not rows:
         return []
-    work = torch.full((rows,), float(keys), dtype=torch.float64)
+    work = torch.full((rows,), float(keys), dtype=torch.float64, device="cpu")
     if mask is not None:
-        position = torch.arange(rows, dtype=torch.float64) + (mask.first_query() - mask.kv_offset)
+        position = torch.arange(rows, dtype=torch.float64, device="cpu") + (mask.first_query() - mask.kv_offset)
         last = work if mask.right is None else (position + mask.right + 1).clamp(0, keys)
         first = torch.zeros_like(work) if mask.left is None else (position - mask.left).clamp(0, keys)
         work = (last - first).clamp(min=0)
     total = torch.cumsum(work + row_cost + 1e-9, 0)
-    targets = total[-1] * torch.arange(1, count, dtype=torch.float64) / count
+    targets = total[-1] * torch.arange(1, count, dtype=torch.float64, device="cpu") / count
     edges = sorted({0, rows, *(int(edge) + 1 for edge in torch.searchsorted(total, targets).tolist() if int(edge) + 1 < rows)})
     return list(pairwise(edges))
 

@@ -218,7 +218,7 @@ def _collected(
     bm = min(block[0], max(q_length, 1))
     width = max(1, _STRIPE // (max(layers, 1) * bm * bn)) * bn
     known: dict[bytes, int] = {}
-    packed: list[Tensor] = [torch.zeros((1, bm, bn // 8), dtype=torch.uint8), torch.full((1, bm, bn // 8), 255, dtype=torch.uint8)]
+    packed: list[Tensor] = [torch.full((1, bm, bn // 8), every, dtype=torch.uint8, device="cpu") for every in (0, 255)]
 
     def codes_of(*bounds: int) -> Tensor:
         stripe = beneath(evaluate(*bounds))
@@ -229,8 +229,9 @@ def _collected(
     for r0 in range(0, q_length, bm):
         r1 = min(r0 + bm, q_length)
         parts = [codes_of(r0, r1, c0, min(c0 + width, kv_length)) for c0 in range(0, kv_length, width)]
-        lines.append(torch.cat(parts, dim=3) if parts else torch.zeros((1, 1, 1, 0), dtype=torch.int32))
-    codes = torch.cat(lines, dim=2) if lines else torch.zeros((1, 1, 0, -(-kv_length // bn)), dtype=torch.int32)
+        lines.append(torch.cat(parts, dim=3) if parts else torch.zeros((1, 1, 1, 0), dtype=torch.int32, device="cpu"))
+    none = torch.zeros((1, 1, 0, -(-kv_length // bn)), dtype=torch.int32, device="cpu")
+    codes = torch.cat(lines, dim=2) if lines else none
     small = len(known) + 2 <= torch.iinfo(torch.int16).max
     codes, tiles = codes.to(device, torch.int16 if small else torch.int32), torch.cat(packed).to(device)
     return TileDictionary(block=(bm, bn), codes=beneath(codes), tiles=beneath(tiles))
