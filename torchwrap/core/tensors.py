@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "Holder",
@@ -122,14 +123,19 @@ def over_storage(
 
 
 def storage_key(tensor: torch.Tensor) -> tuple[str, int]:
-    """Identity of the memory behind a tensor: equal for views of one storage. Meta and sparse tensors are told apart by object."""
-    if tensor.device.type == "meta" or tensor.layout != torch.strided:
+    """Identity of the memory behind a tensor: equal for views of one storage. Tensors without memory of their own are told apart by object.
+
+    These are tensors on meta, sparse ones, and those that are made of others (a `TileMask`).
+    """
+    if tensor.device.type == "meta" or tensor.layout != torch.strided or is_traceable_wrapper_subclass(tensor):
         return (tensor.device.type, id(tensor))
     return (str(tensor.device), tensor.untyped_storage().data_ptr() or id(tensor))
 
 
 def held_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the memory behind a tensor, which views of it share."""
+    """Bytes of the memory behind a tensor, which views of it share; of one that is made of others, theirs."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(held_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else tensor_bytes(tensor)
 
 
