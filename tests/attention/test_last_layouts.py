@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from torchwrap.attention import prepared
 from torchwrap.attention.attend import attend
@@ -146,3 +149,28 @@ def test_a_call_without_a_mask_is_not_that_of_a_mask_that_is_gone() -> None:
         del mask
         gc.collect()
         torch.testing.assert_close(attend(q, k, v), wanted(q, k, v))
+
+
+class Looking(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_was_computed_below_a_mode_is_computed_again_without_it(rows: int, masked: bool) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in tensors(20, rows))
+    mask = TileMask.causal(1, rows, 20) if masked else None
+    attend(q, k, v, mask=mask)
+    with Looking():
+        out = checkpoint(attend, q, k, v, mask=mask, use_reentrant=False)
+    found = torch.autograd.grad(out.sum(), (q, k, v))
+    expected = torch.autograd.grad(attend(q, k, v, mask=mask).sum(), (q, k, v))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_mode_that_makes_other_tensors_takes_the_whole_way() -> None:
+    given = tensors()
+    attend(*given)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(attend(*given), FakeTensor)

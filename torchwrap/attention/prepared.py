@@ -23,7 +23,7 @@ from torch import Tensor
 from torchwrap.attention.contract import Drawing, Prepared, checked
 from torchwrap.attention.dispatch import prepare, revision
 from torchwrap.attention.settings import Settings
-from torchwrap.attention.transforms import is_forward_mode, is_traced, transformed
+from torchwrap.attention.transforms import is_forward_mode, is_traced, makes_others, recorded, transformed
 from torchwrap.native.threads import stuck
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ LAST = 2
 
 _Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)  # torch 2.13
 _plain: dict[Any, _Held] = {}
-_modes = torch._C._len_torch_dispatch_stack  # torch 2.13: such as that of fake tensors, whose new tensors have no memory
+_modes = torch._C._len_torch_dispatch_stack  # torch 2.13
 _threads, _learns = torch.get_num_threads, torch.is_grad_enabled
 
 
@@ -76,12 +76,12 @@ def prepared(
                 and (last.mask is _no_mask if mask is None else last.mask() is mask)  # a mask that is gone is None as well
                 and not (q.is_nested or k.is_nested or v.is_nested)  # torch's guards end the process over their strides
                 and last.fits(q, k, v)
-                and not (_modes() or is_forward_mode() or is_traced() or stuck())
+                and not ((_modes() and _interfered(q)) or is_forward_mode() or is_traced() or stuck())
             ):
                 return last.work if q.data_ptr() and k.data_ptr() and v.data_ptr() else None
     if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu):
         return None
-    if transformed() or is_traced() or _modes() or stuck() or q.is_neg() or k.is_neg() or v.is_neg():
+    if transformed() or is_traced() or (_modes() and _interfered(q)) or stuck() or q.is_neg() or k.is_neg() or v.is_neg():
         return None
     if kinds not in _NUMBERS or not 0.0 <= dropout < 1.0:
         return None
@@ -115,6 +115,15 @@ def prepared(
     if fits is not None:
         _last = (_Last(now, weakref.ref(mask) if mask is not None else _no_mask, fits, found), *_last[: LAST - 1])
     return found
+
+
+def _interfered(like: Tensor) -> bool:
+    """Whether the dispatch modes at work record, or make tensors of their own.
+
+    One that only looks is no reason for another way: with checkpointing the forward may run below it and be computed again without, and
+    then has to save the same tensors.
+    """
+    return recorded() or makes_others(like)
 
 
 class _Last(NamedTuple):

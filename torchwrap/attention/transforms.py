@@ -16,7 +16,10 @@ from torch.autograd import forward_ad
 
 from torchwrap.core.errors import UnsupportedModelError
 
-__all__ = ["autograd_allowed", "beneath", "is_forward_mode", "is_mapped", "is_traced", "outside_of_transforms", "recorded", "transformed"]
+__all__ = [
+    "autograd_allowed", "beneath", "is_forward_mode", "is_mapped", "is_traced", "makes_others", "outside_of_transforms", "recorded",
+    "transformed",
+]  # fmt: skip
 
 _in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch's own `autograd.Function` asks the same
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
@@ -47,6 +50,18 @@ def recorded() -> bool:
     Then it has to be an operator of torch: what the native kernels write into memory is in no graph.
     """
     return torch.compiler.is_compiling() or is_traced() or _mode(_PROXY) is not None
+
+
+def makes_others(like: Tensor) -> bool:
+    """Whether a dispatch mode is at work below which new tensors are none of memory, such as that of fake tensors.
+
+    Args:
+        like: on the device in question.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    made = like.new_empty(1)
+    return type(made) is not Tensor or not made.data_ptr()
 
 
 def is_mapped(tensor: Tensor) -> bool:

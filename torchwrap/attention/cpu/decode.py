@@ -19,6 +19,7 @@ from torchwrap.attention.contract import Call
 from torchwrap.attention.cpu import kernel
 from torchwrap.attention.cpu.parts import Block, plan
 from torchwrap.attention.merge import merge, merge_stack, with_sinks
+from torchwrap.attention.transforms import makes_others
 
 if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
@@ -78,6 +79,8 @@ def native_library() -> str | None:
 
 def without_memory(call: Call) -> str | None:
     """Why native code may not be given the addresses of the tensors, or None: those of torch's fake tensors are 0."""
+    if makes_others(call.q):
+        return "a mode is at work whose new tensors have no memory"
     if type(call.q) is type(call.k) is type(call.v) is Tensor and call.bias is None:
         return None
     kinds = {type(tensor) for tensor in (call.q, call.k, call.v, call.bias) if tensor is not None} - {Tensor, torch.nn.Parameter}
