@@ -294,15 +294,15 @@ def attention_forward(
     if (lengths := kwargs.get("cu_seq_lens_q")) is not None:
         if service.sequence is not None:
             raise UnsupportedModelError("it has packed sequences in divided ones", where=fqn, fix="Leave sp_group out.")
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = _is_causal(module, layer) if is_causal is None else is_causal
         shape = (query.shape[0], query.shape[2], key.shape[2])
         attention_mask = packed_mask(attention_mask, lengths, kwargs.get("cu_seq_lens_k"), shape, bool(causal), sliding_window)
     if service.sequence is not None:
-        if attention_mask is None and getattr(module, "is_causal", True):
+        if attention_mask is None and _is_causal(module, layer):
             tokens = query.shape[2] * service.sequence.size
             attention_mask = TileMask(1, tokens, tokens, right=0, left=None if sliding_window is None else sliding_window - 1)
     elif attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = _is_causal(module, layer) if is_causal is None else is_causal
         attention_mask, key, value = without_mask(query, key, value, bool(causal), sliding_window)
     else:
         attention_mask = user_mask(attention_mask, query.shape[2])
@@ -352,6 +352,11 @@ def _own_implementation(config: object, layer: AttentionLayer | None) -> str | N
     if any(config is asked for asked in _calls.peek(_NO_CALL)[1]):
         return "eager"
     return None
+
+
+def _is_causal(module: nn.Module, layer: AttentionLayer | None) -> bool:
+    """What no mask means: what the module says, or (Splinter) what its own function takes it for, which is everything if that is eager."""
+    return bool(getattr(module, "is_causal", layer is None or layer.original != "eager"))
 
 
 def _model_around(config: object) -> ModelLayer | None:

@@ -10,6 +10,7 @@ import torch
 from transformers import DataCollatorWithFlattening, InformerConfig, InformerModel
 
 import torchwrap as tw
+from tests.integrations import tiny
 from tests.integrations.attending import LENGTH, built, inputs, no_materialisation
 
 HIDDEN = 4
@@ -115,3 +116,10 @@ def test_an_encoder_that_shortens_its_sequence_needs_no_mask(padded: bool) -> No
     if padded:
         given["past_observed_mask"][0, :3] = 0
     torch.testing.assert_close(logits(model, given), logits(twin, given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_that_does_not_say_whether_it_is_causal_is_what_its_own_function_takes_it_for() -> None:
+    case = tiny.Case("SplinterModel", "SplinterConfig", dict(tiny._BERT, question_token_id=4, max_position_embeddings=64))
+    given = case.inputs()
+    ours = tw.fast_attention(case.build())
+    torch.testing.assert_close(ours(**given)[0], case.build()(**given)[0], atol=1e-5, rtol=0)
