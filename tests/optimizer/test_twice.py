@@ -61,6 +61,37 @@ def test_a_weight_whose_gradient_comes_in_several_backwards_waits_for_the_last(a
     assert differences(plain, reference, model, optimizer) == []
 
 
+class Checkpointed(nn.Module):
+    """Every block runs under reentrant checkpointing, also where no gradient is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.Linear(128, 128) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.tanh(checkpoint(block, x, use_reentrant=True))
+        return x.square().mean()
+
+
+def test_an_evaluation_with_checkpointing_is_no_use_that_a_gradient_waits_for() -> None:
+    plain, model = Checkpointed(), tw.offload(Checkpointed(), params="disk")
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    for step in range(3):
+        for net, opt in ((plain, reference), (model, optimizer)):
+            with torch.no_grad():
+                net(torch.ones(2, 128).requires_grad_())
+            net((torch.ones(2, 128) + step).requires_grad_()).backward()
+            if net is model:
+                assert all(isinstance(block.weight.grad, StandIn) for block in net.blocks)  # used during backward
+            opt.step()
+            opt.zero_grad()
+    assert differences(plain, reference, model, optimizer) == []
+
+
 class Headless(nn.Module):
     """The last weights are those of a streamed block."""
 

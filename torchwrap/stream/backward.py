@@ -90,14 +90,23 @@ class Backward:
         self._uses: dict[int, int] = {}  # since the forward after the last backward began, by unit
         self._apart: set[int] = set()  # units used where reentrant checkpointing builds no graph
         self._old = False
+        self._idle = False  # a forward of the whole model runs for which nobody wants gradients
+
+    def pass_begins(self) -> None:
+        """A forward of the whole model begins, in the thread that calls this."""
+        self._idle = bool(self.listeners) and not torch.is_grad_enabled() and not is_nested()
+
+    def pass_ends(self) -> None:
+        """It is over."""
+        self._idle = False
 
     def used(self, unit: int) -> None:
         """A forward uses a unit, or computes it again. Cost: without a gradient a walk up the Python stack, if anybody listens."""
         if not self.listeners or self.runs_here:
             return
         apart = not torch.is_grad_enabled()
-        if apart and not is_nested():
-            return  # nothing comes back through it
+        if apart and (self._idle or not is_nested()):
+            return  # nothing comes back through it; checkpointing alone does not tell, it runs in evaluations as well
         if self._old:
             self._uses, self._apart, self._old = {}, set(), False
         self._uses[unit] = self._uses.get(unit, 0) + 1

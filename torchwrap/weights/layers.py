@@ -68,6 +68,7 @@ class RootLayer(WeightsLayer):
                 guard.__enter__()  # type: ignore[no-untyped-call]
             if torch.is_grad_enabled():
                 handle.activations.pass_begins()
+            handle.backward.pass_begins()
             self._calls.push(guard)
             handle.pass_begun(module)
         except BaseException:
@@ -100,6 +101,7 @@ class RootLayer(WeightsLayer):
 
     def _leave(self) -> bool:
         """End the call; whether it was watched."""
+        self.handle.backward.pass_ends()
         guard: AbsentUseGuard | None = self._calls.pop()
         if guard is not None:
             guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]
