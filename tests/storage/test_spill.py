@@ -234,6 +234,23 @@ def test_reserved_space_is_used_before_the_file_grows(tmp_path: Path) -> None:
         assert store.file.nbytes == 1 << 20
 
 
+VIEWED = """
+import sys, torch
+from torchwrap.storage import SpillStore
+store = SpillStore.create(sys.argv[1])
+store.put("a", torch.ones(100_000))
+view = store.file.view("a")
+store.remove("a")
+print(view.sum().item())
+"""
+
+
+def test_a_program_ends_with_a_view_of_what_was_removed(tmp_path: Path, python: Any) -> None:
+    out, err = python(VIEWED, tmp_path).communicate(timeout=60)
+    assert out == "100000.0\n", err
+    assert os.listdir(tmp_path) == []
+
+
 LIMITED = """
 import resource, sys, torch
 from torchwrap.core.errors import DiskFullError

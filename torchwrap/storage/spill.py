@@ -166,7 +166,8 @@ class SpillStore:
         with self._change:
             live = list(self.file.mappings.get(record.segment.offset, ()))
             if live:
-                weakref.finalize(live[0], _retry, weakref.ref(self), record)
+                # Not at the exit of the interpreter, where the view still lives: that would ask for another one, for ever.
+                weakref.finalize(live[0], _retry, weakref.ref(self), record).atexit = False
             else:
                 self.file.mappings.pop(record.segment.offset, None)
                 self._space.give(*record.extent)
