@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import torchwrap as tw
 from tests.models import FIXTURES, ModelFixture, by_name
 from torchwrap.core import errors
 from torchwrap.core.integration import integration_for
@@ -110,11 +111,41 @@ def test_a_block_above_the_limit_becomes_its_children() -> None:
     assert sum(unit.nbytes for unit in parts.units) >= sum(unit.nbytes for unit in whole.units)
 
 
+class Tables(nn.Module):
+    """Blocks that are no modules to call, but names for some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = ({"norm": nn.LayerNorm(64), "up": nn.Linear(64, 256), "down": nn.Linear(256, 64)} for _ in range(3))
+        self.layers = nn.ModuleList(nn.ModuleDict(each) for each in parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer["down"](layer["up"](layer["norm"](x)).relu())
+        return x
+
+
+def test_parts_of_a_block_that_nobody_can_call_are_units() -> None:
+    torch.manual_seed(0)
+    model, x = Tables(), torch.ones(4, 64)
+    expected = model(x)
+    division = divide(model)
+    check(model, division)
+    assert [unit.name for unit in division.units] == [f"layers.{n}.{part}" for n in range(3) for part in ("up", "down")]
+    with tw.applied(model, tw.Offload(params="disk")):
+        assert torch.equal(model(x), expected)
+    with tw.applied(model, tw.Superpipeline(k=2, k_prime=1)):
+        assert torch.equal(model(x), expected)
+
+
 class Mixture(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate = nn.Linear(16, 4, bias=False)
         self.experts = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts[int(self.gate(x).argmax())](x)
 
 
 def test_experts_are_units_inside_their_block() -> None:

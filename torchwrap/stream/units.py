@@ -329,15 +329,16 @@ def _pinned(model: nn.Module, pieces: dict[int, Piece], pin: tuple[str, ...]) ->
 
 
 def _split(name: str, block: nn.Module, above: int) -> list[tuple[str, nn.Module]]:
-    """A block, or its children when it is too large and they hold its parameters."""
+    """A block, or its children when it is too large and they hold its parameters, or when they are called in its place."""
     total = sum(tensor_bytes(p) for p in block.parameters())
     children = [(n, c) for n, c in block.named_children() if any(True for _ in c.parameters())]
+    if children and original_class(block).forward is nn.Module.forward and "forward" not in block.__dict__:  # of a `ModuleDict`, say
+        large = [(n, c) for n, c in children if sum(tensor_bytes(p) for p in c.parameters()) * _SMALL_SHARE > total]
+        return [part for n, c in large for part in _split(f"{name}.{n}", c, above)]
     own = sum(tensor_bytes(p) for p in block._parameters.values() if p is not None)
     if total <= above or not children or own * 2 > total or _experts(block):
         return [(name, block)]
-    if isinstance(block, nn.ModuleList | nn.ModuleDict) or type(block).forward is not nn.Module.forward:
-        return [part for n, c in children for part in _split(f"{name}.{n}", c, above)]
-    return [(name, block)]
+    return [part for n, c in children for part in _split(f"{name}.{n}", c, above)]
 
 
 def _experts(block: nn.Module) -> list[tuple[str, nn.Module]]:
