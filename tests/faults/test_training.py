@@ -185,6 +185,28 @@ def test_a_disk_that_fills_up_fails_at_the_commit_and_neither_before_nor_for_goo
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 @pytest.mark.filterwarnings("ignore:.*lies in memory:torchwrap.TorchwrapWarning")
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_step_whose_commit_finds_the_disk_full_is_repeated_and_counts_once(overlap: bool, small_disk: Path, faults: Faults) -> None:
+    run = Training(path=small_disk / "run", durability="step", overlap=overlap)
+    run.steps(0)
+    with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    run.optimizer.zero_grad()
+    loss_of(run.model, 100).backward()
+    for _ in range(2):
+        faults.detected(run.optimizer.step, tw.DiskFullError, says=[small_disk])
+    (small_disk / "filler").unlink()
+    run.optimizer.step()
+    trained(run.plain, run.reference, range(1, 2))
+    assert run.optimizer.steps == 2 and run.equal()
+    run.steps(2)  # the next one is a step again
+    run.end()
+    assert Training(path=small_disk / "run").optimizer.steps == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.filterwarnings("ignore:.*lies in memory:torchwrap.TorchwrapWarning")
 def test_a_disk_without_room_for_the_state_is_refused_before_training(small_disk: Path, faults: Faults) -> None:
     (small_disk / "filler").write_bytes(bytes(40 << 20))
     plain, model = pair()

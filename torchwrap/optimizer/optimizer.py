@@ -28,7 +28,7 @@ from torchwrap.core.config import parse_size
 from torchwrap.core.transaction import inner_model, records_of
 from torchwrap.optimizer.arguments import asked_for, check_arguments, check_model
 from torchwrap.optimizer.elementwise import Rule
-from torchwrap.optimizer.parameters import Parameters
+from torchwrap.optimizer.parameters import Parameters, listed
 from torchwrap.optimizer.persist import check_same_run, warn_of_other_settings
 from torchwrap.optimizer.run import matched
 from torchwrap.optimizer.workshop import Site, Workshop
@@ -138,7 +138,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as with any optimizer; room for their state is reserved at once."""
-        new = param_group["params"] = _listed(param_group["params"])
+        new = param_group["params"] = listed(param_group["params"])
         self._parameters.check_reachable(new)
         if hasattr(self, "_works"):
             self._works.check_new(new)
@@ -185,22 +185,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         self._check_usable()
         loss: float | None = None
+        if closure is None and self._works.step.repeated():
+            return self._committed(None)
         if closure is not None:
             with self._works.gradients.deferred(), torch.enable_grad():
                 loss = closure()
-        if self._handle is not None:
-            self._handle.backward.settle()
-        updates = self._works.step.gather(self._parameters.checked(self.param_groups))
-        self._works.watch()  # trained since the last time
-        self._works.step.carry_out(updates)
-        self._works.resident.step(self._parameters.targets, self.param_groups)
-        self._works.step.over()
+        self._works.take_step(self.param_groups)
         self.steps += 1
         self._works.watch()
         self._works.pace.end()
-        if self._durability == "step":
-            self.commit()
-        return loss
+        return self._committed(loss) if self._durability == "step" else loss
 
     @property  # type: ignore[override]
     def state(self) -> Mapping[torch.Tensor, Any]:
@@ -370,6 +364,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._works.prepare(self.param_groups)
         self._works.run.restore_values()
 
+    def _committed(self, loss: float | None) -> float | None:
+        """`loss`, after a commit; if that fails, the next `step()` is to try it again."""
+        try:
+            self.commit()
+        except errors.StorageError:
+            self._works.step.remember()
+            raise
+        return loss
+
     def _check_usable(self) -> None:
         if not self._shut.alive:
             raise errors.StorageError("OffloadedOptimizer: this optimizer was closed", fix="Make a new one, with the same path= to go on.")
@@ -392,9 +395,3 @@ def _groups_of(optimizer: OffloadedOptimizer) -> Callable[[], list[dict[str, Any
         return found.param_groups if found is not None else []
 
     return groups
-
-
-def _listed(parameters: Any) -> Any:
-    if isinstance(parameters, set):
-        return parameters  # torch refuses it: a set has no order
-    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

@@ -21,7 +21,7 @@ from torchwrap.optimizer.targets import Target, can_stream
 from torchwrap.stream.units import Unit
 from torchwrap.weights.handle import WeightsHandle
 
-__all__ = ["Parameters"]
+__all__ = ["Parameters", "listed"]
 
 _driven: weakref.WeakSet[Parameters] = weakref.WeakSet()
 
@@ -127,3 +127,10 @@ class Parameters:
     def let_go(self) -> None:
         """Another optimizer may have them. Idempotent."""
         _driven.discard(self)
+
+
+def listed(parameters: Any) -> Any:
+    """The parameters of a group, of which a caller may give one or an iterator."""
+    if isinstance(parameters, set):
+        return parameters  # torch refuses it: a set has no order
+    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

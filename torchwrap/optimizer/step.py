@@ -6,6 +6,7 @@ that failed half-way is finished by the next call: what was updated is not updat
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class Step:
         self._scale: torch.Tensor | None = None
         self._clipped = False
         self._done: set[Target] = set()  # of a step that failed half-way
+        self._stepped: list[tuple[weakref.ref[torch.Tensor], int]] = []  # gradients of a step whose commit failed, as torch counts writes
         self._handed: list[Update] = []  # to the worker, and not known to be over: an interrupt or a hang came before
         self.grad_norm: torch.Tensor | None = None
 
@@ -95,6 +97,20 @@ class Step:
         self._clipped, self._scale = False, None
         self._done.clear()
         self._handed.clear()
+
+    def remember(self) -> None:
+        """The step is over, but its commit failed: `step()` again is to commit, and not to use these gradients twice."""
+        self._stepped = [(weakref.ref(gradient), gradient._version) for gradient in self._shown()]
+
+    def repeated(self) -> bool:
+        """Whether the gradients are still those of a step whose commit failed; to be asked once."""
+        before, self._stepped = self._stepped, []
+        now = self._shown() if before else []
+        same = all(old() is new and version == new._version for (old, version), new in zip(before, now, strict=False))
+        return bool(now) and len(before) == len(now) and same
+
+    def _shown(self) -> list[torch.Tensor]:
+        return [target.parameter.grad for target in self._targets if target.parameter.grad is not None]
 
     @property
     def half_done(self) -> bool:

@@ -193,6 +193,20 @@ class Workshop:
         self.run.reserve(whole=self.site.kept is not None)
         self.gradients.watch(self.parameters.streamed, [t for t in self.parameters.targets if not t.streamed])
 
+    def take_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Do what is left of a step.
+
+        Raises:
+            ConflictError, StorageError: see `Step.gather` and `Step.carry_out`.
+        """
+        if self._handle is not None:
+            self._handle.backward.settle()
+        updates = self.step.gather(self.parameters.checked(groups))
+        self.watch()  # trained since the last time
+        self.step.carry_out(updates)
+        self.resident.step(self.parameters.targets, groups)
+        self.step.over()
+
     def commit(self, groups: Sequence[Mapping[str, Any]], steps: int) -> None:
         """See `Run.commit`."""
         began = time.monotonic()
