@@ -235,6 +235,67 @@ def test_a_cache_is_not_written_to_twice() -> None:
     assert output.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
 
 
+class Handed(nn.Module):
+    """Blocks that hand on what they computed inside what they were given: a list, a dictionary, both in a tuple; `scale` is written to."""
+
+    def __init__(self, how: str, writes: str = "") -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(_Handing(how, writes == "inside") for _ in range(4))
+        self.writes = writes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state: Any = {"x": [x], "seen": []}
+        scale = torch.ones(1)
+        for block in self.blocks:
+            block(state if block.how == "dict" else (state["x"], state), scale=scale)
+        if self.writes == "after":
+            scale.mul_(2)
+        assert len(state["seen"]) == len(self.blocks)
+        self.state = state
+        return state["x"][0] + sum(state["seen"])
+
+
+class _Handing(nn.Linear):
+    def __init__(self, how: str, writes: bool) -> None:
+        super().__init__(64, 64)
+        self.how, self.writes = how, writes
+
+    def forward(self, given: Any, *, scale: torch.Tensor) -> None:  # type: ignore[override]
+        state = given if self.how == "dict" else given[1]
+        if self.writes:
+            scale.mul_(2)
+        state["x"][0] = state["x"][0] + torch.tanh(super().forward(state["x"][0])) * scale
+        state["seen"].append(state["x"][0].mean())
+
+
+@pytest.mark.parametrize("how", ["dict", "tuple"])
+def test_lists_and_dictionaries_are_found_as_they_were(how: str) -> None:
+    plain, model = Handed(how), tw.offload(Handed(how), params="disk", activations="recompute")
+    for step in range(2):
+        for net in (plain, model):
+            net((torch.ones(2, 64) + step).requires_grad_()).square().mean().backward()
+        assert different_gradients(model, plain) == []
+        assert len(model.state["seen"]) == 4  # nothing was added to what the caller has
+
+
+@pytest.mark.parametrize("writes", ["inside", "after"])
+def test_a_tensor_given_by_keyword_that_is_written_to_is_refused(writes: str) -> None:
+    model = tw.offload(Handed("dict", writes), params="disk", activations="recompute")
+    loss = model(torch.ones(2, 64).requires_grad_()).square().mean()
+    with pytest.raises(tw.ConflictError, match=r"blocks\.3 is to be computed again.*written to.*activations="):
+        loss.backward()
+    model.writes = ""
+    for block in model.blocks:
+        block.writes = False
+    model.zero_grad()
+    model(torch.ones(2, 64).requires_grad_()).square().mean().backward()
+    plain = Handed("dict")
+    plain(torch.ones(2, 64).requires_grad_()).square().mean().backward()
+    assert different_gradients(model, plain) == []
+
+
 # -- graphs ----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from torchwrap.activations.buffers import Found
+from torchwrap.activations.given import Given
 from torchwrap.activations.kept import Kept
 from torchwrap.activations.measured import storage_address
 from torchwrap.activations.records import Use
@@ -70,22 +71,24 @@ class Recomputing:
                 measured.batch, measured.rows = inputs[0].shape[0], inputs[0].shape[:-1].numel()
             call = partial(measured.run, call)
         found = self._activations.buffers.found(self._module)
-        return checkpoint(_Repeated(partial(call, **kwargs), found), *args, use_reentrant=False)
+        given = Given(self._activations.units[self._unit].name, args, kwargs)
+        return checkpoint(_Repeated(call, given, found), *args, use_reentrant=False)
 
 
 class _Repeated:
-    """A call that is made once in the forward, and once for each backward with the buffers that it found then."""
+    """A call that is made once in the forward, and once for each backward with the buffers and arguments that it found then."""
 
-    def __init__(self, call: Callable[..., Any], found: Found) -> None:
-        self._call, self._found = call, found
+    def __init__(self, call: Callable[..., Any], given: Given, found: Found) -> None:
+        self._call, self._given, self._found = call, given, found
         self._begun = False
 
     def __call__(self, *args: Any) -> Any:
         if self._begun:
+            args, kwargs = self._given.again(args)
             with self._found.put_back():
-                return self._call(*args)
+                return self._call(*args, **kwargs)
         self._begun = True
-        output = self._call(*args)
+        output = self._call(*args, **self._given.kwargs)
         self._found.called()
         return output
 
