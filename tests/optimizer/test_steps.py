@@ -236,6 +236,20 @@ def test_state_goes_to_a_plain_optimizer_and_back() -> None:
     assert differences(plain, other, fresh_model, fresh) == []
 
 
+def test_a_state_dict_changes_with_the_steps_after_it_as_a_whole() -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, **ADAM)
+    held = []
+    for net, opt in ((plain, reference), (model, optimizer)):
+        trained(net, opt, range(2))
+        held.append(opt.state_dict())
+        trained(net, opt, range(2, 4))
+    assert held[1]["state"][0]["step"] == 4
+    for number, kept in held[0]["state"].items():
+        assert all(torch.equal(value, held[1]["state"][number][key]) for key, value in kept.items())
+
+
 def test_values_of_the_model_may_be_replaced_between_steps() -> None:
     plain, model = pair()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)

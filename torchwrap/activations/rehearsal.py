@@ -13,8 +13,10 @@ Nothing of the model is touched: the copy has none of its hooks, no values are r
 from __future__ import annotations
 
 import copy
+import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -83,7 +85,7 @@ class Rehearsal:
         What several blocks save of one piece of memory counts for the first.
         """
         try:
-            with self._lock:
+            with self._lock, _unlogged():
                 return self._run(batch, tokens) or None
         except Exception:  # a model that looks at values (data-dependent shapes), or an operator without a rule for shapes
             return None
@@ -121,3 +123,19 @@ class Rehearsal:
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Torch logs an operator without a rule for shapes as an error of the program, with a traceback; not what this thread tries."""
+    thread = threading.get_ident()
+
+    def others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(others)
+    try:
+        yield
+    finally:
+        log.removeFilter(others)
