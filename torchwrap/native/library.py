@@ -15,7 +15,7 @@ from torchwrap.core.errors import UnsupportedModelError
 __all__ = ["available", "describe", "instruction_sets", "library", "most_bytes", "reason"]
 
 PATH = Path(__file__).with_name("kernels.native.so")
-INTERFACE = 11  # TORCHWRAP_INTERFACE in src/call.h
+INTERFACE = 12  # TORCHWRAP_INTERFACE in src/call.h
 BUILD = "install a C++17 compiler and build again: pip install -e .  or  python setup.py build_ext --inplace"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchwrap.core.errors import BudgetError, UnsupportedModelError
 from torchwrap.native.library import instruction_sets, library
 
-__all__ = ["Backward", "Forward", "Hidden", "gradients", "in_memory", "prefill", "readable", "unread"]
+__all__ = ["Backward", "Forward", "Hidden", "gradients", "in_memory", "prefill", "readable"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _BIAS_DTYPES = {**_DTYPES, torch.bool: 3}
@@ -83,7 +83,7 @@ class _Call(ctypes.Structure):
         ("threshold", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("limits_shared", "threads", "instruction_set", "dtype", "bias_dtype", "dbias_wide")),
         *((name, ctypes.c_int32) for name in ("some_keys", "few")),
-        ("part", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("part", "group")),
         *((name, ctypes.c_void_p) for name in ("dk_sums", "dv_sums")),
     )
 
@@ -220,7 +220,9 @@ def gradients(
     how = dict(scale=scale, softcap=softcap, dropout=dropout, instruction_set=instruction_set, threads=threads)
     work = Backward(q, k, v, out, grad_out, limits, bias, hidden, some_keys=some_keys, few=few, **how)  # type: ignore[arg-type]
     of_lse = None if grad_lse is None else in_memory(grad_lse.contiguous())
-    return work(q, k, v, out, in_memory(lse.contiguous()), grad_out, of_lse, bias, wants_bias=wants_bias, seed=seed)
+    dq, dk, dv, delta, dbias = work(q, k, v, out, in_memory(lse.contiguous()), grad_out, of_lse, bias, wants_bias=wants_bias, seed=seed)
+    assert delta is not None
+    return dq, dk, dv, delta, dbias
 
 
 def _like(tensor: Tensor, width: int) -> Tensor:
@@ -244,14 +246,6 @@ def _rows(tensor: Tensor) -> Tensor:
     """The numbers in memory, rows contiguous."""
     tensor = in_memory(tensor)
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
-
-
-_UNREAD = (ctypes.c_float * 4096)()
-
-
-def unread(rows: int) -> int:
-    """Address of memory for the lse of some rows that nobody will read, and any thread may write; 0: too many rows."""
-    return ctypes.addressof(_UNREAD) if rows <= len(_UNREAD) else 0
 
 
 class _Prepared:
@@ -321,7 +315,7 @@ class _Prepared:
 class Forward(_Prepared):
     """`prefill` for tensors of one layout, with rows contiguous and numbers in memory."""
 
-    __slots__ = ("_alike", "_run", "_unread", "_width")
+    __slots__ = ("_alike", "_run", "_width")
     _name = "prefill"
 
     def __init__(
@@ -332,7 +326,7 @@ class Forward(_Prepared):
         self._alike = self._width == q.shape[3] and torch.empty_like(q).stride(3) == 1
         tensors = {"q": q, "k": k, "v": v, "out": _like(q, self._width)}
         super().__init__(tensors, limits, bias, hidden, scale, softcap, dropout, instruction_set, threads)
-        self._run, self._unread = library().torchwrap_prefill, unread(self._rows.numel())
+        self._run = library().torchwrap_prefill
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, bias: Tensor | None = None, shown: Tensor | None = None, *,
@@ -340,12 +334,12 @@ class Forward(_Prepared):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As `prefill`; sinks are contiguous, in float32, the bias is `readable`, `shown` is in place of that of `hidden`.
 
-        An lse that is not wanted may be None.
+        An lse that is not wanted is None.
         """
         out = torch.empty_like(q) if self._alike else _like(q, self._width)
-        lse = torch.empty(self._rows, dtype=torch.float32, device=q.device) if wants_lse or not self._unread else None
+        lse = torch.empty(self._rows, dtype=torch.float32, device=q.device) if wants_lse else None
         addresses = self._pack(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), self._unread if lse is None else lse.data_ptr(), self._limits_at,
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), self._limits_at,
             0 if sinks is None else sinks.data_ptr(), 0, 0, 0, 0, 0, 0, 0 if bias is None else bias.data_ptr(), 0,
             *(self._hidden_at if shown is None else (shown.data_ptr(), *self._hidden_at[1:])), seed,
         )  # fmt: skip
@@ -357,7 +351,7 @@ class Forward(_Prepared):
 class Backward(_Prepared):
     """`gradients` for tensors of one layout, with rows contiguous and numbers in memory."""
 
-    __slots__ = ("_alike", "_few", "_run", "_whole")
+    __slots__ = ("_alike", "_run")
     _name = "gradients"
 
     def __init__(
@@ -368,31 +362,29 @@ class Backward(_Prepared):
         read = {"q": q, "k": k, "v": v, "out": out, "grad_out": grad_out}
         found = {f"d{name}": _like(read[name], read[name].shape[3]) for name in ("q", "k", "v")}
         super().__init__(read | found, limits, bias, hidden, scale, softcap, dropout, instruction_set, threads, some_keys, few)
-        self._few, self._alike = few, all(torch.empty_like(tensor).stride(3) == 1 for tensor in (q, k, v))
-        # Where a query sees all keys, all are written.
-        all_seen = None if limits is None or few else (limits[..., 0] <= 0) & (limits[..., 1] >= k.shape[2])
-        self._whole = all_seen is None or bool(all_seen.any(-1).all())
+        self._alike = all(torch.empty_like(tensor).stride(3) == 1 for tensor in (q, k, v))
         self._run = library().torchwrap_gradients
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None = None,
-        bias: Tensor | None = None, shown: Tensor | None = None, *, wants_bias: bool = False, seed: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """As `gradients`; lse and its gradient are contiguous, the bias is `readable`, `shown` is in place of that of `hidden`."""
+        bias: Tensor | None = None, shown: Tensor | None = None, *, wants_bias: bool = False, wants_delta: bool = True, seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+        """As `gradients`; lse and its gradient are contiguous, the bias is `readable`, `shown` is in place of that of `hidden`.
+
+        A delta that is not wanted is None.
+        """
         if self._alike:
             dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         else:
             dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
-        if not self._whole:
-            dk.zero_(), dv.zero_()
-        delta = torch.empty(self._rows, dtype=torch.float32, device=q.device)
+        delta = torch.empty(self._rows, dtype=torch.float32, device=q.device) if wants_delta else None
         dbias = None
         if wants_bias and bias is not None:
             dbias = q.new_zeros(bias.shape, dtype=torch.float32 if bias.shape == (*q.shape[:3], k.shape[2]) else torch.float64)
         addresses = self._pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr(), 0 if lse is None else lse.data_ptr(),
             self._limits_at, 0, grad_out.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(), dq.data_ptr(), dk.data_ptr(),
-            dv.data_ptr(), delta.data_ptr(), 0 if bias is None else bias.data_ptr(), 0 if dbias is None else dbias.data_ptr(),
+            dv.data_ptr(), *(0 if tensor is None else tensor.data_ptr() for tensor in (delta, bias, dbias)),
             *(self._hidden_at if shown is None else (shown.data_ptr(), *self._hidden_at[1:])), seed,
         )  # fmt: skip
         if status := self._run(addresses + self._rest):

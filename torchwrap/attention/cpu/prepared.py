@@ -17,7 +17,7 @@ from torchwrap.attention.contract import Call, Prepared
 from torchwrap.attention.cpu import decode, prefill
 from torchwrap.attention.cpu.backend import Composed
 from torchwrap.native.decode import Prepared as Decode
-from torchwrap.native.prefill import Backward, Forward, Hidden, in_memory, readable, unread
+from torchwrap.native.prefill import Backward, Forward, Hidden, in_memory, readable
 
 __all__ = ["Drawn", "Few", "Many"]
 
@@ -28,12 +28,12 @@ class Few:
     Args:
         call: one that `decode.form` calls "native".
         trains: as in `Prepared`.
-        mask: one of the layout, for one query; None: that of the call.
+        mask: one of the layout, of numbers where there are several queries; None: that of the call.
     """
 
     name = "cpu"
     __slots__ = (
-        "_alike", "_backward", "_biased", "_call", "_copies", "_dtype", "_limits", "_limits_at", "_many", "_shape", "_unread", "_work",
+        "_alike", "_backward", "_biased", "_call", "_copies", "_dtype", "_limits", "_limits_at", "_many", "_shape", "_work",
         "again", "kind", "trains",
     )  # fmt: skip
 
@@ -56,7 +56,7 @@ class Few:
         limits = decode.limits(call)
         self._limits = None if limits is None else limits.contiguous()
         self._limits_at = 0 if self._limits is None else self._limits.data_ptr()
-        self._dtype, self._shape, self._unread = q.dtype, (*q.shape[:3], call.value_width), unread(q.shape[:3].numel())
+        self._dtype, self._shape = q.dtype, (*q.shape[:3], call.value_width)
         # Memory in the order of q is had in less time than memory of a shape that is said.
         self._alike = q.shape == self._shape and _in_order(torch.empty_like(q))
         self.again = trains and prefill.is_few(call)
@@ -69,8 +69,8 @@ class Few:
             q = q.contiguous()
         bias = self._bias(mask)
         out = torch.empty_like(q) if self._alike else torch.empty(self._shape, dtype=self._dtype, device=q.device)
-        lse = torch.empty(self._shape[:3], dtype=torch.float32, device=q.device) if wants_lse or not self._unread else None
-        at, of_bias = self._unread if lse is None else lse.data_ptr(), 0 if bias is None else bias.data_ptr()
+        lse = torch.empty(self._shape[:3], dtype=torch.float32, device=q.device) if wants_lse else None
+        at, of_bias = 0 if lse is None else lse.data_ptr(), 0 if bias is None else bias.data_ptr()
         self._work(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), at, 0, 0, self._limits_at, 0, 0, of_bias)
         return out, lse
 
@@ -122,7 +122,7 @@ class _Backward:
             work = Backward(q, k, v, grad_out if out is None else out, grad_out, bias=bias, **self._how)
             held = self._held = strides, work
         of_lse = None if grad_lse is None else in_memory(grad_lse).contiguous()
-        dq, dk, dv, *_ = held[1](q, k, v, out, lse, grad_out, of_lse, bias, shown, seed=seed)
+        dq, dk, dv, *_ = held[1](q, k, v, out, lse, grad_out, of_lse, bias, shown, wants_delta=False, seed=seed)
         return dq, dk, dv
 
 

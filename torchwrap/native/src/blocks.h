@@ -13,15 +13,61 @@ struct Cut {
     template <class T> void operator()(T *&at, int64_t count) { at = (T *)next, next += up(count * (int64_t)sizeof(T), 64); }
 };
 
-// Where a row of a task is in a tensor with query heads.
+// Which query of which head a row of a task is.
+struct Query { int64_t head, number; };
+INLINE Query query_of(const PrefillCall &call, const PrefillTask &task, int64_t row) {
+    const int64_t head = row < call.q_length ? 0 : row / call.q_length;  // a division takes the time of 20 sums
+    return {task.head * call.group + head, row - head * call.q_length};
+}
+// Where it is in a tensor with query heads.
 INLINE int64_t place_of(const int64_t *strides, const PrefillCall &call, const PrefillTask &task, int64_t row) {
-    const int64_t head = task.head * call.group() + row / call.q_length;
-    return task.batch * strides[0] + head * strides[1] + row % call.q_length * strides[2];
+    const Query query = query_of(call, task, row);
+    return task.batch * strides[0] + query.head * strides[1] + query.number * strides[2];
 }
 // The same for lse, which is contiguous.
 INLINE int64_t lse_of(const PrefillCall &call, const PrefillTask &task, int64_t row) {
-    return (task.batch * call.kv_heads + task.head) * call.group() * call.q_length + row;
+    return (task.batch * call.kv_heads + task.head) * call.group * call.q_length + row;
 }
+
+// Memory of the task that probably comes next, asked for while this one is computed, some rows at every step: all at once they would wait for
+// each other. Heads of a few tokens lie apart, and the processor does not foresee where. Of many rows only the first ones.
+class Coming {
+    static constexpr int64_t MOST = 128;
+    struct Rows { const char *at; int64_t stride, bytes, left; } of[8];
+    int tensors = 0, now = 0;
+    int64_t all = 0, each = 0;
+    const PrefillCall &call;
+    const PrefillTask &task;
+
+public:
+    Coming(const PrefillCall &call, const PrefillTask &task) : call(call), task(task) {}
+    void queries(const void *tensor, const int64_t *strides, int64_t width) {
+        add(tensor, strides, task.next_batch, task.next_head * call.group, call.q_length, width);
+    }
+    void keys(const void *tensor, const int64_t *strides, int64_t width) {
+        add(tensor, strides, task.next_batch, task.next_head, call.k_length, width);
+    }
+    // What this task itself will write.
+    void own(const void *tensor, const int64_t *strides, int64_t width) {
+        if (task.next_batch >= 0) add(tensor, strides, task.batch, task.head * call.group, call.q_length, width);
+    }
+    void add(const void *tensor, const int64_t *strides, int64_t batch, int64_t head, int64_t rows, int64_t width) {
+        if (batch < 0) return;
+        const int64_t size = call.dtype == FLOAT32 ? 4 : 2;
+        of[tensors++] = {(const char *)tensor + (batch * strides[0] + head * strides[1]) * size, strides[2] * size, width * size,
+                         rows < MOST ? rows : MOST};
+        all += of[tensors - 1].left;
+    }
+    void in_steps(int64_t steps) { each = (all + steps - 1) / steps; }
+    void step() {
+        for (int64_t row = 0; row < each && now < tensors; row++) {
+            Rows &rows = of[now];
+            for (int64_t byte = 0; byte < rows.bytes; byte += 64) __builtin_prefetch(rows.at + byte, 0, 2);
+            rows.at += rows.stride;
+            if (--rows.left <= 0) now++;
+        }
+    }
+};
 
 // What the rows of a task see, from its first row on, and everything that any of them sees. Rows behind its end see nothing.
 INLINE Range look(const PrefillCall &call, const PrefillTask &task, Range *seen) {
@@ -52,10 +98,10 @@ template <class T> INLINE Range columns_seen(const Range *seen, int64_t rows, in
 
 enum Sight { NOTHING, SOME, EVERYTHING };
 
-// Of a tile whose first column is `left`, what its rows see.
-template <class T> INLINE Sight sight(const Range *seen, int64_t left) {
+// Of a tile of R rows whose first column is `left`, what its rows see.
+template <class T, int R> INLINE Sight sight(const Range *seen, int64_t left) {
     bool none = true, whole = true;
-    for (int r = 0; r < ROWS<T>; r++) {
+    for (int r = 0; r < R; r++) {
         if (seen[r].first < left + COLUMNS<T> && seen[r].end > left) none = false;
         if (seen[r].first > left || seen[r].end < left + COLUMNS<T>) whole = false;
     }
@@ -90,7 +136,7 @@ INLINE const float *row_as(const Float16 *row, int64_t width, float *wide) {
     return wide;
 }
 
-// Keys or values of a block, of which a task sees those in `span`; the others count as zeros, whatever they hold. Tiles behind the last are not
+// Keys or values of a block, of which a task sees those in `span`; the others count as zeros, whatever they hold. Vectors behind the last are not
 // packed. They are T in products and E in memory.
 template <class T, class E> struct Keys {
     const E *base;
@@ -98,14 +144,14 @@ template <class T, class E> struct Keys {
     Range span;
     Keys(const void *tensor, const int64_t *strides, const PrefillTask &task, int64_t block, Range span)
         : base((const E *)tensor + task.batch * strides[0] + task.head * strides[1]), stride(strides[2]), block(block), span(span) {
-        count = span.end - block < BLOCK ? up(span.end - block, COLUMNS<T>) : BLOCK;
+        count = span.end - block < BLOCK ? up(span.end - block, W) : BLOCK;
     }
     const T *row(int64_t n, int64_t width, T *wide) const {
         return block + n >= span.first && block + n < span.end ? row_as(base + (block + n) * stride, width, wide) : nullptr;
     }
     void pack_columns(int64_t width, int64_t padded, Word<T> *to) const {
-        Wide<T, E> wide[4];
-        columns_of<T>([&](int64_t n) { return row(n, width, wide[n % 4]); }, count, width, padded, to);
+        Wide<T, E> wide[W];
+        columns_of<T>([&](int64_t n) { return row(n, width, wide[n % W]); }, count, width, padded, to);
     }
     void pack_across(int64_t width, int64_t padded, Word<T> *to) const {
         Wide<T, E> wide;
@@ -117,7 +163,9 @@ template <class T, class E> struct Keys {
 };
 
 INLINE void store_row(const float *from, float factor, int64_t width, float *to) {
-    for (int64_t d = 0; d < width; d++) to[d] = from[d] * factor;
+    int64_t d = 0;
+    for (; d + W <= width; d += W) store(to + d, mul(load(from + d), all(factor)));
+    if (d < width) store(to + d, mul(load(from + d, width - d), all(factor)), width - d);
 }
 INLINE void store_row(const float *from, float factor, int64_t width, BFloat16 *to) {
     for (int64_t d = 0; d < width; d++) to[d].bits = (uint16_t)rounded(from[d] * factor);

@@ -8,7 +8,7 @@
 #include <stdint.h>
 
 // Raised with every change of what Python and the library say to each other; torchwrap/native/library.py holds the same number.
-#define TORCHWRAP_INTERFACE 11
+#define TORCHWRAP_INTERFACE 12
 
 enum DType : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, BOOLEAN = 3 };  // BOOLEAN: a bias that hides keys where it is 0
 
@@ -21,7 +21,7 @@ extern "C" struct DecodeCall {
     const int32_t *runs, *run_of;
     const void *bias;                // (B, H, R, S), or null: added to the scores after the cap; strides of 0 where a number serves many
     void *out;                       // (B, H, R, V), contiguous, float32 or as q
-    float *lse;                      // (B, H, R), contiguous
+    float *lse;                      // (B, H, R), contiguous, or null: not wanted
     int64_t q_strides[3], k_strides[3], v_strides[3], bias_strides[4];
     int64_t batch, heads, rows, keys, width, value_width;
     float scale, softcap;            // softcap 0: none
@@ -64,13 +64,13 @@ struct Kernel {
 extern "C" struct PrefillCall {
     const void *q, *k, *v;       // (B, G * H, Q, D), (B, H, S, D), (B, H, S, V)
     void *out;                   // (B, G * H, Q, V)
-    float *lse;                  // (B, G * H, Q), contiguous
+    float *lse;                  // (B, G * H, Q), contiguous; null in `prefill`: not wanted
     const int32_t *limits;       // (B or 1, Q, 2), or null: columns [first, end) that a query sees, alike for all heads
     const float *sinks;          // (G * H), or null; `prefill` only
     const void *grad_out;        // as out; this and the rest are for gradients only
     const float *grad_lse;       // as lse, or null
     void *dq, *dk, *dv;          // as q, k, v
-    float *delta;                // as lse: sum(dO * O) - dlse, from weights that were never rounded
+    float *delta;                // as lse, or null: sum(dO * O) - dlse, from weights that were never rounded
     const void *bias;            // (B, G * H, Q, S), or null: added to the scores after the cap; strides of 0 where a number serves many
     void *dbias;                 // the same for its gradient, of zeros; or null. Sums of many numbers are float64: one chain of 4096 loses too much
     // What hides keys one by one. Each of it may be null; a key is seen if all that is there shows it.
@@ -89,11 +89,10 @@ extern "C" struct PrefillCall {
     int32_t limits_shared, threads, instruction_set, dtype, bias_dtype, dbias_wide;
     int32_t some_keys;           // for gradients: lse and out are over more keys than these
     int32_t few;                 // the same: by few_kernels.cpp, which works the softmax out again and reads neither lse nor out
-    // From here on the library's own: rows of one task, float32 sums of (places, S, padded width).
-    int64_t part;
+    // From here on the library's own: rows of one task, G, float32 sums of (places, S, padded width).
+    int64_t part, group;
     float *dk_sums, *dv_sums;
 
-    int64_t group() const { return heads / kv_heads; }
     bool hides() const { return shown || q_segments || codes; }
 };
 
@@ -110,9 +109,10 @@ static inline Range seen_by(const PrefillCall &call, int64_t batch, int64_t row)
 struct Turn { int32_t number, of; };
 
 // Some rows of (batch, head): `begin` to `end` of all G * Q queries that share it. For gradients, `turns` has an entry for each block of keys, and
-// `place` is that of the sums. Of the tasks that add to the gradient of the bias where this one does, it is number `bias_turn`.
+// `place` is that of the sums. Of the tasks that add to the gradient of the bias where this one does, it is number `bias_turn`. The task that this
+// thread probably has next is of all rows of `next_head` in `next_batch`; -1: none, or of some of them.
 struct PrefillTask {
-    int64_t batch, head, begin, end, place, bias_turn;
+    int64_t batch, head, begin, end, place, bias_turn, next_batch, next_head;
     const Turn *turns;
     void *progress, *bias_progress;
     void (*wait)(void *progress, int64_t block, int64_t number);  // until so many tasks have added to this block

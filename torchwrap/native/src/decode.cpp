@@ -56,7 +56,7 @@ struct Work {
                 for (int64_t c = 0; c < width; c++) own[c] += weight * from_piece[c];
             }
             const int64_t place = pair * rows + r;
-            call.lse[place] = total == 0 ? -INFINITY : (float)(origin + log((double)total));
+            if (call.lse) call.lse[place] = total == 0 ? -INFINITY : (float)(origin + log((double)total));
             char *out = (char *)call.out + place * width * (call.out_dtype == FLOAT32 ? 4 : 2);
             kernel.store(merged, total == 0 ? 0 : 1 / total, width, call.out_dtype, out);
         }

@@ -2,7 +2,7 @@
 // head, query row and key column, so that forward and gradients agree whatever their tiles are, and nothing is stored.
 #pragma once
 
-#include "simd.h"
+#include "blocks.h"
 
 namespace {
 
@@ -19,9 +19,9 @@ template <class N> INLINE N mixed(N x) {
 
 // What all weights of a row have in common; `row` counts the queries of all heads that share a key/value head.
 INLINE uint32_t state_of(const PrefillCall &call, const PrefillTask &task, int64_t row) {
-    const int64_t head = task.batch * call.heads + task.head * call.group() + row / call.q_length;
-    const uint32_t state = mixed((uint32_t)call.seed ^ mixed((uint32_t)head + (uint32_t)(call.seed >> 32)));
-    return mixed(state + mixed((uint32_t)(row % call.q_length) ^ 0x9e3779b9u));
+    const Query query = query_of(call, task, row);
+    const uint32_t state = mixed((uint32_t)call.seed ^ mixed((uint32_t)(task.batch * call.heads + query.head) + (uint32_t)(call.seed >> 32)));
+    return mixed(state + mixed((uint32_t)query.number ^ 0x9e3779b9u));
 }
 
 // What to multiply the weights of the W columns from `column` on with: 0, or 1 / (1 - p).

@@ -33,7 +33,7 @@ template <class T> struct Scratch {
     uint32_t *states;                                 // of the rows, for dropout
     size_t bytes;
 
-    Scratch(const PrefillCall &call, void *memory) : width(up(call.width, 16)), value_width(up(call.value_width, 16)) {
+    Scratch(const PrefillCall &call, void *memory) : width(up(call.width, W)), value_width(up(call.value_width, W)) {
         Cut take{(char *)memory};
         // Where a word is one element, rows are the same matrix, whichever way it is walked.
         const auto both = [&take](T *&rows, Word<T> *&across, int64_t count) {
@@ -52,13 +52,21 @@ template <class T> struct Scratch {
     }
 };
 
-template <class T> float dot(const T *a, const T *b, int64_t width) {
-    float lanes[16] = {}, total = 0;
+INLINE float dot(const float *a, const float *b, int64_t width) {
+    Vector total = zeros();
+    int64_t d = 0;
+    for (; d + W <= width; d += W) total = fma(load(a + d), load(b + d), total);
+    if (d < width) total = fma(load(a + d, width - d), load(b + d, width - d), total);
+    return sum(total);
+}
+INLINE float dot(const BFloat16 *a, const BFloat16 *b, int64_t width) {
+    alignas(64) float lanes[16] = {};
     int64_t d = 0;
     for (; d + 16 <= width; d += 16)
         for (int l = 0; l < 16; l++) lanes[l] += widened(a[d + l]) * widened(b[d + l]);
-    for (; d < width; d++) total += widened(a[d]) * widened(b[d]);
-    for (float lane : lanes) total += lane;
+    for (; d < width; d++) lanes[d % 16] += widened(a[d]) * widened(b[d]);
+    float total = 0;
+    for (int l = 0; l < 16; l += W) total += sum(load(lanes + l));
     return total;
 }
 
@@ -95,26 +103,27 @@ template <class T, class E> void pack_rows(const PrefillCall &call, const Prefil
 // Differences of scores first, then log2(e): the product of a large score with it, rounded, would be an error of the exponent.
 INLINE Vector power(Vector x, Vector scale, Vector shift) { return exp2(mul(fma(x, scale, shift), all(LOG2E))); }
 
-// P and dS of ROWS rows from `row` of the task, `place` of the block of rows, and COLUMNS columns from `column` of the block of keys; or only
+// P and dS of R rows from `row` of the task, `place` of the block of rows, and V vectors of columns from `column` of the block of keys; or only
 // what they add to the rows' products.
-template <class T, bool CUT, bool CAPPED>
+template <class T, int V, int R, bool CUT, bool CAPPED>
 void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t column, int64_t block, const Shown *bits,
             bool only_products) {
-    alignas(64) float kept[ROWS<T>][COLUMNS<T>], left[ROWS<T>][COLUMNS<T>], slopes[CAPPED ? ROWS<T> : 1][COLUMNS<T>];
+    alignas(64) float kept[R][V * W], left[R][V * W], slopes[CAPPED ? R : 1][V * W];
     const float inside = CAPPED ? call.scale / call.softcap : 0;
+    const auto columns_at = [&](const Word<T> *from, int64_t steps) { return from + column / COLUMNS<T> * COLUMNS<T> * steps + column % COLUMNS<T>; };
     const auto cut = [&](Vector x, int r, int j) {
         return bits ? if_shown(x, bits->at(place + r, column + j * W), zeros()) : if_seen(x, at.seen[row + r], block + column + j * W, zeros());
     };
     {
         Added<T> bias;
-        if (call.bias) bias.read(call, at.bias + row, block + column);
-        Vector weight[ROWS<T>][VECTORS<T>];
+        if (call.bias) bias.template read<R>(call, at.bias + row, block + column);
+        Vector weight[R][V];
         const int64_t steps = at.width / PACKED<T>;
-        long_product<T, VECTORS<T>>(weight, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, at.k_columns + column * steps,
+        long_product<T, V, R>(weight, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, columns_at(at.k_columns, steps),
                                     COLUMNS<T>, steps);
-        UNROLL for (int r = 0; r < ROWS<T>; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
             const Vector shift = all(-at.lse[row + r]);
-            UNROLL for (int j = 0; j < VECTORS<T>; j++) {
+            UNROLL for (int j = 0; j < V; j++) {
                 if (CAPPED) {
                     const Vector t = tanh(mul(weight[r][j], all(inside)));
                     store(slopes[r] + j * W, sub(all(1.f), mul(t, t)));
@@ -128,27 +137,30 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
             }
         }
         if (call.threshold)
-            UNROLL for (int r = 0; r < ROWS<T>; r++)
-                UNROLL for (int j = 0; j < VECTORS<T>; j++) {
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int j = 0; j < V; j++) {
                     const Vector factor = factors(call, at.states[row + r], block + column + j * W);
                     store(left[r] + j * W, factor), weight[r][j] = mul(weight[r][j], factor);
                 }
         if (!only_products)
-            UNROLL for (int r = 0; r < ROWS<T>; r += 2)
-                UNROLL for (int j = 0; j < VECTORS<T>; j++)
-                    store_across(weight[r][j], weight[r + 1][j], at.weight_across + (place + r) / PACKED<T> * BLOCK + column + j * W);
+            UNROLL for (int r = 0; r < R; r += PACKED<T>)
+                UNROLL for (int j = 0; j < V; j++) {
+                    Word<T> *to = at.weight_across + (place + r) / PACKED<T> * BLOCK + column + j * W;
+                    if constexpr (PACKED<T> == 1) store(to, weight[r][j]);
+                    else store_across(weight[r][j], weight[r + 1][j], to);
+                }
     }
-    Vector score[ROWS<T>][VECTORS<T>];
+    Vector score[R][V];
     const int64_t steps = at.value_width / PACKED<T>;
-    long_product<T, VECTORS<T>>(score, {(const Word<T> *)(at.grad_rows + row * at.value_width), steps, 1}, at.v_columns + column * steps,
+    long_product<T, V, R>(score, {(const Word<T> *)(at.grad_rows + row * at.value_width), steps, 1}, columns_at(at.v_columns, steps),
                                 COLUMNS<T>, steps);
     if (call.threshold)
-        UNROLL for (int r = 0; r < ROWS<T>; r++)
-            UNROLL for (int j = 0; j < VECTORS<T>; j++) score[r][j] = mul(score[r][j], load(left[r] + j * W));
-    UNROLL for (int r = 0; r < ROWS<T>; r++) {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < V; j++) score[r][j] = mul(score[r][j], load(left[r] + j * W));
+    UNROLL for (int r = 0; r < R; r++) {
         const Vector delta = all(at.delta[row + r]);
         Vector products = load(at.products + (row + r) * W);
-        UNROLL for (int j = 0; j < VECTORS<T>; j++) {
+        UNROLL for (int j = 0; j < V; j++) {
             const Vector weight = load(kept[r] + j * W);
             // What is hidden may be no number, and 0 times it is none.
             if (CUT) score[r][j] = cut(score[r][j], r, j);
@@ -162,15 +174,16 @@ void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t 
         store(at.products + (row + r) * W, products);
     }
     if (only_products) return;
-    UNROLL for (int r = 0; r < ROWS<T>; r += 2)
-        UNROLL for (int j = 0; j < VECTORS<T>; j++) {
+    UNROLL for (int r = 0; r < R; r += PACKED<T>)
+        UNROLL for (int j = 0; j < V; j++) {
             T *row = at.score_rows + (place + r) * BLOCK + column + j * W;
-            store_across(score[r][j], score[r + 1][j], at.score_across + (place + r) / PACKED<T> * BLOCK + column + j * W, row, row + BLOCK);
+            if constexpr (PACKED<T> == 1) store(row, score[r][j]);
+            else store_across(score[r][j], score[r + 1][j], at.score_across + (place + r) / PACKED<T> * BLOCK + column + j * W, row, row + BLOCK);
         }
 }
 
-template <class T> void no_scores(const Scratch<T> &at, int64_t place, int64_t column, bool kept) {
-    for (int64_t r = 0; r < ROWS<T>; r++) {
+template <class T> void no_scores(const Scratch<T> &at, int64_t place, int64_t rows, int64_t column, bool kept) {
+    for (int64_t r = 0; r < rows; r++) {
         memset((void *)(at.score_rows + (place + r) * BLOCK + column), 0, COLUMNS<T> * sizeof(T));
         if (kept) memset(at.kept + (place + r) * BLOCK + column, 0, COLUMNS<T> * sizeof(float));
         if (r % PACKED<T>) continue;
@@ -179,29 +192,41 @@ template <class T> void no_scores(const Scratch<T> &at, int64_t place, int64_t c
     }
 }
 
-// Returns the columns that some row sees.
+// Returns the columns that some row sees, of which no key is behind `end`.
 template <class T, bool CAPPED>
 Range pair_of_blocks(const PrefillCall &call, const PrefillTask &task, const Scratch<T> &at, int64_t top, int64_t count, int64_t block,
-                     bool only_products) {
+                     int64_t end, bool only_products, Coming &coming) {
     Range span = columns_seen<T>(at.seen + top, count, block);
     Shown shown, *const bits = call.hides() ? &shown : nullptr;
     if (bits && !span.empty()) span = reveal<T>(call, task, top, count, block, at.seen, span, shown);
     if (span.empty()) return span;
     for (int64_t column = span.first; column < span.end; column += COLUMNS<T>)
         for (int64_t r = 0; r < count; r += ROWS<T>)
-            switch (bits ? bits->sight<T>(r, column) : sight<T>(at.seen + top + r, block + column)) {
-                case NOTHING: no_scores<T>(at, r, column, call.dbias); break;
-                case SOME: scores<T, true, CAPPED>(call, at, top + r, r, column, block, bits, only_products); break;
-                case EVERYTHING: scores<T, false, CAPPED>(call, at, top + r, r, column, block, bits, only_products); break;
-            }
+            of_group<T>(count - r, [&](auto group) {
+                coming.step();
+                if constexpr (group % PACKED<T> == 0) {
+                    constexpr int ALL = VECTORS<T>, ONE = ALL == 2 ? 1 : ALL;
+                    const bool is_short = end - column <= ONE * W;  // a last tile of one vector is not filled up to two
+                    switch (bits ? bits->sight<T, group>(r, column) : sight<T, group>(at.seen + top + r, block + column)) {
+                        case NOTHING: no_scores<T>(at, r, group, column, call.dbias); break;
+                        case SOME:
+                            if (is_short) scores<T, ONE, group, true, CAPPED>(call, at, top + r, r, column, block, bits, only_products);
+                            else scores<T, ALL, group, true, CAPPED>(call, at, top + r, r, column, block, bits, only_products);
+                            break;
+                        case EVERYTHING: scores<T, ALL, group, false, CAPPED>(call, at, top + r, r, column, block, bits, only_products); break;
+                    }
+                }
+            });
     if (only_products) return span;
+    if (span.end > end) span.end = end;
     const int64_t columns = span.end - span.first;
-    add_matrix<T>(at.dv + span.first * at.value_width, columns, at.value_width, {at.weight_across + span.first, 1, BLOCK},
-                  at.grad_across + top / PACKED<T> * at.value_width, count / PACKED<T>);
-    add_matrix<T>(at.dk + span.first * at.width, columns, at.width, {at.score_across + span.first, 1, BLOCK},
-                  at.q_across + top / PACKED<T> * at.width, count / PACKED<T>);
+    const auto between = [&] { coming.step(); };
+    add_matrix<T>(at.dv + span.first * at.value_width, grouped<T>(columns), at.value_width, {at.weight_across + span.first, 1, BLOCK},
+                  at.grad_across + top / PACKED<T> * at.value_width, count / PACKED<T>, between);
+    add_matrix<T>(at.dk + span.first * at.width, grouped<T>(columns), at.width, {at.score_across + span.first, 1, BLOCK},
+                  at.q_across + top / PACKED<T> * at.width, count / PACKED<T>, between);
     add_matrix<T>(at.dq + top * at.width, count, at.width, {(const Word<T> *)(at.score_rows + span.first), BLOCK / PACKED<T>, 1},
-                  at.k_across + span.first / PACKED<T> * at.width, columns / PACKED<T>);
+                  at.k_across + span.first / PACKED<T> * at.width, up(columns, PACKED<T>) / PACKED<T>, between);
     return span;
 }
 
@@ -240,10 +265,18 @@ constexpr int64_t FEW_KEYS = 64, FEW_QUERIES = 16, FEW_COLUMNS = 4;  // chosen: 
 // Tensors hold E, products are of T.
 template <class T, class E> void rows_of(const PrefillCall &call, const PrefillTask &task, void *memory) {
     const Scratch<T> at(call, memory);
-    const int64_t rows = up(task.end - task.begin, ROWS<T>);
+    const int64_t rows = grouped<T>(up(task.end - task.begin, PACKED<T>));
     const Range span = look(call, task, at.seen);
     pack_rows<T, E>(call, task, at, rows);
     memset(at.dq, 0, rows * at.width * sizeof(float)), memset(at.products, 0, rows * W * sizeof(float));
+    Coming coming(call, task);
+    coming.queries(call.q, call.q_strides, call.width), coming.queries(call.grad_out, call.grad_strides, call.value_width);
+    coming.queries(call.out, call.out_strides, call.value_width);
+    coming.keys(call.k, call.k_strides, call.width), coming.keys(call.v, call.v_strides, call.value_width);
+    coming.own(call.dq, call.dq_strides, call.width);
+    // Those of scores, and of dV, dK and dQ.
+    const int64_t of_rows = (rows + ROWS<T> - 1) / ROWS<T>, of_keys = (call.k_length + ROWS<T> - 1) / ROWS<T>;
+    coming.in_steps(of_rows * ((call.k_length + COLUMNS<T> - 1) / COLUMNS<T>) + of_rows + 2 * of_keys);
     // Turns in the gradient of the bias: one for each block, or one for all where all columns share their numbers. Tasks that add nothing to a
     // block let their turn pass.
     const bool apart = call.dbias_strides[3] != 0;
@@ -258,8 +291,8 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
         Keys<T, E>(call.v, call.v_strides, task, block, span).pack_columns(call.value_width, at.value_width, at.v_columns);
         for (int64_t top = 0; top < rows; top += HEIGHT) {
             const int64_t count = rows - top < HEIGHT ? rows - top : HEIGHT;
-            const Range found = call.softcap > 0 ? pair_of_blocks<T, true>(call, task, at, top, count, block, only_products)
-                                                 : pair_of_blocks<T, false>(call, task, at, top, count, block, only_products);
+            const Range found = call.softcap > 0 ? pair_of_blocks<T, true>(call, task, at, top, count, block, span.end - block, only_products, coming)
+                                                 : pair_of_blocks<T, false>(call, task, at, top, count, block, span.end - block, only_products, coming);
             if (!call.dbias || only_products) continue;
             if (task.bias_progress && !ours) task.wait(task.bias_progress, next, task.bias_turn), ours = true;
             if (found.empty()) continue;
@@ -285,27 +318,28 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
         if (turn.number < 0) continue;
         pass(apart ? block / BLOCK : 0);
         Keys<T, E>(call.k, call.k_strides, task, block, span).pack_across(call.width, at.width, at.k_across);
-        memset(at.dk, 0, BLOCK * at.width * sizeof(float)), memset(at.dv, 0, BLOCK * at.value_width * sizeof(float));
+        const int64_t count = call.k_length - block < BLOCK ? call.k_length - block : BLOCK, padded = up(count, 8);
+        memset(at.dk, 0, padded * at.width * sizeof(float)), memset(at.dv, 0, padded * at.value_width * sizeof(float));
         pairs(block, false);
         if (ours && apart) task.done(task.bias_progress, next++), ours = false;
-        const int64_t count = call.k_length - block < BLOCK ? call.k_length - block : BLOCK, place = task.place * call.k_length + block;
+        const int64_t place = task.place * call.k_length + block;
         const bool first = turn.number == 0, last = turn.number == turn.of - 1;
         auto row = [&](void *tensor, const int64_t *strides) {
             return (E *)tensor + task.batch * strides[0] + task.head * strides[1] + block * strides[2];
         };
-        task.wait(task.progress, block / BLOCK, turn.number);
+        if (turn.of > 1) task.wait(task.progress, block / BLOCK, turn.number);
         deliver(at.dk, at.width, call.width, count, call.dk_sums + place * at.width, first, last, call.scale, row(call.dk, call.dk_strides),
                 call.dk_strides[2]);
         deliver(at.dv, at.value_width, call.value_width, count, call.dv_sums + place * at.value_width, first, last, 1,
                 row(call.dv, call.dv_strides), call.dv_strides[2]);
-        task.done(task.progress, block / BLOCK);
+        if (turn.of > 1) task.done(task.progress, block / BLOCK);
     }
     if (ours) task.done(task.bias_progress, next++);
     pass(apart ? (call.k_length + BLOCK - 1) / BLOCK : 1);
     for (int64_t r = 0; r < task.end - task.begin; r++) {
         const int64_t row = task.begin + r;
         store_row(at.dq + r * at.width, call.scale, call.width, (E *)call.dq + place_of(call.dq_strides, call, task, row));
-        call.delta[lse_of(call, task, row)] = delta_of(r);
+        if (call.delta) call.delta[lse_of(call, task, row)] = delta_of(r);
     }
 }
 

@@ -10,7 +10,12 @@
 namespace {
 
 // `count` numbers of a row, `stride` apart, in float32.
-INLINE void widened(const float *from, int64_t count, float *to) { memcpy(to, from, count * sizeof *to); }
+// Whole vectors are written, with zeros behind the last number: what is read at once from parts of a vector waits.
+INLINE void widened(const float *from, int64_t count, float *to) {
+    int64_t i = 0;
+    for (; i + W <= count; i += W) store(to + i, load(from + i));
+    if (i < count) store(to + i, load(from + i, count - i));
+}
 INLINE void widened(const BFloat16 *from, int64_t count, float *to) { row_as(from, count, to); }
 INLINE void widened(const Float16 *from, int64_t count, float *to) { row_as(from, count, to); }
 template <class E> void widened(const E *from, int64_t stride, int64_t count, float *to) {
@@ -25,10 +30,10 @@ template <class T> struct Added {
     const float *row[ROWS<T>];
     alignas(64) float here[ROWS<T>][COLUMNS<T>];
 
-    // `places`: where the rows of the tile begin in the bias.
-    void read(const PrefillCall &call, const int64_t *places, int64_t column) {
+    // `places`: where the rows of the tile, R of them, begin in the bias.
+    template <int R> void read(const PrefillCall &call, const int64_t *places, int64_t column) {
         const int64_t stride = call.bias_strides[3], left = call.k_length - column, count = left < COLUMNS<T> ? left : COLUMNS<T>;
-        for (int r = 0; r < ROWS<T>; r++) {
+        for (int r = 0; r < R; r++) {
             const int64_t from = places[r] + column * stride;
             if (call.bias_dtype == FLOAT32 && stride == 1 && count == COLUMNS<T>) {
                 row[r] = (const float *)call.bias + from;
@@ -41,7 +46,7 @@ template <class T> struct Added {
                 case BFLOAT16: widened((const BFloat16 *)call.bias + from, stride, count, here[r]); break;
                 default: widened((const Float16 *)call.bias + from, stride, count, here[r]);
             }
-            for (int64_t i = count; i < COLUMNS<T>; i++) here[r][i] = 0;
+            for (int64_t i = call.bias_dtype == FLOAT32 ? up(count, W) : count; i < COLUMNS<T>; i++) here[r][i] = 0;
         }
     }
 };
@@ -59,9 +64,9 @@ struct Shown {
     // Those of W columns from one that is a multiple of it, in the lowest bits.
     uint32_t at(int64_t row, int64_t column) const { return of[row][column / 32] >> column % 32 & ((1u << W) - 1); }
 
-    template <class T> Sight sight(int64_t row, int64_t column) const {
+    template <class T, int R> Sight sight(int64_t row, int64_t column) const {
         uint32_t any = 0, every = (1u << W) - 1;
-        for (int r = 0; r < ROWS<T>; r++)
+        for (int r = 0; r < R; r++)
             for (int j = 0; j < VECTORS<T>; j++) any |= at(row + r, column + j * W), every &= at(row + r, column + j * W);
         return !any ? NOTHING : every == (1u << W) - 1 ? EVERYTHING : SOME;
     }
@@ -88,6 +93,12 @@ INLINE uint32_t word_of(const uint8_t *bytes, int64_t stride, int64_t count) {
 }
 INLINE uint32_t word_of(const int32_t *numbers, int32_t number, int64_t count) {
     uint32_t word = 0;
+#if defined(__AVX512F__)
+    const __mmask32 lanes = (__mmask32)((1ull << count) - 1);
+    const __m512i wanted = _mm512_set1_epi32(number);
+    word = _mm512_mask_cmpeq_epi32_mask((__mmask16)lanes, _mm512_maskz_loadu_epi32((__mmask16)lanes, numbers), wanted);
+    return word | (uint32_t)_mm512_mask_cmpeq_epi32_mask((__mmask16)(lanes >> W), _mm512_maskz_loadu_epi32((__mmask16)(lanes >> W), numbers + W), wanted) << W;
+#endif
     if (count == 32)
         for (int i = 0; i < 32; i++) word |= (uint32_t)(numbers[i] == number) << i;
     else
@@ -120,15 +131,16 @@ Range reveal(const PrefillCall &call, const PrefillTask &task, int64_t top, int6
              Shown &bits) {
     uint32_t any[Shown::WORDS] = {};
     for (int64_t r = 0; r < count; r++) {
-        const int64_t row = task.begin + top + r, query = row % call.q_length, head = task.head * call.group() + row / call.q_length;
+        const int64_t row = task.begin + top + r;
+        const auto [head, query] = query_of(call, task, row);
         const uint8_t *shown = call.shown ? call.shown + place_in(call.shown_strides, call, task, row) : nullptr;
         const int32_t *keys = call.q_segments ? call.k_segments + task.batch * call.segment_strides[1] : nullptr;
         const int64_t line = query + call.first_row;
         const int32_t *codes = !call.codes ? nullptr : call.codes + task.batch * call.code_strides[0] + head * call.code_strides[1]
                                                            + line / call.tile_rows * call.code_strides[2];
-        for (int64_t w = columns.first / 32; w < Shown::WORDS; w++) {
+        for (int64_t w = columns.first / 32; 32 * w < columns.end; w++) {
             const int64_t column = block + 32 * w, left = call.k_length - column, length = left < 32 ? left : 32;
-            uint32_t word = 32 * w < columns.end ? word_of(seen[top + r], column) : 0;
+            uint32_t word = word_of(seen[top + r], column);
             if (word && shown) word &= word_of(shown + column * call.shown_strides[3], call.shown_strides[3], length);
             if (word && keys) word &= word_of(keys + column, call.q_segments[task.batch * call.segment_strides[0] + query], length);
             if (word && codes) word &= word_of(call, codes, line % call.tile_rows, column + call.first_column, length);

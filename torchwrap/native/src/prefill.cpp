@@ -41,6 +41,7 @@ struct Work {
     // Pairs come one after another, so that these are at most as many as threads.
     int32_t *place = nullptr, *finished = nullptr, *free = nullptr;
     int64_t next = 0;
+    int64_t threads = 1;
     std::mutex taking;
     std::atomic<bool> no_memory{false};
 
@@ -63,12 +64,14 @@ struct Work {
             no_memory = true;
             return;
         }
-        const int64_t rows = call.group() * call.q_length;
+        const int64_t rows = call.group * call.q_length;
         for (int64_t number; (number = take()) >= 0;) {
             const int64_t pair = number / parts, part = number % parts, begin = (parts - 1 - part) * call.part;
             const int64_t end = begin + call.part < rows ? begin + call.part : rows, batch = pair / call.kv_heads;
             const Turn chain = bias_chain(call, parts, number);
+            const int64_t next = parts == 1 && number + threads < tasks ? number + threads : -1;
             kernel.run(call, {batch, pair % call.kv_heads, begin, end, place ? place[pair] : 0, chain.number,
+                              next < 0 ? -1 : next / call.kv_heads, next < 0 ? -1 : next % call.kv_heads,
                               turns + ((call.limits_shared ? 0 : batch) * parts + part) * blocks, progress + pair * blocks,
                               bias_progress ? bias_progress + chain.of * blocks : nullptr, wait, done}, scratch.at);
             give_back(pair);
@@ -83,7 +86,7 @@ struct Work {
 
 // The turns of one batch entry; returns whether some block is added to by more than one task.
 bool count_turns(const PrefillCall &call, int64_t batch, int64_t parts, int64_t blocks, Turn *turns, int32_t *seen) {
-    const int64_t rows = call.group() * call.q_length;
+    const int64_t rows = call.group * call.q_length;
     int32_t *of = seen + blocks + 1;
     memset(of, 0, blocks * sizeof *of);
     for (int64_t part = 0; part < parts; part++) {
@@ -108,12 +111,26 @@ bool count_turns(const PrefillCall &call, int64_t batch, int64_t parts, int64_t 
     return shared;
 }
 
+// Gradients of the blocks of keys that no task sees are zeros.
+void clear_unseen(const PrefillCall &call, int64_t table, int64_t blocks, const Turn *turns) {
+    const int64_t first = call.limits_shared ? 0 : table, end = call.limits_shared ? call.batch : table + 1, size = call.dtype == FLOAT32 ? 4 : 2;
+    const auto clear = [&](void *tensor, const int64_t *strides, int64_t width, int64_t pair, int64_t key) {
+        memset((char *)tensor + (pair / call.kv_heads * strides[0] + pair % call.kv_heads * strides[1] + key * strides[2]) * size, 0, width * size);
+    };
+    for (int64_t key = 0; key < call.k_length; key++) {
+        if (turns[key / BLOCK].of) continue;
+        for (int64_t pair = first * call.kv_heads; pair < end * call.kv_heads; pair++)
+            clear(call.dk, call.dk_strides, call.width, pair, key), clear(call.dv, call.dv_strides, call.value_width, pair, key);
+    }
+}
+
 // Parts of the rows of one (batch, head).
 int64_t split(PrefillCall &call) {
-    const int64_t rows = call.group() * call.q_length, all = rows * call.batch * call.kv_heads;
+    const int64_t rows = call.group * call.q_length, all = rows * call.batch * call.kv_heads;
     const int64_t wanted = (all / TASKS + HEIGHT - 1) / HEIGHT * HEIGHT;
     const int64_t least = all <= 4 * HEIGHT ? HEIGHT : 2 * HEIGHT;
     call.part = wanted < least ? least : wanted > LONGEST ? LONGEST : wanted;
+    if (call.part > rows) call.part = (rows + 7) / 8 * 8;  // no kernel has more rows in a tile
     return (rows + call.part - 1) / call.part;
 }
 
@@ -123,7 +140,8 @@ int64_t threads_for(const PrefillCall &call, int64_t tasks) {
 }
 
 int go(Work &work) {
-    torchwrap::on_threads((int)threads_for(work.call, work.tasks), [](void *argument) { ((Work *)argument)->run(); }, &work);
+    work.threads = threads_for(work.call, work.tasks);
+    torchwrap::on_threads((int)work.threads, [](void *argument) { ((Work *)argument)->run(); }, &work);
     // A thread without memory leaves its share to the others; only when all of them had none is something missing.
     return work.next < work.tasks && work.no_memory ? 1 : 0;
 }
@@ -133,6 +151,7 @@ int go(Work &work) {
 // Both return 0: done; 1: no memory; 2: the instruction set cannot run here. No size is zero.
 EXPORT int torchwrap_prefill(const PrefillCall *asked) {
     PrefillCall call = *asked;
+    call.group = call.heads / call.kv_heads;
     const torchwrap::Choice *chosen = torchwrap::choice(call.instruction_set);
     if (!chosen) return 2;
     const int64_t parts = split(call);
@@ -151,7 +170,7 @@ int few(PrefillCall call, const PrefillKernel &kernel) {
         std::atomic<int64_t> next{0};
         std::atomic<bool> no_memory{false};
     };
-    call.part = call.group() * call.q_length;
+    call.part = call.group * call.q_length;
     Pairs pairs{call, kernel, call.batch * call.kv_heads};
     const int64_t bytes = pairs.count * call.k_length * (call.width + call.value_width) * (call.dtype == FLOAT32 ? 4 : 2);
     const int64_t threads = bytes * call.part < FEW_ALONE ? 1 : call.threads;
@@ -163,16 +182,16 @@ int few(PrefillCall call, const PrefillKernel &kernel) {
             return;
         }
         for (int64_t pair; (pair = all.next.fetch_add(1, std::memory_order_relaxed)) < all.count;)
-            all.kernel.run(all.call, {pair / all.call.kv_heads, pair % all.call.kv_heads, 0, all.call.part}, scratch.at);
+            all.kernel.run(all.call, {pair / all.call.kv_heads, pair % all.call.kv_heads, 0, all.call.part, 0, 0, -1, -1}, scratch.at);
     }, &pairs);
     return pairs.next.load() < pairs.count && pairs.no_memory ? 1 : 0;
 }
 
 }  // namespace
 
-// dk and dv hold zeros when it is called: what nobody sees is not written.
 EXPORT int torchwrap_gradients(const PrefillCall *asked) {
     PrefillCall call = *asked;
+    call.group = call.heads / call.kv_heads;
     const torchwrap::Choice *chosen = torchwrap::choice(call.instruction_set);
     if (!chosen) return 2;
     if (call.few) return few(call, *chosen->few);
@@ -182,8 +201,11 @@ EXPORT int torchwrap_gradients(const PrefillCall *asked) {
     const torchwrap::Memory progress(pairs * blocks * sizeof(std::atomic<int>));
     if (!turns.at || !counts.at || !progress.at) return 1;
     bool shared = false;
-    for (int64_t b = 0; b < tables; b++)
-        shared |= count_turns(call, b, parts, blocks, (Turn *)turns.at + b * parts * blocks, (int32_t *)counts.at);
+    for (int64_t b = 0; b < tables; b++) {
+        Turn *own = (Turn *)turns.at + b * parts * blocks;
+        shared |= count_turns(call, b, parts, blocks, own, (int32_t *)counts.at);
+        clear_unseen(call, b, blocks, own);
+    }
     for (int64_t i = 0; i < pairs * blocks; i++) new ((std::atomic<int> *)progress.at + i) std::atomic<int>(0);
     const int64_t chains = call.dbias ? pairs * parts : 0;
     const torchwrap::Memory bias_progress(chains * blocks * sizeof(std::atomic<int>));

@@ -19,7 +19,7 @@
 namespace {
 
 template <class T> struct Scratch {
-    int64_t width, value_width;       // padded to whole vectors
+    int64_t width, value_width;       // padded to whole words, and to whole vectors
     Word<T> *k_columns, *v_across;    // right factors of a block of keys
     T *q_rows, *weights;              // (part, width), (HEIGHT, BLOCK): left factors
     float *values, *maximum, *sum;    // (part, value_width), (part), (part, W): what the rows have so far
@@ -28,7 +28,7 @@ template <class T> struct Scratch {
     int64_t *bias;                    // where the rows' numbers are
     size_t bytes;
 
-    Scratch(const PrefillCall &call, void *memory) : width(up(call.width, 16)), value_width(up(call.value_width, 16)) {
+    Scratch(const PrefillCall &call, void *memory) : width(up(call.width, PACKED<T>)), value_width(up(call.value_width, W)) {
         Cut take{(char *)memory};
         take(k_columns, BLOCK * width / PACKED<T>), take(v_across, BLOCK / PACKED<T> * value_width);
         take(q_rows, call.part * width), take(weights, HEIGHT * BLOCK);
@@ -39,61 +39,80 @@ template <class T> struct Scratch {
     }
 };
 
-// Scores of ROWS rows and COLUMNS columns. They become powers of 2 only as differences: the product with log2(e) of a large score, rounded, would
-// be an error of the exponent.
-template <class T, bool CAPPED>
-INLINE void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t column, Vector (*to)[VECTORS<T>]) {
+// Scores of R rows and V vectors of columns, and the largest of each row so far in each lane. They become powers of 2 only as differences: the
+// product with log2(e) of a large score, rounded, would be an error of the exponent.
+template <class T, int V, int R>
+INLINE void scores(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t column, int64_t block, bool cut,
+                   const Shown *bits, float (*kept)[BLOCK], Vector *top) {
+    Vector found[R][V];
     const int64_t steps = at.width / PACKED<T>;
-    long_product<T, VECTORS<T>>(to, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1}, at.k_columns + column * steps, COLUMNS<T>, steps);
-    UNROLL for (int r = 0; r < ROWS<T>; r++)
-        UNROLL for (int j = 0; j < VECTORS<T>; j++)
-            to[r][j] = CAPPED ? mul(tanh(mul(to[r][j], all(call.scale / call.softcap))), all(call.softcap))
-                              : mul(to[r][j], all(call.scale));
+    long_product<T, V, R>(found, {(const Word<T> *)(at.q_rows + row * at.width), steps, 1},
+                          at.k_columns + column / COLUMNS<T> * COLUMNS<T> * steps + column % COLUMNS<T>, COLUMNS<T>, steps);
+    if (call.softcap > 0) {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < V; j++) store(kept[r] + column + j * W, found[r][j]);
+        for (int r = 0; r < R; r++)
+            for (int64_t c = column; c < column + V * W; c += W)
+                store(kept[r] + c, mul(tanh(mul(load(kept[r] + c), all(call.scale / call.softcap))), all(call.softcap)));
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < V; j++) found[r][j] = load(kept[r] + column + j * W);
+    } else {
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < V; j++) found[r][j] = mul(found[r][j], all(call.scale));
+    }
+    if (call.bias) {
+        Added<T> bias;
+        bias.template read<R>(call, at.bias + row, block + column);
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < V; j++) found[r][j] = add(found[r][j], load(bias.row[r] + j * W));
+    }
+    if (cut)
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int j = 0; j < V; j++)
+                found[r][j] = bits ? if_shown(found[r][j], bits->at(place + r, column + j * W), all(-INFINITY))
+                                   : if_seen(found[r][j], at.seen[row + r], block + column + j * W, all(-INFINITY));
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < V; j++) top[r] = larger(top[r], found[r][j]), store(kept[r] + column + j * W, found[r][j]);
 }
 
-INLINE Vector power(const float *scores, Vector origin) { return exp2(mul(sub(load(scores), origin), all(LOG2E))); }
-
 INLINE float largest(Vector x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(x);
+#else
     float lanes[W], most = -INFINITY;
     store(lanes, x);
     for (float lane : lanes) most = lane > most ? lane : most;
     return most;
+#endif
 }
+INLINE Vector power(const float *scores, Vector origin) { return exp2(mul(sub(load(scores), origin), all(LOG2E))); }
 
-// Weights of ROWS rows over the columns of `span`, and what they change in the rows' sums.
-template <class T, bool CAPPED>
-void weigh(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t block, Range span, const Shown *bits) {
-    alignas(64) float kept[ROWS<T>][BLOCK];
-    Added<T> bias;
+// Weights of R rows over the columns of `span`, of which no key is behind `end`, and what they change in the rows' sums.
+template <class T, int R>
+void weigh(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t place, int64_t block, Range span, int64_t end, const Shown *bits,
+           Coming &coming) {
+    alignas(64) float kept[R][BLOCK];
     Sight sights[BLOCK / COLUMNS<T>];
-    Vector top[ROWS<T>];
-    UNROLL for (int r = 0; r < ROWS<T>; r++) top[r] = all(-INFINITY);
+    Vector top[R];
+    // A last tile of one vector is not filled up to two.
+    const auto is_short = [&](int64_t column) { return VECTORS<T> == 2 && end - column <= W; };
+    UNROLL for (int r = 0; r < R; r++) top[r] = all(-INFINITY);
     for (int64_t column = span.first; column < span.end; column += COLUMNS<T>) {
-        const Sight how = sights[column / COLUMNS<T>] = bits ? bits->sight<T>(place, column) : sight<T>(at.seen + row, block + column);
+        const Sight how = sights[column / COLUMNS<T>] = bits ? bits->sight<T, R>(place, column) : sight<T, R>(at.seen + row, block + column);
         if (how == NOTHING) continue;
-        if (call.bias) bias.read(call, at.bias + row, block + column);
-        Vector found[ROWS<T>][VECTORS<T>];
-        scores<T, CAPPED>(call, at, row, column, found);
-        if (call.bias)
-            UNROLL for (int r = 0; r < ROWS<T>; r++)
-                UNROLL for (int j = 0; j < VECTORS<T>; j++) found[r][j] = add(found[r][j], load(bias.row[r] + j * W));
-        UNROLL for (int r = 0; r < ROWS<T>; r++)
-            UNROLL for (int j = 0; j < VECTORS<T>; j++) {
-                if (how == SOME)
-                    found[r][j] = bits ? if_shown(found[r][j], bits->at(place + r, column + j * W), all(-INFINITY))
-                                       : if_seen(found[r][j], at.seen[row + r], block + column + j * W, all(-INFINITY));
-                top[r] = larger(top[r], found[r][j]);
-                store(kept[r] + column + j * W, found[r][j]);
-            }
+        coming.step();
+        if (is_short(column)) scores<T, 1, R>(call, at, row, place, column, block, how == SOME, bits, kept, top);
+        else scores<T, VECTORS<T>, R>(call, at, row, place, column, block, how == SOME, bits, kept, top);
     }
-    Vector origin[ROWS<T>], total[ROWS<T>];
-    for (int r = 0; r < ROWS<T>; r++) {
-        const float before = at.maximum[row + r], here = largest(top[r]);
-        const float after = here > before ? here : before;
+    float origin[R];
+    Vector total[R];
+    for (int r = 0; r < R; r++) {
+        const float before = at.maximum[row + r], here = largest(top[r]), after = here > before ? here : before;
         // Differences to -inf would be NaN: a row whose scores are all -inf so far.
-        origin[r] = all(after == -INFINITY ? 0 : after), total[r] = load(at.sum + (row + r) * W);
+        origin[r] = after == -INFINITY ? 0 : after, total[r] = load(at.sum + (row + r) * W);
         if (after == before) continue;
         at.maximum[row + r] = after;
+        if (before == -INFINITY) continue;  // nothing was added up, or what is no number
         const Vector factor = all(exp2f((before - after) * LOG2E));
         total[r] = mul(total[r], factor);
         float *values = at.values + (row + r) * at.value_width;
@@ -102,33 +121,37 @@ void weigh(const PrefillCall &call, const Scratch<T> &at, int64_t row, int64_t p
     for (int64_t column = span.first; column < span.end; column += COLUMNS<T>) {
         T *to = at.weights + place * BLOCK + column;
         if (sights[column / COLUMNS<T>] == NOTHING) {
-            for (int r = 0; r < ROWS<T>; r++) memset((void *)(to + r * BLOCK), 0, COLUMNS<T> * sizeof *to);
+            for (int r = 0; r < R; r++) memset((void *)(to + r * BLOCK), 0, COLUMNS<T> * sizeof *to);
             continue;
         }
-        const auto tile = [&](auto drops) {
-            UNROLL for (int r = 0; r < ROWS<T>; r++)
-                UNROLL for (int j = 0; j < VECTORS<T>; j += 2) {
-                    Vector one = power(kept[r] + column + j * W, origin[r]);
-                    Vector two = power(kept[r] + column + (j + 1) * W, origin[r]);
-                    total[r] = add(total[r], add(one, two));
-                    if constexpr (drops) {
-                        one = mul(one, factors(call, at.states[row + r], block + column + j * W));
-                        two = mul(two, factors(call, at.states[row + r], block + column + (j + 1) * W));
-                    }
-                    store_rounded(one, two, to + r * BLOCK + j * W);
+        coming.step();
+        const auto tile = [&](auto drops, auto vectors) {
+            constexpr int V = vectors;
+            for (int r = 0; r < R; r++) {
+                const Vector shift = all(origin[r]);
+                Vector weight[V];
+                UNROLL for (int j = 0; j < V; j++) {
+                    weight[j] = power(kept[r] + column + j * W, shift);
+                    total[r] = add(total[r], weight[j]);
+                    if constexpr (drops) weight[j] = mul(weight[j], factors(call, at.states[row + r], block + column + j * W));
                 }
+                if constexpr (V == 1) store((float *)(to + r * BLOCK), weight[0]);
+                else UNROLL for (int j = 0; j < V; j += 2) store_rounded(weight[j], weight[j + 1], to + r * BLOCK + j * W);
+            }
         };
-        if (call.threshold) tile(std::true_type{});
-        else tile(std::false_type{});
+        using All = std::integral_constant<int, VECTORS<T>>;
+        using One = std::integral_constant<int, VECTORS<T> == 2 ? 1 : VECTORS<T>>;
+        const auto of_width = [&](auto drops) { is_short(column) ? tile(drops, One{}) : tile(drops, All{}); };
+        call.threshold ? of_width(std::true_type{}) : of_width(std::false_type{});
     }
-    for (int r = 0; r < ROWS<T>; r++) store(at.sum + (row + r) * W, total[r]);
+    for (int r = 0; r < R; r++) store(at.sum + (row + r) * W, total[r]);
 }
 
 // Tensors hold E, products are of T.
 template <class T, class E> void rows_of(const PrefillCall &call, const PrefillTask &task, void *memory) {
     const Scratch<T> at(call, memory);
     const Range span = look(call, task, at.seen);
-    const int64_t rows = up(task.end - task.begin, ROWS<T>);
+    const int64_t rows = grouped<T>(task.end - task.begin);
     const bool hides = call.hides();
     Shown bits;
     memset(at.values, 0, rows * at.value_width * sizeof(float)), memset(at.sum, 0, rows * W * sizeof(float));
@@ -141,10 +164,16 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
         if (call.threshold) at.states[r] = state_of(call, task, row);
         if (call.bias) at.bias[r] = place_in(call.bias_strides, call, task, row);
         if (call.sinks && row < task.end) {
-            at.maximum[r] = call.sinks[task.head * call.group() + row / call.q_length];
+            at.maximum[r] = call.sinks[query_of(call, task, row).head];
             at.sum[r * W] = at.maximum[r] == -INFINITY ? 0 : 1;
         }
     }
+    Coming coming(call, task);
+    coming.queries(call.q, call.q_strides, call.width);
+    coming.keys(call.k, call.k_strides, call.width), coming.keys(call.v, call.v_strides, call.value_width);
+    coming.own(call.out, call.out_strides, call.value_width);
+    // Those of scores, of weights, and of values.
+    coming.in_steps((rows + ROWS<T> - 1) / ROWS<T> * (2 * ((call.k_length + COLUMNS<T> - 1) / COLUMNS<T>) + 1));
     for (int64_t block = span.first / BLOCK * BLOCK; block < span.end; block += BLOCK) {
         bool packed = false;
         for (int64_t top = 0; top < rows; top += HEIGHT) {
@@ -158,20 +187,31 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
                 packed = true;
             }
             for (int64_t r = 0; r < count; r += ROWS<T>)
-                if (call.softcap > 0) weigh<T, true>(call, at, top + r, r, block, columns, hides ? &bits : nullptr);
-                else weigh<T, false>(call, at, top + r, r, block, columns, hides ? &bits : nullptr);
+                of_group<T>(count - r, [&](auto group) {
+                    weigh<T, group>(call, at, top + r, r, block, columns, span.end - block, hides ? &bits : nullptr, coming);
+                });
             add_matrix<T>(at.values + top * at.value_width, count, at.value_width,
                           {(const Word<T> *)(at.weights + columns.first), BLOCK / PACKED<T>, 1},
                           at.v_across + columns.first / PACKED<T> * at.value_width,
-                          (up(columns.end < span.end - block ? columns.end : span.end - block, PACKED<T>) - columns.first) / PACKED<T>);
+                          (up(columns.end < span.end - block ? columns.end : span.end - block, PACKED<T>) - columns.first) / PACKED<T>,
+                          [&] { coming.step(); });
         }
     }
-    for (int64_t r = 0; r < task.end - task.begin; r++) {
-        const int64_t row = task.begin + r;
-        const float total = sum(load(at.sum + r * W)), origin = at.maximum[r] == -INFINITY ? 0 : at.maximum[r];
-        call.lse[lse_of(call, task, row)] = total == 0 ? -INFINITY : origin + logf(total);
-        store_row(at.values + r * at.value_width, total == 0 ? 0 : 1 / total, call.value_width,
-                  (E *)call.out + place_of(call.out_strides, call, task, row));
+    for (int64_t first = 0; first < task.end - task.begin; first += W) {
+        const int64_t count = task.end - task.begin - first < W ? task.end - task.begin - first : W;
+        Vector each[W];
+        UNROLL for (int i = 0; i < W; i++) each[i] = load(at.sum + (first + (i < count ? i : 0)) * W);
+        const Vector total = sums(each);
+        float factor[W], log_of[W];
+        store(factor, div(all(1.f), total));
+        if (call.lse) store(log_of, logarithm(total));
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t r = first + i, row = task.begin + r;
+            const bool none = factor[i] == INFINITY;  // the sum is 0
+            if (call.lse) call.lse[lse_of(call, task, row)] = none ? -INFINITY : log_of[i] + (at.maximum[r] == -INFINITY ? 0 : at.maximum[r]);
+            store_row(at.values + r * at.value_width, none ? 0 : factor[i], call.value_width,
+                      (E *)call.out + place_of(call.out_strides, call, task, row));
+        }
     }
 }
 

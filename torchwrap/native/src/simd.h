@@ -188,8 +188,31 @@ INLINE void transpose(const void *const *rows, void *to, size_t stride) {
 #endif
 }
 
-// The first `count` elements of a pair; what lies behind them in memory is not touched, and counts as zero.
 #if defined(__AVX512F__)
+// W words of each of W rows: line i of the result has word i of all rows.
+INLINE void transpose_square(const float *const *rows, float *to, int64_t stride) {
+    for (int word = 0; word < W; word += 4) {
+        Vector four[4];  // of rows i, i + 4, i + 8 and i + 12
+        UNROLL for (int i = 0; i < 4; i++) {
+            four[i] = _mm512_castps128_ps512(_mm_loadu_ps(rows[i] + word));
+            four[i] = _mm512_insertf32x4(four[i], _mm_loadu_ps(rows[i + 4] + word), 1);
+            four[i] = _mm512_insertf32x4(four[i], _mm_loadu_ps(rows[i + 8] + word), 2);
+            four[i] = _mm512_insertf32x4(four[i], _mm_loadu_ps(rows[i + 12] + word), 3);
+        }
+        const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(four[0], four[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(four[0], four[1]));
+        const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(four[2], four[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(four[2], four[3]));
+        store(to + word * stride, _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)));
+        store(to + (word + 1) * stride, _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
+        store(to + (word + 2) * stride, _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
+        store(to + (word + 3) * stride, _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
+    }
+}
+#endif
+
+// The first `count` elements of a vector or a pair; what lies behind them in memory is not touched, and counts as zero.
+#if defined(__AVX512F__)
+INLINE Vector load(const float *p, int64_t count) { return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p); }
+INLINE void store(float *p, Vector a, int64_t count) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), a); }
 INLINE void load_pair(const float *p, int count, Vector &a, Vector &b) {
     const uint32_t lanes = (uint32_t)((1ull << count) - 1);
     a = _mm512_maskz_loadu_ps((__mmask16)lanes, p), b = _mm512_maskz_loadu_ps((__mmask16)(lanes >> W), p + W);
@@ -203,6 +226,16 @@ INLINE void load_pair(const BFloat16 *p, int count, Vector &even, Vector &odd) {
     widen(_mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), p), even, odd);
 }
 #else
+INLINE Vector load(const float *p, int64_t count) {
+    float whole[W] = {};
+    for (int64_t i = 0; i < count; i++) whole[i] = p[i];
+    return load(whole);
+}
+INLINE void store(float *p, Vector a, int64_t count) {
+    float whole[W];
+    store(whole, a);
+    for (int64_t i = 0; i < count; i++) p[i] = whole[i];
+}
 template <class T> INLINE void load_pair(const T *p, int count, Vector &a, Vector &b) {
     T whole[2 * W];
     memset((void *)whole, 0, sizeof whole);
@@ -232,11 +265,55 @@ INLINE Vector power_series(Vector t) {
 }
 
 // 2^x for x <= 0; exactly zero below 2^-126 and for -inf.
+#if defined(__AVX512F__)
+// x = floor(x) + r with r in [0, 1): the polynomial of 2^r is off by 2e-9 at most (fitted), 1 at 0. A row of one key has the weight 1.
+INLINE Vector exp2(Vector x) {
+    const Vector r = _mm512_sub_ps(x, _mm512_roundscale_ps(x, 1));
+    Vector y = all(2.16129151e-4f);
+    y = fma(y, r, all(1.24678464e-3f));
+    y = fma(y, r, all(9.67545157e-3f));
+    y = fma(y, r, all(5.54852806e-2f));
+    y = fma(y, r, all(.240229306f));
+    y = fma(y, r, all(.693147044f));
+    y = fma(y, r, all(1.f));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, all(-126.f), _CMP_NLT_UQ), y, x);  // not a number: stays none
+}
+#else
 INLINE Vector exp2(Vector x) {
     Vector inside = larger(all(-126.f), x), whole = nearest(inside);
     Vector power = two_to(whole);
     return if_below(x, -126.f, zeros(), fma(power, power_series(sub(inside, whole)), power));
 }
+#endif
+
+// The natural logarithm of what is not negative.
+#if defined(__AVX512F__)
+// x = m * 2^e with m between the roots of 1/2 and 2: the polynomial of log(m) is that of the Cephes library (S. Moshier, logf).
+INLINE Vector logarithm(Vector x) {
+    const Vector part = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+    const __mmask16 large = _mm512_cmp_ps_mask(part, all(1.41421356f), _CMP_GT_OQ);
+    const Vector e = _mm512_mask_add_ps(_mm512_getexp_ps(x), large, _mm512_getexp_ps(x), all(1.f));
+    const Vector m = sub(_mm512_mask_mul_ps(part, large, part, all(.5f)), all(1.f)), square = mul(m, m);
+    Vector y = all(7.0376836292e-2f);
+    y = fma(y, m, all(-1.1514610310e-1f));
+    y = fma(y, m, all(1.1676998740e-1f));
+    y = fma(y, m, all(-1.2420140846e-1f));
+    y = fma(y, m, all(1.4249322787e-1f));
+    y = fma(y, m, all(-1.6668057665e-1f));
+    y = fma(y, m, all(2.0000714765e-1f));
+    y = fma(y, m, all(-2.4999993993e-1f));
+    y = fma(y, m, all(3.3333331174e-1f));
+    y = fma(e, all(-2.12194440e-4f), mul(mul(y, m), square));
+    return fma(e, all(.693359375f), add(m, fma(square, all(-.5f), y)));
+}
+#else
+INLINE Vector logarithm(Vector x) {
+    float lanes[W];
+    store(lanes, x);
+    for (float &lane : lanes) lane = logf(lane);
+    return load(lanes);
+}
+#endif
 
 // With e = exp(2 x) - 1 the hyperbolic tangent is e / (e + 2), accurate also where it is small.
 INLINE Vector tanh(Vector x) {

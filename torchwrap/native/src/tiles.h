@@ -76,7 +76,6 @@ INLINE Vector word(float x) { return all(x); }
 INLINE Vector add_products(Vector sum, Vector a, Vector b) { return fma(a, b, sum); }
 INLINE float widened(float x) { return x; }
 INLINE void store_rounded(Vector a, Vector b, float *to) { store(to, a), store(to + W, b); }
-INLINE void store_across(Vector a, Vector b, float *to, const float * = nullptr, const float * = nullptr) { store(to, a), store(to + BLOCK, b); }
 
 // Where the words of the left factor are: of row r and step s at `base[r * row + s * step]`.
 template <class T> struct Left {
@@ -85,13 +84,13 @@ template <class T> struct Left {
 };
 
 // sum[r][j] = over `steps` words of row r and columns j * W and on; the words of one step of the right factor are `step` words apart.
-template <class T, int V> INLINE void product(Vector (*sum)[V], Left<T> a, const Word<T> *b, int64_t step, int64_t steps) {
-    UNROLL for (int r = 0; r < ROWS<T>; r++)
+template <class T, int V, int R> INLINE void product(Vector (*sum)[V], Left<T> a, const Word<T> *b, int64_t step, int64_t steps) {
+    UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int j = 0; j < V; j++) sum[r][j] = zeros();
     for (int64_t s = 0; s < steps; s++) {
         decltype(words(b)) column[V];
         UNROLL for (int j = 0; j < V; j++) column[j] = words(b + s * step + j * W);
-        UNROLL for (int r = 0; r < ROWS<T>; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
             const auto row = word(a.base[r * a.row + s * a.step]);
             UNROLL for (int j = 0; j < V; j++) sum[r][j] = add_products(sum[r][j], row, column[j]);
         }
@@ -103,37 +102,53 @@ template <class T, int V> INLINE void product(Vector (*sum)[V], Left<T> a, const
 constexpr int64_t CHAIN = 64;
 
 // The same in pieces of CHAIN steps.
-template <class T, int V> INLINE void long_product(Vector (*sum)[V], Left<T> a, const Word<T> *b, int64_t step, int64_t steps) {
-    product<T, V>(sum, a, b, step, steps < CHAIN ? steps : CHAIN);
+template <class T, int V, int R> INLINE void long_product(Vector (*sum)[V], Left<T> a, const Word<T> *b, int64_t step, int64_t steps) {
+    product<T, V, R>(sum, a, b, step, steps < CHAIN ? steps : CHAIN);
     for (int64_t s = CHAIN; s < steps; s += CHAIN) {
-        alignas(64) float before[ROWS<T>][V * W];
-        UNROLL for (int r = 0; r < ROWS<T>; r++)
+        alignas(64) float before[R][V * W];
+        UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int j = 0; j < V; j++) store(before[r] + j * W, sum[r][j]);
-        product<T, V>(sum, {a.base + s * a.step, a.row, a.step}, b + s * step, step, steps - s < CHAIN ? steps - s : CHAIN);
-        UNROLL for (int r = 0; r < ROWS<T>; r++)
+        product<T, V, R>(sum, {a.base + s * a.step, a.row, a.step}, b + s * step, step, steps - s < CHAIN ? steps - s : CHAIN);
+        UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int j = 0; j < V; j++) sum[r][j] = add(load(before[r] + j * W), sum[r][j]);
     }
 }
 
 // A product added to memory. Its inner dimension is at most a block, so it is one chain.
-template <class T, int V> void add_tile(float *to, int64_t stride, Left<T> a, const Word<T> *b, int64_t step, int64_t steps) {
-    Vector sum[ROWS<T>][V];
-    product<T, V>(sum, a, b, step, steps);
-    UNROLL for (int r = 0; r < ROWS<T>; r++)
+template <class T, int V, int R> void add_tile(float *to, int64_t stride, Left<T> a, const Word<T> *b, int64_t step, int64_t steps) {
+    Vector sum[R][V];
+    product<T, V, R>(sum, a, b, step, steps);
+    UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int j = 0; j < V; j++) store(to + r * stride + j * W, add(load(to + r * stride + j * W), sum[r][j]));
 }
 
-// `rows` rows (a multiple of ROWS) of `width` numbers (a multiple of 16), `width` apart, plus left times right; right: `width` words per step.
-template <class T> INLINE void add_matrix(float *to, int64_t rows, int64_t width, Left<T> a, const Word<T> *b, int64_t steps) {
+// Rows in groups of ROWS, of which the last is smaller where that saves work. So many rows does it take for so many:
+template <class T> INLINE int64_t grouped(int64_t rows) {
+    const int64_t rest = rows % ROWS<T>;
+    return rows - rest + (rest <= 2 ? rest : rest <= 4 ? 4 : ROWS<T>);
+}
+// The function of as many rows as a group has if so many are left, which is known while compiling.
+template <class T, class Do> INLINE void of_group(int64_t left, Do act) {
+    if (left >= ROWS<T>) return act(std::integral_constant<int, ROWS<T>>{});
+    if (left == 1) return act(std::integral_constant<int, 1>{});
+    if (left == 2) return act(std::integral_constant<int, 2>{});
+    return act(std::integral_constant<int, 4>{});
+}
+
+// `rows` rows (as `grouped`) of `width` numbers (a multiple of W), `width` apart, plus left times right; right: `width` words per step.
+// `between` is called before each group.
+template <class T, class Do> INLINE void add_matrix(float *to, int64_t rows, int64_t width, Left<T> a, const Word<T> *b, int64_t steps, Do between) {
     constexpr int MOST = VECTORS<T>;
     for (int64_t c = 0; c < width;) {
         const int64_t left = (width - c) / W, vectors = left >= MOST ? MOST : left >= 2 ? 2 : 1;
-        for (int64_t r = 0; r < rows; r += ROWS<T>) {
-            const Left<T> from{a.base + r * a.row, a.row, a.step};
-            if (vectors == MOST) add_tile<T, MOST>(to + r * width + c, width, from, b + c, width, steps);
-            else if (vectors == 2) add_tile<T, 2>(to + r * width + c, width, from, b + c, width, steps);
-            else add_tile<T, 1>(to + r * width + c, width, from, b + c, width, steps);
-        }
+        for (int64_t r = 0; r < rows; r += ROWS<T>)
+            of_group<T>(rows - r, [&](auto group) {
+                between();
+                const Left<T> from{a.base + r * a.row, a.row, a.step};
+                if (vectors == MOST) add_tile<T, MOST, group>(to + r * width + c, width, from, b + c, width, steps);
+                else if (vectors == 2) add_tile<T, 2, group>(to + r * width + c, width, from, b + c, width, steps);
+                else add_tile<T, 1, group>(to + r * width + c, width, from, b + c, width, steps);
+            });
         c += vectors * W;
     }
 }
@@ -141,28 +156,37 @@ template <class T> INLINE void add_matrix(float *to, int64_t rows, int64_t width
 template <class T> const T NOTHING_THERE[MAX_WIDTH] = {};
 
 // A right factor of which `count` rows run along the inner dimension (`width` elements, `padded` of them in the product): groups of COLUMNS
-// rows, word s * COLUMNS + j of a group is word s of its row j. `row_at(n)` is where row n is, or null: zeros.
+// rows, word s * COLUMNS + j of a group is word s of its row j. `row_at(n)` is where row n is, or null: zeros. Behind the last row there are
+// zeros up to the next W.
 template <class T, class At> void columns_of(At row_at, int64_t count, int64_t width, int64_t padded, Word<T> *to) {
     const int64_t whole = width / PACKED<T>, steps = padded / PACKED<T>;
-    for (int64_t group = 0; group < count; group += COLUMNS<T>, to += steps * COLUMNS<T>) {
-        for (int64_t j = 0; j < COLUMNS<T>; j += 4) {
-            const T *rows[4];
-            for (int i = 0; i < 4; i++)
-                if (!(rows[i] = row_at(group + j + i))) rows[i] = NOTHING_THERE<T>;
-            int64_t s = 0;
-            for (; s + 4 <= whole; s += 4) {
-                const void *from[4];
-                for (int i = 0; i < 4; i++) from[i] = rows[i] + s * PACKED<T>;
-                transpose(from, to + s * COLUMNS<T> + j, COLUMNS<T> * sizeof *to);
+    for (int64_t j = 0; j < count; j += W) {
+        Word<T> *group = to + j / COLUMNS<T> * COLUMNS<T> * steps + j % COLUMNS<T>;
+        const T *rows[W];
+        for (int i = 0; i < W; i++)
+            if (!(rows[i] = row_at(j + i))) rows[i] = NOTHING_THERE<T>;
+        int64_t s = 0;
+#if defined(__AVX512F__)
+        if constexpr (std::is_same_v<T, float>)
+            for (; s + W <= whole; s += W) {
+                const float *from[W];
+                for (int i = 0; i < W; i++) from[i] = rows[i] + s;
+                transpose_square(from, group + s * COLUMNS<T>, COLUMNS<T>);
             }
-            for (; s < steps; s++)
-                for (int i = 0; i < 4; i++) {
-                    Word<T> word = 0;
-                    const int64_t left = width - s * PACKED<T>;
-                    if (left > 0) memcpy(&word, rows[i] + s * PACKED<T>, (left < PACKED<T> ? left : PACKED<T>) * sizeof(T));
-                    to[s * COLUMNS<T> + j + i] = word;
-                }
-        }
+#endif
+        for (; s + 4 <= whole; s += 4)
+            for (int i = 0; i < W; i += 4) {
+                const void *from[4];
+                for (int l = 0; l < 4; l++) from[l] = rows[i + l] + s * PACKED<T>;
+                transpose(from, group + s * COLUMNS<T> + i, COLUMNS<T> * sizeof *to);
+            }
+        for (; s < steps; s++)
+            for (int i = 0; i < W; i++) {
+                Word<T> word = 0;
+                const int64_t left = width - s * PACKED<T>;
+                if (left > 0) memcpy(&word, rows[i] + s * PACKED<T>, (left < PACKED<T> ? left : PACKED<T>) * sizeof(T));
+                group[s * COLUMNS<T> + i] = word;
+            }
     }
 }
 
@@ -171,6 +195,18 @@ template <class T> INLINE void copy_row(const T *row, int64_t width, int64_t pad
     if (row) memcpy((void *)to, row, width * sizeof *to);
     const int64_t from = row ? width : 0;
     memset((void *)(to + from), 0, (padded - from) * sizeof *to);
+}
+INLINE void copy_row(const float *row, int64_t width, int64_t padded, float *to) {
+    int64_t d = 0;
+    if (row) {
+        for (; d + W <= width; d += W) store(to + d, load(row + d));
+        if (d < width) {
+            const int64_t left = padded - d < W ? padded - d : W;
+            store(to + d, load(row + d, width - d), left), d += left;
+        }
+    }
+    for (; d + W <= padded; d += W) store(to + d, zeros());
+    for (; d < padded; d++) to[d] = 0;
 }
 
 // A right factor of which rows run across the inner dimension, those of one word: the first, and for pairs the second; null: zeros.
