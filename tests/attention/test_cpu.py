@@ -217,6 +217,22 @@ def test_the_law_holds_for_heads_of_width_one_in_halves(seed: int) -> None:
     assert_correct(CPU, call, what)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "kv_heads", "biased", "kernel"),
+    [(8, 4, True, "few"), (9, 4, True, "many"), (4, 2, True, "many"), (12, 4, False, "few"), (6, 2, False, "few"), (13, 4, False, "many")],
+)
+def test_few_rows_in_float32_are_fewer_with_a_bias(rows: int, kv_heads: int, biased: bool, kernel: str, learned: bool) -> None:
+    q, k, v = (torch.randn(2, heads, length, 24) for heads, length in ((4, rows), (kv_heads, 70), (kv_heads, 70)))
+    bias = torch.randn(1, 4, rows, 70).requires_grad_(learned) if biased else None
+    for mask in (None, TileMask.window(1, rows, 70, 30)):
+        call = checked(q, k, v, bias=bias, mask=mask)
+        if prefill.refuses(call) is not None:
+            pytest.skip("this processor packs for no call")
+        assert kernel in CPU.describe(call).split("queries")[0]
+        assert_correct(CPU, call, f"{rows} rows, {kernel}")
+
+
 @pytest.mark.parametrize("lse", [False, True])
 @pytest.mark.parametrize(
     ("rows", "keys", "halves", "kernel"),

@@ -53,7 +53,8 @@ class Composed:
         if call.is_empty or call.sinks is not None or not all(tensor.stride(3) == 1 for tensor in (call.q, call.k, call.v)):
             return None
         way = _way(call)
-        few = way == "native" and (mask is None or call.q_length == 1)
+        # Of a mask that is a tensor the kernel for few queries reads numbers, and of one query bits.
+        few = way == "native" and (mask is None or call.q_length == 1 or mask.dtype != torch.bool)
         if not few and way != "many":
             return None
         from torchwrap.attention.cpu import prepared  # here: loads the library
@@ -106,12 +107,17 @@ def _way(call: Call) -> decode.Form | Literal["many"] | None:
 def _most_few(call: Call) -> int:
     """Rows that share a key/value head up to which reading keys once for all of them, where they lie, takes less time than packing them.
 
-    Packing takes 1.2 to 2.6 times as long up to 12 rows, as long for 16, and 0.75 to 0.95 of the time from 24 on, in all dtypes, over as
-    many keys as queries and over more (Intel with AVX-512, one and two threads). Where bfloat16 is multiplied as it is (AMD), that holds
-    for as many keys as queries. Whether gradients are wanted does not count: a block that is computed again has the same bits.
+    In halves packing takes 1.1 to 2.6 times as long up to 12 rows, and as long for 16. In float32 it takes 1.1 to 1.4 times as long for 8
+    rows and 0.9 to 1.3 times for 12, with a bias 0.9 to 1.15 times for 8 and 0.8 to 1.1 times for 12 (17 to 200 keys, Intel with AVX-512).
+    Where bfloat16 is multiplied as it is (AMD), that holds for as many keys as queries without a bias. Whether gradients are wanted does
+    not count: a block that is computed again has the same bits.
     """
-    longer = call.mode == "chunked" and _multiplies_halves()
-    return decode.MOST_ROWS if longer else prefill.MOST_FEW
+    wide = call.q.dtype == torch.float32
+    if call.bias is not None:
+        return 8 if wide else 12
+    if call.mode == "chunked" and _multiplies_halves():
+        return decode.MOST_ROWS
+    return 12 if wide else prefill.MOST_FEW
 
 
 @functools.cache

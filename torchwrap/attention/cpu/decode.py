@@ -45,7 +45,7 @@ def form(call: Call) -> Form | None:
     mask, one = call.mask, call.q_length == 1
     if not one and call.group * call.q_length > MOST_ROWS:
         return None
-    if call.dropout or (not one and (call.bias is not None or (mask is not None and not is_ranges(mask)))):
+    if call.dropout or (not one and ((call.bias is not None and call.group > 1) or (mask is not None and not is_ranges(mask)))):
         return None
     if native_refuses(call) is None:
         return "native"
@@ -137,7 +137,7 @@ def _by_native(call: Call, threads: int | None) -> tuple[Tensor, Tensor]:
 
 
 def one_bias(call: Call) -> Tensor | None:
-    """What is added to the scores of one query, and hides keys that are no range, `readable`; bool where it only hides. None: nothing."""
+    """What is added to the scores, and of one query hides keys that are no range, `readable`; bool where it only hides. None: nothing."""
     from torchwrap.native.prefill import readable  # here: loads the library
 
     mask, bias = call.mask, call.bias
@@ -151,9 +151,9 @@ def one_bias(call: Call) -> Tensor | None:
 
 
 def by_group(bias: Tensor, call: Call) -> Tensor:
-    """A bias of one query as `[B, Hkv, G, S]`, without a copy."""
-    whole = bias.expand(call.batch, call.heads, 1, call.kv_length)
-    found: Tensor = whole[:, :, 0].unflatten(1, (call.kv_heads, call.group))
+    """A bias of one query, or of heads that share no keys, as `[B, Hkv, G * Sq, S]`, without a copy."""
+    whole = bias.expand(call.batch, call.heads, call.q_length, call.kv_length)
+    found: Tensor = whole if call.group == 1 else whole[:, :, 0].unflatten(1, (call.kv_heads, call.group))
     return found
 
 
