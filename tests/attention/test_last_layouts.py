@@ -97,12 +97,19 @@ for given in ((nested, known, known), (known, nested, known), (known, known, nes
     except ConfigError as error:
         assert "nested" in str(error)
         print("refused")
+bias = torch.randn(2, 4, 6, 6)
+attend(known, known, known, bias=bias)
+try:
+    attend(known, known, known, bias=torch.nested.nested_tensor([bias[0], bias[1]]))
+except ConfigError as error:
+    assert "nested" in str(error)
+    print("refused")
 """
 
 
 def test_nested_tensors_are_refused_after_others_too() -> None:
     found = subprocess.run([sys.executable, "-W", "ignore", "-c", NESTED], capture_output=True, text=True, check=False, timeout=120)
-    assert (found.returncode, found.stdout.split()) == (0, ["refused"] * 4), found.stderr
+    assert (found.returncode, found.stdout.split()) == (0, ["refused"] * 5), found.stderr
 
 
 def test_numbers_settings_and_gradients_are_part_of_what_is_known() -> None:
@@ -174,3 +181,45 @@ def test_a_mode_that_makes_other_tensors_takes_the_whole_way() -> None:
     attend(*given)
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert isinstance(attend(*given), FakeTensor)
+
+
+@pytest.mark.parametrize("name", ["bias", "mask"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_masks_that_are_tensors_are_known_by_their_layout_and_not_by_their_numbers(
+    name: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = tensors(20, rows)
+    k, v = (tensor.repeat(1, 2, 1, 1) for tensor in (k, v))
+    bias = torch.randn(2, 4, rows, 20)
+    attend(q, k, v, **{name: bias})
+    counted = made(monkeypatch)
+    for given in (bias, torch.randn_like(bias)):
+        found = attend(q, k, v, **{name: given})
+        assert not counted
+        torch.testing.assert_close(found, wanted(q, k, v, **{name: given}))
+        counted.clear()
+    bias.fill_(-3.0)[..., :4] = 1.0
+    torch.testing.assert_close(attend(q, k, v, **{name: bias}), wanted(q, k, v, **{name: bias}))
+
+
+OTHER_BIASES: dict[str, Any] = {
+    "expanded": lambda bias: bias[:, :1],
+    "transposed": lambda bias: bias.mT.contiguous().mT,
+    "half": lambda bias: bias.bfloat16(),
+    "learned": lambda bias: bias.clone().requires_grad_(),
+    "a sign to be applied": torch._neg_view,
+    "nothing": lambda bias: None,
+}
+
+
+@pytest.mark.parametrize("other", OTHER_BIASES)
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_another_bias_is_not_taken_for_the_last(other: str, rows: int) -> None:
+    q, k, v = tensors(20, rows)
+    bias = torch.randn(2, 4, rows, 20)
+    attend(q, k, v, bias=bias)
+    changed = OTHER_BIASES[other](bias)
+    whole = None if changed is None else changed.detach().float().resolve_neg().clone()
+    found = attend(q, k, v, bias=changed)
+    torch.testing.assert_close(found, wanted(q, k, v, bias=whole))
+    assert found.requires_grad == (other == "learned")

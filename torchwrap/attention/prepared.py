@@ -5,7 +5,7 @@ number of threads, whether gradients are wanted, and how many back ends have fai
 at the mask, which never changes. Tensors of other classes or devices, under transforms or a compiler take the whole way, and so does every
 call that no back end has prepared.
 
-Of the last layouts torch itself tells whether three tensors are laid out so, by the guards that its compiler makes, in half the time of
+Of the last layouts torch itself tells whether tensors are laid out so, by the guards that its compiler makes, in half the time of
 making a key: their check covers class, dtype, device, sizes, strides, requires_grad, and all that would change what operators do (autocast,
 transforms, signs still to be applied). Without them every call makes its key.
 """
@@ -34,7 +34,7 @@ __all__ = ["MOST", "forget", "prepared"]
 MOST = 512
 """Layouts that are kept, of calls without a mask and of each mask (chosen: a model has few, and each new length of a cache is one)."""
 
-_Held = tuple[Prepared | None, Callable[[Tensor, Tensor, Tensor], bool] | None]
+_Held = tuple[Prepared | None, Callable[..., bool] | None]
 LAST = 2
 """Layouts that guards are kept for (chosen: self-attention and cross-attention take turns)."""
 
@@ -68,14 +68,17 @@ def prepared(
     said = backend.text if type(backend) is Settings else backend
     kinds = type(scale), type(softcap), type(dropout)
     if kinds[2] is float and dropout == 0.0:
-        now = kinds, scale, softcap, said, name, _learns(), _threads(), revision()
+        # Of a mask that is a tensor, as it may be written to, the layout is known as that of q, k and v.
+        laid_out = (q, k, v, mask) if type(mask) is Tensor else (q, k, v)
+        now = kinds, scale, softcap, said, name, len(laid_out), _learns(), _threads(), revision()
         for last in _last:
             # Fake tensors are of a class of their own, but what a dispatch mode does to others is not in the guards.
             if (
                 last.now == now
-                and (last.mask is _no_mask if mask is None else last.mask() is mask)  # a mask that is gone is None as well
-                and not (q.is_nested or k.is_nested or v.is_nested)  # torch's guards end the process over their strides
-                and last.fits(q, k, v)
+                and (len(laid_out) == 4 or (last.mask is _no_mask if mask is None else last.mask() is mask))  # one that is gone is None too
+                # Torch's guards end the process over the strides of nested tensors.
+                and not (q.is_nested or k.is_nested or v.is_nested or laid_out[-1].is_nested)
+                and last.fits(*laid_out)
                 and not ((_modes() and _interfered(q)) or is_forward_mode() or is_traced() or stuck())
             ):
                 return last.work if q.data_ptr() and k.data_ptr() and v.data_ptr() else None
@@ -105,7 +108,7 @@ def prepared(
         found = prepare(call, backend, trains, mask if type(mask) is Tensor else None)
         if len(held) >= MOST:
             held.clear()
-        fits = None if dropout or found is None or type(mask) is Tensor else _guards(q, k, v)
+        fits = None if dropout or found is None else _guards(*laid_out)
         held[key] = found, fits
     # Zeros have no memory.
     if found is None or not (q.data_ptr() and k.data_ptr() and v.data_ptr()):
@@ -113,7 +116,7 @@ def prepared(
     if dropout:
         return cast(Drawing, found).drawn()
     if fits is not None:
-        _last = (_Last(now, weakref.ref(mask) if mask is not None else _no_mask, fits, found), *_last[: LAST - 1])
+        _last = (_Last(now, _no_mask if mask is None or len(laid_out) == 4 else weakref.ref(mask), fits, found), *_last[: LAST - 1])
     return found
 
 
@@ -127,23 +130,23 @@ def _interfered(like: Tensor) -> bool:
 
 
 class _Last(NamedTuple):
-    """A call that was prepared: numbers and settings, its mask, whether three tensors are laid out as its own were, what computes it."""
+    """A call that was prepared: numbers and settings, its mask, whether tensors are laid out as its own were, what computes it."""
 
     now: tuple[Any, ...]
     mask: Callable[[], object]
-    fits: Callable[[Tensor, Tensor, Tensor], bool]
+    fits: Callable[..., bool]
     work: Prepared
 
 
 _last: tuple[_Last, ...] = ()
 
 
-def _guards(q: Tensor, k: Tensor, v: Tensor) -> Callable[[Tensor, Tensor, Tensor], bool] | None:
-    """Whether three tensors are laid out as these, as a function; None: torch has no guards to make it of."""
+def _guards(*tensors: Tensor) -> Callable[..., bool] | None:
+    """Whether as many tensors are laid out as these, as a function; None: torch has no guards to make it of."""
     if _Guards is None:
         return None
-    sizes, strides = ([list(of(tensor)) for tensor in (q, k, v)] for of in (Tensor.size, Tensor.stride))
-    fits: Callable[[Tensor, Tensor, Tensor], bool] = _Guards(q, k, v, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    sizes, strides = ([list(of(tensor)) for tensor in tensors] for of in (Tensor.size, Tensor.stride))
+    fits: Callable[..., bool] = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     return fits
 
 
