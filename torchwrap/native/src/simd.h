@@ -246,11 +246,19 @@ template <class T> INLINE void load_pair(const T *p, int count, Vector &a, Vecto
 
 INLINE void store_pair(const float *, Vector a, Vector b, float *to) { store(to, a), store(to + W, b); }
 INLINE void store_pair(const Float16 *, Vector a, Vector b, float *to) { store(to, a), store(to + W, b); }
+#if defined(__AVX512F__)
+INLINE void store_pair(const BFloat16 *, Vector even, Vector odd, float *to) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    store(to, _mm512_permutex2var_ps(even, low, odd)), store(to + W, _mm512_permutex2var_ps(even, high, odd));
+}
+#else
 INLINE void store_pair(const BFloat16 *, Vector a, Vector b, float *to) {
     float even[W], odd[W];
     store(even, a), store(odd, b);
     for (int i = 0; i < W; i++) to[2 * i] = even[i], to[2 * i + 1] = odd[i];
 }
+#endif
 
 // (2^t - 1) for |t| <= 1/2, by the series of exp(t * ln 2): the first term left out is below 6e-9 of the result.
 INLINE Vector power_series(Vector t) {
