@@ -299,8 +299,9 @@ def _in_place(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
     found = dict(after)
     for key, new in after.items():
         old = before.get(key)
-        both = isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old is not new
-        if both and old.shape == new.shape and old.dtype == new.dtype and not old.is_inference():
+        if old is new or not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+            continue
+        if old.shape == new.shape and old.dtype == new.dtype and not old.is_inference():
             found[key] = old.copy_(new)
     return found
 
