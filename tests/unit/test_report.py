@@ -44,6 +44,16 @@ def test_row_of_a_technique_says_where_it_is() -> None:
     assert row.exactness == "bit-identical" and row.graph_breaks == 0 and row.config["where"] == "inside"
 
 
+def test_a_module_is_named_once_and_the_rest_are_counted() -> None:
+    class Six(nn.Sequential):
+        pass
+
+    model = tw.offload(Six(*(nn.Linear(512, 512) for _ in range(6))), device_memory="3MiB")
+    report = tw.describe(model)
+    assert report.rows[1].slot == "inside+outside" and report.rows[1].first == ["(the model)", "0", "1"]
+    assert "offload: stands on: (the model), 0, 1 and 4 more" in str(report).splitlines()
+
+
 def test_flops_are_counted_with_and_without_and_change_nothing() -> None:
     model = tw.trace(Net()).train()
     for inputs in (X, (X,), {"x": X}):

@@ -105,7 +105,8 @@ class Report:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" + (f"<ul>{remarks}</ul>" if remarks else "")
 
     def _remarks(self) -> list[tuple[str, str]]:
-        remarks = [(row.technique, f"exactness: {row.exactness}") for row in self.rows if row.exactness]
+        remarks = [(row.technique, f"stands on: {_places(row)}") for row in self.rows if row.first]
+        remarks += [(row.technique, f"exactness: {row.exactness}") for row in self.rows if row.exactness]
         remarks += [
             (row.technique, f"FLOPs per forward {row.flops_before:,} before, {row.flops_after:,} after")
             for row in self.rows
@@ -180,7 +181,7 @@ def _row(technique: Technique[Any], config: Config, places: Sequence[Place], not
         version=technique.version,
         phase=PHASE_NAMES.get(technique.phase, str(technique.phase)),
         modules=len({id(module) for _, module, _ in places}),
-        first=[fqn or "(the model)" for fqn, _, _ in places[:3]],
+        first=list(dict.fromkeys(fqn or "(the model)" for fqn, _, _ in places))[:3],
         slot="+".join(sorted({layer.where for _, _, layer in places})),
         graph_breaks=len(broken),
         exactness=next((layer.exactness for _, _, layer in places if layer.exactness), technique.exactness),
@@ -253,15 +254,20 @@ def _foreign(root: nn.Module) -> list[str]:
     ]
 
 
-_HEADER = ("technique", "modules", "slot", "device", "host", "disk", "moved/forward", "breaks", "first")
-_WIDTHS = (16, 8, 15, 11, 11, 11, 14, 7, 0)
+_HEADER = ("technique", "modules", "slot", "device", "host", "disk", "moved/forward", "breaks")
+_WIDTHS = (24, 8, 15, 11, 11, 11, 14, 0)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     sizes = tuple(format_bytes(size) if size else "-" for size in (row.device, row.host, row.disk))
     moved = "-" if row.moved is None else format_bytes(row.moved)
     name = f"{row.technique} v{row.version}" if row.version else row.technique
-    return (name, str(row.modules), row.slot or "-", *sizes, moved, str(row.graph_breaks), ", ".join(row.first) or "-")
+    return (name, str(row.modules), row.slot or "-", *sizes, moved, str(row.graph_breaks))
+
+
+def _places(row: Row) -> str:
+    more = row.modules - len(row.first)
+    return ", ".join(row.first) + (f" and {more} more" if more > 0 else "")
 
 
 def _line(cells: Sequence[str]) -> str:
