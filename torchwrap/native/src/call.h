@@ -46,10 +46,12 @@ static inline Range visible(const DecodeCall &call, int64_t batch, int64_t row) 
     return range;
 }
 
+struct Place { int64_t batch, head, begin, end; };
+
 // One piece of work: the rows of (batch, head) over the keys [begin, end). Results are partial: `sum` and `values` are relative to
 // e^maximum, rows that see no key of the piece have maximum -inf, sum 0, values 0.
 struct Piece {
-    int64_t batch, head, begin, end;
+    Place own, next;       // next: what the same thread goes on with, most likely, so that its first keys are asked for; without keys: nothing
     float *maximum, *sum;  // (R)
     float *values;         // (R, V)
 };

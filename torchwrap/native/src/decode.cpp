@@ -18,6 +18,7 @@
 namespace {
 
 constexpr int64_t PIECES = 128, SHORTEST = 256, LONGEST = 4096;
+constexpr int64_t SHARE = 4;  // a thread takes so much of its share of what is left at once (chosen)
 constexpr int64_t ALONE = 1 << 17;  // bytes of K and V below which waking a second thread costs more than it brings (chosen)
 
 struct Work {
@@ -28,6 +29,7 @@ struct Work {
     float *values, *maximum, *sum;      // (tasks, R, V), (tasks, R), (tasks, R)
     std::atomic<int> *left;             // (batch * head): pieces not finished
     const int32_t *owner;               // batch entry of each run, or null: there are no runs
+    const int64_t threads;
     std::atomic<int64_t> next{0};
     std::atomic<bool> no_memory{false};
 
@@ -62,20 +64,42 @@ struct Work {
         }
     }
 
+    Place place_of(int64_t task) const {
+        const int64_t run = task / call.heads, pair = owner ? owner[run] * call.heads + task % call.heads : task / splits;
+        const Range span = owner ? Range{call.runs[2 * run], call.runs[2 * run + 1]} : spans[pair / call.heads];
+        const int64_t wanted = span.first + (owner ? 0 : task % splits * length), begin = wanted < span.end ? wanted : span.end;
+        return {pair / call.heads, pair % call.heads, begin, !owner && begin + length < span.end ? begin + length : span.end};
+    }
+
+    // Takes neighbouring tasks for one thread, as memory is read faster in one go; fewer and fewer of them, so that no thread waits for another in
+    // the end. Returns how many, from `from` on.
+    int64_t take(int64_t &from) {
+        int64_t many;
+        from = next.load(std::memory_order_relaxed);
+        do {
+            if (from >= tasks) return 0;
+            many = (tasks - from) / (SHARE * threads);
+            if (many < 1) many = 1;
+        } while (!next.compare_exchange_weak(from, from + many, std::memory_order_relaxed));
+        return many;
+    }
+
     void run() {
         const torchwrap::Memory scratch(kernel.scratch_bytes(call));
         if (!scratch.at) {
             no_memory = true;
             return;
         }
-        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-            const int64_t run = task / call.heads, pair = owner ? owner[run] * call.heads + task % call.heads : task / splits, rows = call.rows;
-            const Range span = owner ? Range{call.runs[2 * run], call.runs[2 * run + 1]} : spans[pair / call.heads];
-            const int64_t wanted = span.first + (owner ? 0 : task % splits * length), begin = wanted < span.end ? wanted : span.end;
-            const int64_t end = !owner && begin + length < span.end ? begin + length : span.end;
-            kernel.piece(call, {pair / call.heads, pair % call.heads, begin, end, maximum + task * rows, sum + task * rows,
-                                values + task * rows * call.value_width}, scratch.at);
-            if (left[pair].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(pair);
+        const int64_t rows = call.rows;
+        for (int64_t from = 0, many; (many = take(from)) > 0;) {
+            Place place = place_of(from);
+            for (int64_t task = from; task < from + many; task++) {
+                const Place own = place;
+                place = task + 1 < tasks ? place_of(task + 1) : Place{own.batch, own.head, 0, 0};
+                kernel.piece(call, {own, place, maximum + task * rows, sum + task * rows, values + task * rows * call.value_width}, scratch.at);
+                const int64_t pair = own.batch * call.heads + own.head;
+                if (left[pair].fetch_sub(1, std::memory_order_acq_rel) == 1) merge(pair);
+            }
         }
     }
 };
@@ -145,22 +169,23 @@ EXPORT int torchwrap_decode(const DecodeCall *asked) {
     const int64_t splits = longest > length ? (longest + length - 1) / length : 1;
     const int64_t tasks = call.run_of ? runs * call.heads : pairs * splits;
 
+    const int64_t bytes = call.heads * total * (call.width + call.value_width) * (call.dtype == FLOAT32 ? 4 : 2);
+    int64_t threads = bytes * rows < ALONE || call.threads < 1 ? 1 : call.threads;
+    if (threads > tasks) threads = tasks;
+
     const int64_t numbers = tasks * rows * (call.value_width + 2);
     const torchwrap::Memory parts(numbers * sizeof(float) + pairs * sizeof(std::atomic<int>));
     if (!parts.at) return 1;
     float *values = (float *)parts.at, *maximum = values + tasks * rows * call.value_width;
     Work work{call, *chosen->decode, spans, length, splits, tasks, values, maximum, maximum + tasks * rows, (std::atomic<int> *)(values + numbers),
-              call.run_of ? owners : nullptr};
+              call.run_of ? owners : nullptr, threads};
     for (int64_t pair = 0; pair < pairs; pair++) {
         const int32_t *of = call.run_of ? call.run_of + pair / call.heads : nullptr;
         new (work.left + pair) std::atomic<int>((int)(of ? of[1] - of[0] : splits));
         if (of && of[1] == of[0]) work.merge(pair);  // no piece will
     }
 
-    const int64_t bytes = call.heads * total * (call.width + call.value_width) * (call.dtype == FLOAT32 ? 4 : 2);
     if (tasks == 0) return 0;
-    int64_t threads = bytes * rows < ALONE ? 1 : call.threads;
-    if (threads > tasks) threads = tasks;
     torchwrap::on_threads((int)threads, [](void *argument) { ((Work *)argument)->run(); }, &work);
     // A thread without memory leaves its share to the others; only when all of them had none is something missing.
     return work.next.load() < tasks && work.no_memory ? 1 : 0;

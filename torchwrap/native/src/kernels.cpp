@@ -3,7 +3,7 @@
 // Tiling: the keys of a piece are taken in tiles of which K and V together fit the first-level cache. For each tile: scores of all rows
 // (blocks of NR rows times W / NR keys stand in registers while the width is walked), softmax with running maximum, then
 // values (NR rows times up to NU pairs of columns stand in registers while the keys are walked). While one of the two products is computed, the
-// memory of the other is asked for in advance.
+// memory of the other is asked for in advance, at the end of a piece that of the next.
 // Memory traffic: S * (D + V) * itemsize per (batch, head), plus R * V * 4 bytes per piece.
 //
 // Source: Tri Dao, "FlashAttention-2", 2023, section 3 (running maximum); Tri Dao and others, "Flash-Decoding for long-context inference",
@@ -95,27 +95,32 @@ template <class T> struct Scratch {
 // The bias of a row joins the scores of `count` keys from j on; returns the largest.
 float add_bias_of(const DecodeCall &call, const Piece &piece, int64_t row, int64_t j, int64_t count, float *scores) {
     const int64_t *strides = call.bias_strides, size = call.bias_dtype == FLOAT32 ? 4 : call.bias_dtype == BOOLEAN ? 1 : 2;
-    const int64_t place = piece.batch * strides[0] + piece.head * strides[1] + row * strides[2] + j * strides[3];
+    const int64_t place = piece.own.batch * strides[0] + piece.own.head * strides[1] + row * strides[2] + j * strides[3];
     add_bias((const char *)call.bias + place * size, call.bias_dtype, strides[3], count, scores);
     return largest_of(scores, count);
 }
 
+template <class T> const T *keys_of(const DecodeCall &call, const Place &at) {
+    return (const T *)call.k + at.batch * call.k_strides[0] + at.head * call.k_strides[1];
+}
+
 template <class T> void run_piece(const DecodeCall &call, const Piece &piece, void *memory) {
+    const Place &own = piece.own, &next = piece.next;
     const Plan planned = plan<T>(call);
     const Scratch<T> scratch(call, planned, memory);
     const int64_t rows = call.rows, stride = planned.value_units * 2 * W;
     const Score how{call.scale, call.softcap};
-    const T *q = (const T *)call.q + piece.batch * call.q_strides[0] + piece.head * call.q_strides[1];
-    const T *k = (const T *)call.k + piece.batch * call.k_strides[0] + piece.head * call.k_strides[1];
-    const T *v = (const T *)call.v + piece.batch * call.v_strides[0] + piece.head * call.v_strides[1];
+    const T *q = (const T *)call.q + own.batch * call.q_strides[0] + own.head * call.q_strides[1];
+    const T *k = keys_of<T>(call, own);
+    const T *v = (const T *)call.v + own.batch * call.v_strides[0] + own.head * call.v_strides[1];
 
-    Range all_rows{piece.end, piece.begin};
+    Range all_rows{own.end, own.begin};
     for (int64_t r = 0; r < rows; r++) {
         Row &row = scratch.row[r];
-        row = Row{-INFINITY, -INFINITY, 1, visible(call, piece.batch, r), {}};
-        if (row.seen.first < piece.begin) row.seen.first = piece.begin;
-        if (row.seen.end > piece.end) row.seen.end = piece.end;
-        if (row.seen.empty()) row.seen = {piece.end, piece.end};
+        row = Row{-INFINITY, -INFINITY, 1, visible(call, own.batch, r), {}};
+        if (row.seen.first < own.begin) row.seen.first = own.begin;
+        if (row.seen.end > own.end) row.seen.end = own.end;
+        if (row.seen.empty()) row.seen = {own.end, own.end};
         if (row.seen.first < all_rows.first) all_rows.first = row.seen.first;
         if (!row.seen.empty() && row.seen.end > all_rows.end) all_rows.end = row.seen.end;
     }
@@ -130,7 +135,11 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
         int64_t count = all_rows.end - j < planned.tile ? all_rows.end - j : planned.tile;
         Lines<T> keys{k + j * call.k_strides[2], call.k_strides[2], count}, values{v + j * call.v_strides[2], call.v_strides[2], count};
         const int64_t left = all_rows.end - j - count;
-        const Lines<T> keys_ahead{keys.base + count * keys.stride, keys.stride, left < planned.tile ? left : planned.tile};
+        Lines<T> keys_ahead{keys.base + count * keys.stride, keys.stride, left < planned.tile ? left : planned.tile};
+        if (left == 0) {
+            keys_ahead.base = keys_of<T>(call, next) + next.begin * keys.stride;
+            keys_ahead.count = next.end - next.begin < planned.tile ? next.end - next.begin : planned.tile;
+        }
         Ahead ask_values(values, call.value_width, blocks.count * count);
         Ahead ask_keys(keys_ahead, call.width, blocks.count * count * planned.value_units);
         for (int64_t block = 0; block < blocks.count; block++) {
