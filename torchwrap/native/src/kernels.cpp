@@ -3,13 +3,14 @@
 // Tiling: the keys of a piece are taken in tiles of which K and V together fit the first-level cache. For each tile: scores of all rows
 // (blocks of NR rows times W / NR keys stand in registers while the width is walked), softmax with running maximum, then
 // values (NR rows times up to NU pairs of columns stand in registers while the keys are walked). While one of the two products is computed, the
-// memory of the other is asked for in advance, at the end of a piece that of the next.
+// memory of the other is asked for in advance, at the end of a piece that of the next. Three rows, or five to eight, of bfloat16 that has to be
+// widened go by turned.h.
 // Memory traffic: S * (D + V) * itemsize per (batch, head), plus R * V * 4 bytes per piece.
 //
 // Source: Tri Dao, "FlashAttention-2", 2023, section 3 (running maximum); Tri Dao and others, "Flash-Decoding for long-context inference",
 // 2023 (split over keys). Difference: scores in registers across keys and rows at once.
 #include "blocks.h"
-#include "rows.h"
+#include "turned.h"
 
 #include <stdlib.h>
 
@@ -67,7 +68,7 @@ struct Plan {
 };
 
 template <class T> Plan plan(const DecodeCall &call) {
-    Plan plan{0, 0, 0, {call.rows}};
+    Plan plan{0, 0, 0, {call.rows, AT_ONCE<T>}};
     plan.units = (call.width + 2 * W - 1) / (2 * W);
     plan.value_units = (call.value_width + 2 * W - 1) / (2 * W);
     int64_t bytes = (call.width + call.value_width) * (int64_t)sizeof(T);
@@ -77,14 +78,14 @@ template <class T> Plan plan(const DecodeCall &call) {
 }
 
 template <class T> struct Scratch {
-    typename Dot<T>::Unit *q;
+    Vector *q;
     float *values, *scores;
     Row *row;
     size_t bytes;
     Scratch(const DecodeCall &call, const Plan &plan, void *memory) {
         char *next = (char *)memory;
         auto take = [&](size_t size) { char *at = next; next += (size + 63) / 64 * 64; return at; };
-        q = (typename Dot<T>::Unit *)take(call.rows * plan.units * sizeof *q);
+        q = (Vector *)take(call.rows * plan.units * UNIT<T> * sizeof *q);
         values = (float *)take(call.rows * plan.value_units * 2 * W * sizeof(float));
         scores = (float *)take(call.rows * ROW * sizeof(float));
         row = (Row *)take(call.rows * sizeof(Row));
@@ -105,6 +106,7 @@ template <class T> const T *keys_of(const DecodeCall &call, const Place &at) {
 }
 
 template <class T> void run_piece(const DecodeCall &call, const Piece &piece, void *memory) {
+    using Unit = typename Dot<T>::Unit;
     const Place &own = piece.own, &next = piece.next;
     const Plan planned = plan<T>(call);
     const Scratch<T> scratch(call, planned, memory);
@@ -127,9 +129,16 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
     memset(scratch.values, 0, rows * stride * sizeof(float));
     const Blocks &blocks = planned.blocks;
     for (int64_t block = 0; block < blocks.count; block++) {
-        const T *from[4];
-        for (int64_t r = 0; r < blocks.size(block); r++) from[r] = q + (blocks.begin(block) + r) * call.q_strides[2];
-        pack_block(from, blocks.size(block), call.width, scratch.q + blocks.begin(block) * planned.units);
+        const T *from[AT_ONCE<T>];
+        const int64_t begin = blocks.begin(block), size = blocks.size(block);
+        Vector *to = scratch.q + begin * planned.units * UNIT<T>;
+        for (int64_t r = 0; r < size; r++) from[r] = q + (begin + r) * call.q_strides[2];
+        if constexpr (TURNS<T>)
+            if (turns<T>(size)) {
+                turn_queries(from, size, call.width, to);
+                continue;
+            }
+        pack_block(from, size, call.width, (Unit *)to);
     }
     for (int64_t j = all_rows.first; j < all_rows.end; j += planned.tile) {
         int64_t count = all_rows.end - j < planned.tile ? all_rows.end - j : planned.tile;
@@ -142,12 +151,16 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
         }
         Ahead ask_values(values, call.value_width, blocks.count * count);
         Ahead ask_keys(keys_ahead, call.width, blocks.count * count * planned.value_units);
+        const Beside beside_keys(values), beside_values(keys_ahead.count ? keys_ahead : keys);
         for (int64_t block = 0; block < blocks.count; block++) {
             const int64_t begin = blocks.begin(block), size = blocks.size(block);
             if (unseen(scratch.row + begin, size, j, j + count)) continue;
-            const auto *packed = scratch.q + begin * planned.units;
-            float *scores = scratch.scores + begin * ROW, largest[4];
-            of_rows(size, [&](auto n) { score_rows<T, n>(packed, keys, call.width, how, scores, ROW, largest, ask_values); });
+            const Vector *packed = scratch.q + begin * planned.units * UNIT<T>;
+            float *scores = scratch.scores + begin * ROW, largest[AT_ONCE<T>];
+            of_rows<AT_ONCE<T>>(size, [&](auto n) {
+                if constexpr (turns<T>(n)) turned_rows<n>(packed, keys, call.width, how, scores, ROW, largest, beside_keys);
+                else score_rows<T, n>((const Unit *)packed, keys, call.width, how, scores, ROW, largest, ask_values);
+            });
             for (int64_t r = 0; r < size; r++) {
                 Row &row = scratch.row[begin + r];
                 Range seen{row.seen.first - j, row.seen.end - j};
@@ -170,7 +183,10 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
             const float *weights = scratch.scores + begin * ROW;
             const Row *row = scratch.row + begin;
             float *sums = scratch.values + begin * stride;
-            of_rows(size, [&](auto n) { value_rows<T, n>(weights, ROW, row, values, call.value_width, sums, stride, ask_keys); });
+            of_rows<AT_ONCE<T>>(size, [&](auto n) {
+                if constexpr (turns<T>(n)) value_rows<T, n>(weights, ROW, row, values, call.value_width, sums, stride, beside_values);
+                else value_rows<T, n>(weights, ROW, row, values, call.value_width, sums, stride, ask_keys);
+            });
         }
     }
     for (int64_t r = 0; r < rows; r++) {

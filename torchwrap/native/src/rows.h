@@ -9,6 +9,7 @@
 namespace {
 
 constexpr float LOG2E = 1.44269504f;
+constexpr int64_t UNIT_BYTES = 64;  // of 2 * W elements of bfloat16: a cache line
 
 // How W * 2 products of a query and a key are added up: two fused multiply-adds, or one instruction for pairs of bfloat16.
 template <class T> struct Dot {
@@ -46,6 +47,22 @@ struct Ahead {
         for (; ahead.due < ahead.done; ahead.due += ahead.steps, ahead.next += ahead.stride)
             for (int64_t at = 0; at < ahead.bytes; at += 64) __builtin_prefetch(ahead.next + at, 0, 3);
     }
+    INLINE void step(Ahead &ahead, int64_t, int64_t count) { step(ahead, count); }
+    Ahead &from(int64_t) { return *this; }
+};
+
+// The same where it lies like what is read: with each unit of a row, that of the same row and place is asked for. This takes no counting, but where
+// the rows differ in length, or are fewer, too little is asked for or what is behind them: which is never read, so it need not exist.
+struct Beside {
+    const char *next;
+    int64_t stride;  // bytes
+    template <class T> explicit Beside(const Lines<T> &lines) : next((const char *)lines.base), stride(lines.stride * (int64_t)sizeof(T)) {}
+    Beside(const char *next, int64_t stride) : next(next), stride(stride) {}
+    INLINE void step(const Beside &beside, int64_t row, int64_t units) {
+        UNROLL for (int u = 0; u < units; u++) __builtin_prefetch(beside.next + row * beside.stride + u * UNIT_BYTES, 0, 3);
+    }
+    Beside from(int64_t unit) const { return {next + unit * UNIT_BYTES, stride}; }
+    Beside below(int64_t rows) const { return {next + rows * stride, stride}; }
 };
 
 constexpr int64_t LINKS = 8;  // units that one sum takes in turn (chosen)
@@ -124,15 +141,15 @@ struct Row {
 };
 
 // values[r][...] = values[r][...] * factor of the row + weights[r] . v, for NU pairs of columns; PART: one pair of `part` columns.
-template <class T, int NR, int NU, bool PART>
+template <class T, int NR, int NU, bool PART, class Next>
 void value_columns(const float *weights, int64_t line_of, const Row *row, const Lines<T> &v, float *values, int64_t values_stride, int part,
-                   Ahead &ahead) {
+                   Next &&ahead) {
     Vector sum[NR][2 * NU];
     UNROLL for (int r = 0; r < NR; r++) {
         UNROLL for (int c = 0; c < 2 * NU; c++) sum[r][c] = mul(load(values + r * values_stride + c * W), all(row[r].factor));
     }
     for (int64_t j = 0; j < v.count; j++) {
-        Ahead::step(ahead, NU);
+        std::decay_t<Next>::step(ahead, j, NU);
         Vector line[2 * NU];
         UNROLL for (int u = 0; u < NU; u++) {
             const T *at = v.base + j * v.stride + u * 2 * W;
@@ -149,34 +166,31 @@ void value_columns(const float *weights, int64_t line_of, const Row *row, const 
     }
 }
 
-template <class T, int NR>
+template <class T, int NR, class Next>
 void value_rows(const float *weights, int64_t line_of, const Row *row, const Lines<T> &v, int64_t width, float *values,
-                int64_t values_stride, Ahead &ahead) {
+                int64_t values_stride, Next &ahead) {
     constexpr int FIT = REGISTERS / (4 * NR), NU = FIT < 1 ? 1 : FIT > 4 ? 4 : FIT;
     int64_t units = width / (2 * W), rest = width % (2 * W), u = 0;
     auto at = [&](int64_t unit) { return Lines<T>{v.base + unit * 2 * W, v.stride, v.count}; };
     for (; u + NU <= units; u += NU)
-        value_columns<T, NR, NU, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead);
+        value_columns<T, NR, NU, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead.from(u));
     for (; u < units; u++)
-        value_columns<T, NR, 1, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead);
-    if (rest) value_columns<T, NR, 1, true>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, (int)rest, ahead);
+        value_columns<T, NR, 1, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead.from(u));
+    if (rest) value_columns<T, NR, 1, true>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, (int)rest, ahead.from(u));
 }
 
-// How rows are shared out into blocks of at most four: evenly, so that five are three and two, not four and one.
+// How rows are shared out into blocks of at most four, or so many: evenly, so that five are three and two, not four and one.
 struct Blocks {
-    int64_t rows, count = (rows + 3) / 4;
+    int64_t rows, most = 4, count = (rows + most - 1) / most;
     int64_t begin(int64_t block) const { return block * rows / count; }
     int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
 };
 
 // The function of as many rows as a block has, which is known while compiling.
-template <class Do> INLINE void of_rows(int64_t rows, Do act) {
-    switch (rows) {
-        case 1: return act(std::integral_constant<int, 1>{});
-        case 2: return act(std::integral_constant<int, 2>{});
-        case 3: return act(std::integral_constant<int, 3>{});
-        default: return act(std::integral_constant<int, 4>{});
-    }
+template <int MOST = 4, int N = 1, class Do> INLINE void of_rows(int64_t rows, Do act) {
+    if constexpr (N < MOST)
+        if (rows != N) return of_rows<MOST, N + 1>(rows, act);
+    return act(std::integral_constant<int, N>{});
 }
 
 // Rows of a block as `score_rows` takes them.
