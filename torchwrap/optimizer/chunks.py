@@ -16,7 +16,7 @@ import torch
 from torchwrap.core import errors
 from torchwrap.optimizer.elementwise import Rule
 from torchwrap.optimizer.parts import Whole, run
-from torchwrap.optimizer.targets import Target, flat_weight
+from torchwrap.optimizer.targets import Target, flat_weight, in_place
 from torchwrap.storage import aio
 from torchwrap.storage.checksum import sum64
 from torchwrap.storage.generations import Draft, GenerationStore, Record
@@ -282,7 +282,7 @@ class Chunks:
             record = weight.record
             home = Home(self._store.file, record.name, record.offset(weight.half), record.nbytes)
         self._store.finish(*update.drafts.values())
-        target.numbers, target.order = _in_place(target.numbers, update.numbers), self._order(update)
+        target.numbers, target.order = in_place(target.numbers, update.numbers), self._order(update)
         target.torn, target.changed = False, True
         update.done = True
         self._done(target, home)
@@ -292,18 +292,6 @@ class Chunks:
         known = [key for key in update.target.order if key in update.target.layout or key in update.numbers]
         new = [key for key in (*update.numbers, *update.target.layout) if key not in known]
         return (*known, *new)
-
-
-def _in_place(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """`after`, in the tensors of `before` where there are some: who holds a state dict sees all of it change with a step, as torch's do."""
-    found = dict(after)
-    for key, new in after.items():
-        old = before.get(key)
-        if old is new or not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
-            continue
-        if old.shape == new.shape and old.dtype == new.dtype and not old.is_inference():
-            found[key] = old.copy_(new)
-    return found
 
 
 def _memory(chunk: Chunk, record: str) -> memoryview:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from torchwrap.optimizer.elementwise import Rule, settings_of, step_of
-from torchwrap.optimizer.targets import Target
+from torchwrap.optimizer.targets import Target, in_place
 from torchwrap.stream.timeline import Timeline
 
 __all__ = ["Resident"]
@@ -61,6 +61,6 @@ class Resident:
     def set_state(self, target: Target, state: Mapping[str, Any]) -> None:
         """Keep this instead; nothing, if it is empty."""
         if self._whole is not None:
-            self._whole.state.pop(target.parameter, None)
+            before = self._whole.state.pop(target.parameter, {})
             if state:
-                self._whole.state[target.parameter] = dict(state)
+                self._whole.state[target.parameter] = in_place(before, state)

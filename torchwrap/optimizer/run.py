@@ -16,7 +16,7 @@ from torchwrap.core import errors
 from torchwrap.optimizer.elementwise import Rule
 from torchwrap.optimizer.persist import describe_run, from_json
 from torchwrap.optimizer.resident import Resident
-from torchwrap.optimizer.targets import Target, records_needed
+from torchwrap.optimizer.targets import Target, in_place, records_needed
 from torchwrap.optimizer.values import Values
 from torchwrap.storage.generations import GenerationStore
 
@@ -132,7 +132,7 @@ class Run:
                     f"{target.name} was not trained at the last commit and is now", where=target.name, fix="Load a checkpoint."
                 )
             entries = found or {"order": [], "numbers": {}}
-            target.order, target.numbers, target.torn = tuple(entries["order"]), entries["numbers"], False
+            target.order, target.numbers, target.torn = tuple(entries["order"]), in_place(target.numbers, entries["numbers"]), False
             if found is not None:
                 self._values.restore_weight(target)
                 if not target.streamed:

@@ -21,7 +21,7 @@ from torchwrap.storage.pool import BLOCK, round_up
 from torchwrap.stream.units import Piece, Unit
 from torchwrap.weights.footprint import elements_of
 
-__all__ = ["LARGE", "Target", "can_stream", "flat_weight", "records_needed"]
+__all__ = ["LARGE", "Target", "can_stream", "flat_weight", "in_place", "records_needed"]
 
 LARGE = 64 << 10
 """Resident parameters below this many bytes are updated as a whole, with their state in memory: a request each would cost more (chosen)."""
@@ -81,7 +81,7 @@ class Target:
         kept: dict[str, Any] = {}
         for key in self.order:
             if key in self.layout:
-                kept[key] = store.file.view(self.state_name(key)).view(self.parameter.shape)
+                kept[key] = store.file.followed(self.state_name(key)).view(self.parameter.shape)
             else:
                 kept[key] = self.numbers[key]
         return kept
@@ -127,6 +127,18 @@ def can_stream(parameter: nn.Parameter, piece: Piece | None) -> bool:
         return True
     plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor and parameter.layout == torch.strided
     return plain and parameter.is_contiguous() and parameter.numel() * parameter.element_size() >= LARGE
+
+
+def in_place(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """`after`, in the tensors of `before` where there are some: who holds a state dict sees all of it change with a step, as torch's do."""
+    found = dict(after)
+    for key, new in after.items():
+        old = before.get(key)
+        if old is new or not (isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor)):
+            continue
+        if old.shape == new.shape and old.dtype == new.dtype and not old.is_inference():
+            found[key] = old.copy_(new)
+    return found
 
 
 def flat_weight(target: Target) -> torch.Tensor | None:

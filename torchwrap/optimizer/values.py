@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchwrap.core import errors
-from torchwrap.optimizer.targets import Target, flat_weight
+from torchwrap.optimizer.targets import Target, flat_weight, in_place
 from torchwrap.storage.checksum import crc32, memory_of
 from torchwrap.storage.generations import GenerationStore
 from torchwrap.stream.pieces import drop_home
@@ -42,6 +42,7 @@ class Values:
             return
         before, piece.home = piece.home, home
         piece.checksum = self._store.records[home.name].whole().sum64
+        handle.handed.moved(piece, self._store.file)
         self._saved[home.name] = piece.version
         if before is not None and handle.store is not None and before.file is handle.store.file:
             drop_home(handle.store, before)
@@ -86,7 +87,8 @@ class Values:
             self._store.put(target.state_name(key), entries[key].detach().reshape(target.parameter.shape).to(dtype))
         target.order = tuple(entries)
         kept = {key: value for key, value in entries.items() if key not in target.layout}
-        target.numbers = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in kept.items()}
+        kept = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in kept.items()}
+        target.numbers = in_place(target.numbers, kept)
 
     # -- from the store ----------------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import math
 import mmap
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableSet
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ import torch
 from torchwrap.core.errors import CorruptDataError, StorageError
 from torchwrap.storage.atomic import as_storage_error
 from torchwrap.storage.header import Segment
-from torchwrap.storage.pool import BLOCK, round_down, round_up
-from torchwrap.storage.safefile import MAP_NORESERVE, Descriptor, open_direct, tensor_over
+from torchwrap.storage.pool import BLOCK, round_up
+from torchwrap.storage.safefile import Descriptor, open_direct
+from torchwrap.storage.views import Views, map_segment, show_segment
 
 __all__ = ["Draft", "GenerationFile", "Record", "Version"]
 
@@ -150,6 +151,7 @@ class GenerationFile:
         self._segments: dict[str, Segment] = {}
         self.segments: Mapping[str, Segment] = MappingProxyType(self._segments)
         self._descriptors: dict[bool, Descriptor] = {False: Descriptor(descriptor)}
+        self._views: dict[str, Views] = {}
 
     @classmethod
     def create(cls, folder: Path, create: Callable[[str], int]) -> GenerationFile:
@@ -213,23 +215,34 @@ class GenerationFile:
                     )
 
     def show(self, record: Record) -> None:
-        """Let `segments` and `view` give the record's present version."""
+        """Let `segments` and `view` give the record's present version, and what `followed` gave show it."""
         version = record.current
         assert version is not None
         self._segments[record.name] = Segment(record.name, record.dtype, record.shape, record.offset(version.half), record.nbytes)
+        if (views := self._views.get(record.name)) is not None:
+            views.show(self, record.name)
 
     def hide(self, record: Record) -> None:
         """The record has no value now."""
         self._segments.pop(record.name, None)
 
-    def view(self, name: str) -> torch.Tensor:
-        """The tensor over the file's own pages: no copy, private when written to, and stale or torn once the record changes."""
-        segment = self._segments[name]
+    def view(self, name: str, live: MutableSet[mmap.mmap] | None = None) -> torch.Tensor:
+        """The tensor over the file's own pages: no copy, private when written to, and stale or torn once the record changes.
+
+        Args:
+            name: of the record.
+            live: gets the mapping; see `Views`.
+        """
         self.check_unchanged()
-        start = segment.offset - round_down(segment.offset, mmap.ALLOCATIONGRANULARITY)
-        flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        mapping = mmap.mmap(self.fd(False), start + segment.nbytes, flags=flags, prot=access, offset=segment.offset - start)
-        return tensor_over(mapping, segment, start)
+        return map_segment(self.fd(False), self._segments[name], live)
+
+    def followed(self, name: str) -> torch.Tensor:
+        """A view that shows later versions of the record, too."""
+        return self._views.setdefault(name, Views()).view(self, name)
+
+    def show_in(self, mapping: mmap.mmap, name: str) -> None:
+        """Let the mapping of a view show this record as it is now."""
+        show_segment(mapping, self.fd(False), self._segments[name])
 
     def __getstate__(self) -> None:
         raise TypeError(f"{self.path} belongs to one process; copy the tensors instead")

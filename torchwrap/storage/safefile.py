@@ -11,7 +11,7 @@ import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSet
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,10 +22,9 @@ import torch
 from torchwrap.core.errors import CorruptDataError, StorageError, UnsafePathError
 from torchwrap.storage.checksum import Part
 from torchwrap.storage.header import Segment, corrupt, parse_header, read_header, strict_json
+from torchwrap.storage.views import map_segment
 
-__all__ = ["MAP_NORESERVE", "Descriptor", "Segment", "TensorFile", "index_folder", "open_direct", "tensor_over"]
-
-MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # in the mmap module since Python 3.13 only; the value is Linux's
+__all__ = ["Descriptor", "Segment", "TensorFile", "index_folder", "open_direct"]
 
 
 class Descriptor(int):
@@ -122,12 +121,16 @@ class TensorFile:
         segment = self.segments[name]
         return Part(name, segment.offset, segment.nbytes)
 
-    def view(self, name: str) -> torch.Tensor:
+    def view(self, name: str, live: MutableSet[mmap.mmap] | None = None) -> torch.Tensor:
         """The tensor itself, backed by the file: nothing is read until it is used, and nothing is copied unless it is misaligned.
 
         Writing to it changes private memory, never the file. The system may evict and read its pages again at any time, so it must not
         outlive a change of the file (a file truncated under a mapping kills the process with SIGBUS; streaming through a `Reader`
         raises instead).
+
+        Args:
+            name: of the tensor.
+            live: gets the mapping; see `Views`.
 
         Raises:
             KeyError: no such tensor.
@@ -138,10 +141,7 @@ class TensorFile:
         if not segment.nbytes:
             return torch.empty(segment.shape, dtype=segment.dtype)
         # A mapping of its own: what is written to one view must not show in the next.
-        start = segment.offset % mmap.ALLOCATIONGRANULARITY
-        flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        mapping = mmap.mmap(self.fd(False), start + segment.nbytes, flags=flags, prot=access, offset=segment.offset - start)
-        return tensor_over(mapping, segment, start)
+        return map_segment(self.fd(False), segment, live)
 
     def close(self) -> None:
         """Let the descriptors go. Views and reads under way keep working; new ones raise. Calling it again does nothing."""
@@ -211,14 +211,6 @@ def open_direct(fd: int, path: Path, flags: int = os.O_RDONLY) -> Descriptor:
         if not os.path.samestat(os.fstat(found), os.fstat(fd)):
             raise CorruptDataError("the file was replaced while in use", where=str(path), fix="Restore the original file.") from None
         return found
-
-
-def tensor_over(mapping: mmap.mmap, segment: Segment, start: int) -> torch.Tensor:
-    """The segment's tensor over memory that begins at `start` of a mapping; copied only if torch needs another alignment."""
-    raw = torch.frombuffer(mapping, dtype=torch.uint8, count=segment.nbytes, offset=start)
-    if raw.data_ptr() % segment.dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(segment.dtype).reshape(segment.shape)
 
 
 def _open_regular(path: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableSet
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,8 @@ from torchwrap.storage.folder import INDEX
 from torchwrap.storage.header import Segment, strict_json
 from torchwrap.storage.pool import BLOCK
 from torchwrap.storage.record import Record, read_length, unpack
-from torchwrap.storage.safefile import MAP_NORESERVE, Descriptor, open_direct, tensor_over
+from torchwrap.storage.safefile import Descriptor, open_direct
+from torchwrap.storage.views import map_segment, show_segment
 
 __all__ = ["SpillFile"]
 
@@ -120,16 +121,31 @@ class SpillFile:
         length = read_length(block, self.path, offset)
         return unpack(block if length <= BLOCK else os.pread(self.fd(False), length, offset), self.path, offset)
 
-    def view(self, name: str) -> torch.Tensor:
-        """The tensor over the file's own pages. Its place is not used for others while it, or memory shared with it, is in use."""
+    def view(self, name: str, live: MutableSet[mmap.mmap] | None = None) -> torch.Tensor:
+        """The tensor over the file's own pages. Its place is not used for others while it, or memory shared with it, is in use.
+
+        Args:
+            name: of the tensor.
+            live: gets the mapping; see `Views`.
+        """
         segment = self._segments[name]
         self.check_unchanged()
         if not segment.nbytes:
             return torch.empty(segment.shape, dtype=segment.dtype)
-        flags, access = mmap.MAP_PRIVATE | MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        mapping = mmap.mmap(self.fd(False), segment.nbytes, flags=flags, prot=access, offset=segment.offset)
+        mapped: set[mmap.mmap] = set()
+        tensor = map_segment(self.fd(False), segment, mapped)
+        self.mappings.setdefault(segment.offset, weakref.WeakSet()).update(mapped)
+        if live is not None:
+            live |= mapped
+        return tensor
+
+    def show_in(self, mapping: mmap.mmap, name: str) -> None:
+        """Let the mapping of a view show this tensor; the place that it showed before may be used for others."""
+        segment = self._segments[name]
+        show_segment(mapping, self.fd(False), segment)
+        for others in self.mappings.values():
+            others.discard(mapping)
         self.mappings.setdefault(segment.offset, weakref.WeakSet()).add(mapping)
-        return tensor_over(mapping, segment, 0)
 
     def close(self) -> None:
         """Let the descriptors go; reads under way and views keep working."""

@@ -10,7 +10,8 @@ inside its own forward. What is used elsewhere stays fixed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import mmap
+from collections.abc import Iterable, Mapping, MutableSet, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -47,8 +48,8 @@ class SourceFile(Source, Protocol):
 
     segments: Mapping[str, Segment]
 
-    def view(self, name: str) -> torch.Tensor:
-        """A tensor over the file's own pages: no copy."""
+    def view(self, name: str, live: MutableSet[mmap.mmap] | None = None) -> torch.Tensor:
+        """A tensor over the file's own pages: no copy. Its mapping is added to `live`."""
         ...
 
 

@@ -131,6 +131,7 @@ def convert(
                 value = fn(handle.value(piece)).cpu()
                 piece.dtype, piece.nbytes, piece.residue = dtype, tensor_bytes(value), 0
                 piece.absent = placeholder(piece.shape, dtype, handle.device)
+                handle.handed.forget(piece)
                 handle.set_value(piece, value)
                 bind(piece.parameter, piece.absent)
         result = original(present, recurse)

@@ -23,6 +23,7 @@ from torchwrap.core.tensors import bind, data_of, is_placeholder
 from torchwrap.storage import aio
 from torchwrap.storage.checksum import memory_of, sum64
 from torchwrap.storage.spill import SpillStore
+from torchwrap.storage.views import Views
 from torchwrap.storage.workers import mismatch
 from torchwrap.stream.backward import Backward
 from torchwrap.stream.engine import Engine
@@ -35,6 +36,7 @@ from torchwrap.stream.timeline import Event, Timeline, timeline_of
 from torchwrap.stream.units import Crc, Piece, Unit
 from torchwrap.weights import copying
 from torchwrap.weights.budget import RESERVE_TOKENS
+from torchwrap.weights.handed import Handed
 from torchwrap.weights.replicas import watch_replicas
 from torchwrap.weights.stepping import watch_steps
 from torchwrap.weights.timing import TimedPasses, check_inputs
@@ -61,6 +63,7 @@ class WeightsHandle(TimedPasses):
         tables: row tables by unit index.
         passes: completed forward passes through the root.
         unwatched: values of the model's `training` in which no whole forward was watched for reads of absent weights.
+        handed: what state dicts show weights with that are away.
         stepping: whoever has updated some weights and not yet others; calls of the model are refused meanwhile.
         keeps_casts: all streamed blocks together are no larger than the slots (one block used again and again), so that autocast may
             keep its copies of them.
@@ -115,7 +118,7 @@ class WeightsHandle(TimedPasses):
         self._own_lock = threading.RLock()
         self.time_passes()
         self._by_id = {id(piece.parameter): piece for piece in pieces}
-        self.handed: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}  # what state dicts got last and its version, by piece
+        self.handed: Handed = Handed()
         self.lent: dict[int, Piece] = {}  # shown in full while load_state_dict copies into them
         self.tables: dict[int, RowTable] = {
             unit.index: RowTable(unit.pieces[0], reader, verify=config.verify != "header", timeout_s=config.io_timeout_s)
@@ -222,13 +225,18 @@ class WeightsHandle(TimedPasses):
         return self.engine.unchanging(piece) if self.engine is not None else nullcontext()
 
     @torch.inference_mode(False)
-    def stored_view(self, piece: Piece) -> torch.Tensor:
-        """The piece's values as a tensor over its home, compared with its sum if that is known. Cost: one read, no memory of its own."""
+    def stored_view(self, piece: Piece, views: Views | None = None) -> torch.Tensor:
+        """The piece's values as a tensor over its home, compared with its sum if that is known. Cost: one read, no memory of its own.
+
+        Args:
+            piece: of this model.
+            views: gets the tensor, which shows later values as well then.
+        """
         if piece.host is not None:
             return piece.host.view(piece.dtype).view(piece.shape)
         home = piece.home
         assert home is not None
-        view = home.file.view(home.name).view(piece.shape)
+        view = (home.file.view(home.name) if views is None else views.view(home.file, home.name)).view(piece.shape)
         expected = known_sum(piece)
         if self.config.verify != "header" and expected is not None and (got := sum64(memory_of(view))) != expected:
             raise mismatch(home.file, part_of(piece), "sum64", expected, got)
@@ -252,6 +260,7 @@ class WeightsHandle(TimedPasses):
         if self.store is None:
             self.store = SpillStore.create(self.config.path, needed=piece.nbytes)
         before, piece.home = piece.home, put_away(self.store, piece, value, crc=self.crc)
+        self.handed.moved(piece, self.store.file)
         if before is not None and before.file is self.store.file:
             drop_home(self.store, before)
 
@@ -356,20 +365,6 @@ class WeightsHandle(TimedPasses):
             fix="Call optimizer.step() first (or rollback()). For several backwards per step pass accumulate=N or overlap=False, for other "
             "calls between the two overlap=False.",
         )
-
-    def check_handed(self) -> None:
-        """Raise `ConflictError` if somebody wrote to a tensor of a state dict: it shows stored bytes, so the model would not follow."""
-        for index, (handed, version) in list(self.handed.items()):
-            view = handed()
-            if view is None or view._version != version:
-                del self.handed[index]
-            if view is not None and view._version != version:
-                name = next(piece.name for piece in self.pieces if piece.index == index)
-                raise errors.ConflictError(
-                    f"torchwrap: the tensor that state_dict() gave for {name} was written to; the weights of the model did not change",
-                    where=name,
-                    fix=f"Write inside `with torchwrap.core.tensors(model, {name!r}, write=True) as real:`, or use load_state_dict().",
-                )
 
     def hide_lent(self) -> None:
         """Take away again what an interrupted load_state_dict or backward left in memory."""

@@ -60,8 +60,7 @@ class RootLayer(WeightsLayer):
             if handle.stepping:
                 handle.refuse_mixture()
             handle.hide_lent()
-            if handle.handed:
-                handle.check_handed()
+            handle.handed.check(handle.pieces)
             guard = None
             if module.training in handle.unwatched and can_watch():
                 guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)

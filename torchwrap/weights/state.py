@@ -8,17 +8,14 @@ after; a user's file is never written, changed pieces move to ours.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from torchwrap.core import errors
 from torchwrap.core.tensors import bind, data_of, set_holder
 from torchwrap.stream.pieces import check_untouched
-from torchwrap.stream.units import Piece
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
@@ -40,22 +37,9 @@ class _Save(_StateHook):
             saved = state.get(prefix + name)
             if saved is not None:
                 check_untouched(piece)
-                view = self._already_in(state, piece)
-                if view is None:
-                    view = self.handle.stored_view(piece)
-                    self.handle.handed[piece.index] = (weakref.ref(view), view._version)
+                view = self.handle.handed.give(self.handle, piece, state)
                 # state_dict(keep_vars=True) hands out parameters; the model's own shows the placeholder.
                 state[prefix + name] = nn.Parameter(view, piece.parameter.requires_grad) if isinstance(saved, nn.Parameter) else view
-
-    def _already_in(self, state: MutableMapping[str, Any], piece: Piece) -> torch.Tensor | None:
-        """The tensor that another name of a tied parameter got in this very dictionary: names that share memory must go on sharing it."""
-        if len(piece.names) < 2:
-            return None
-        handed = self.handle.handed.get(piece.index)
-        view: torch.Tensor | None = handed[0]() if handed is not None else None
-        if view is None or not any(torch.is_tensor(value) and value.data_ptr() == view.data_ptr() for value in state.values()):
-            return None
-        return view
 
 
 class _BeforeLoad(_StateHook):
