@@ -75,6 +75,70 @@ def test_a_gradient_scaler_that_skips_steps() -> None:
     assert differences(plain, reference, model, optimizer) == []
 
 
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, tw.master_weights(torch.optim.Adam)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fused_kernels_divide_by_the_scale_themselves(dtype: torch.dtype, cls: type[torch.optim.Optimizer], unscaled: bool) -> None:
+    """Where the scale is no power of two this gives other bits than multiplying with its inverse, which is what a `GradScaler` does."""
+    plain, model = pair(dtype)
+    options: dict[str, Any] = {"fused": True, "lr": 1e-2}
+    reference = cls(plain.parameters(), **options)
+    optimizer = OffloadedOptimizer(model, cls, overlap=False, gradients="host", chunk=65536, **options)
+    for each, opt in ((plain, reference), (model, optimizer)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1000.0)
+        for step in range(4):
+            scaler.scale(loss_of(each, step) * (float("inf") if step == 2 else 1.0)).backward()
+            if unscaled:
+                scaler.unscale_(opt)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+    assert optimizer.steps == 3
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_a_scaled_step_that_failed_half_way_is_finished_with_its_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=False, gradients="host", fused=True, lr=1e-2, chunk=16384)
+    store, calls = optimizer._works.store, []
+    write = store.write
+
+    def failing(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 9:
+            raise tw.StorageError("the disk failed")
+        write(*args)
+
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1000.0) for _ in range(2)]
+    for each, scaler in zip((plain, model), scalers, strict=True):
+        scaler.scale(loss_of(each, 0)).backward()
+    scalers[0].step(reference)
+    monkeypatch.setattr(store, "write", failing)
+    with pytest.raises(tw.StorageError):
+        scalers[1].step(optimizer)
+    monkeypatch.undo()
+    optimizer.step()
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_an_optimizer_that_clips_has_gradients_unscaled_before() -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, fused=True)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, max_grad_norm=0.1, overlap=False, gradients="host", fused=True, lr=1e-2)
+    for each, opt in ((plain, reference), (model, optimizer)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1000.0)
+        for step in range(2):
+            scaler.scale(loss_of(each, step)).backward()
+            if opt is reference:
+                scaler.unscale_(opt)
+                nn.utils.clip_grad_norm_(each.parameters(), 0.1)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad()
+    assert differences(plain, reference, model, optimizer) == []
+
+
 def test_clipping_twice_is_a_conflict() -> None:
     _, model = pair()
     optimizer = OffloadedOptimizer(model, torch.optim.AdamW, max_grad_norm=0.1, gradients="disk", **ADAM)

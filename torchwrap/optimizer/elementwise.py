@@ -22,7 +22,9 @@ import torch
 
 from torchwrap.core import errors
 
-__all__ = ["Rule", "plain_step", "settings_of", "step_of"]
+__all__ = ["Rule", "plain_step", "scaled", "scaling_of", "settings_of", "step_of"]
+
+_SCALING = ("grad_scale", "found_inf")  # what a GradScaler sets on an optimizer whose kernels divide by the scale (torch 2.13, fused=True)
 
 _WAY_OUT = (
     "Use a class that treats elements one by one (SGD, Adam, AdamW, Adagrad, RMSprop, ...), or give this one the parameters that stay in "
@@ -83,7 +85,7 @@ class Rule:
         """Update `weight` in place, as the class itself would.
 
         Args:
-            settings: of the parameter's group.
+            settings: of the parameter's group, with what `scaling_of` gave.
             weight: (n,), changed in place.
             gradient: (n,), not changed.
             state: what an earlier step gave; tensors in it are changed in place. Empty for the first step.
@@ -92,11 +94,13 @@ class Rule:
             The state afterwards; tensors of it may be those of `state` or new ones.
         """
         weight = weight.detach()
-        weight.grad = gradient
-        inner = self.cls([{**settings, "params": [weight]}], **self.options)
+        scaling = {name: settings[name] for name in _SCALING if name in settings}
+        weight.grad = gradient.clone() if scaling else gradient  # which would be divided where it is, and again if the step is repeated
+        inner = self.cls([{**{k: v for k, v in settings.items() if k not in scaling}, "params": [weight]}], **self.options)
         if state:
             inner.state[weight] = dict(state)
-        step_of(inner)()
+        with scaled(inner, scaling):
+            step_of(inner)()
         after: Mapping[str, Any] = inner.state[weight]
         return after
 
@@ -206,6 +210,24 @@ def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a parameter group, without its parameters; tensors are copied, because schedulers change them in place."""
     left_out = ("params", "param_names")
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in group.items() if name not in left_out}
+
+
+def scaling_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What a `GradScaler` has set on an optimizer for the step that it calls; empty in other steps."""
+    found = {name: getattr(optimizer, name, None) for name in _SCALING}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+@contextmanager
+def scaled(optimizer: torch.optim.Optimizer, scaling: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """For the block, the same on another optimizer."""
+    for name, value in scaling.items():
+        setattr(optimizer, name, value)
+    try:
+        yield
+    finally:
+        for name in scaling:
+            delattr(optimizer, name)
 
 
 def step_of(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:

@@ -352,10 +352,10 @@ class Gradients:
         """Whether the gradient is on the disk."""
         return target in self._parked
 
-    def collect(self, targets: Sequence[Target], scale: torch.Tensor | None) -> list[Update]:
-        """What is left to do of a step: taken and not handed over, parked, and everything still in `param.grad`."""
+    def collect(self, targets: Sequence[Target], scale: torch.Tensor | None, scaling: Mapping[str, torch.Tensor]) -> list[Update]:
+        """What is left to do of a step: taken and not handed over, parked, and everything still in `param.grad`; see `scaling_of`."""
         found = self.handover.take_back()
-        settings, threads = [settings_of(group) for group in self._groups()], torch.get_num_threads()
+        settings, threads = [{**settings_of(group), **scaling} for group in self._groups()], torch.get_num_threads()
         for target in targets:
             parked = self._parked.get(target)
             if parked is not None:

@@ -27,7 +27,7 @@ from torchwrap.core import errors
 from torchwrap.core.config import parse_size
 from torchwrap.core.transaction import inner_model, records_of
 from torchwrap.optimizer.arguments import asked_for, check_arguments, check_model
-from torchwrap.optimizer.elementwise import Rule
+from torchwrap.optimizer.elementwise import Rule, scaling_of
 from torchwrap.optimizer.parameters import Parameters, listed
 from torchwrap.optimizer.persist import check_same_run, warn_of_other_settings
 from torchwrap.optimizer.run import matched
@@ -111,6 +111,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._parameters = Parameters(model, self._handle, self._rule)
         self._durability: Literal["save", "step", "none"] = "none" if path is None else durability
         self.steps: int = 0
+        # Asked by GradScaler, which else divides gradients itself, in other bits; before they are clipped it has to.
+        self._step_supports_amp_scaling: bool = max_grad_norm is None and getattr(self._rule.template, "_step_supports_amp_scaling", False)
         super().__init__(model.parameters() if params is None else params, self._rule.template.defaults)
         self._parameters.check_free(target.parameter for target in self._parameters.targets)
         folder = None if path is None else Path(path).expanduser()
@@ -190,8 +192,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with self._works.gradients.deferred(), torch.enable_grad():
                 loss = closure()
-        self._works.take_step(self.param_groups)
-        self.steps += 1
+        self.steps += self._works.take_step(self.param_groups, scaling_of(self))
         self._works.watch()
         self._works.pace.end()
         return self._committed(loss) if self._durability == "step" else loss

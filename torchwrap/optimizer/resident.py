@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchwrap.optimizer.elementwise import Rule, settings_of, step_of
+from torchwrap.optimizer.elementwise import Rule, scaled, settings_of, step_of
 from torchwrap.optimizer.targets import Target, in_place
 from torchwrap.stream.timeline import Timeline
 
@@ -40,14 +40,15 @@ class Resident:
             self._whole = self._rule.cls([{**settings_of(groups[n]), "params": small[n]} for n in self._numbers], **self._rule.options)
             self._whole.state.update(before)
 
-    def step(self, targets: Sequence[Target], groups: Sequence[Mapping[str, Any]]) -> None:
-        """Update them with the gradients that they have and the present settings."""
+    def step(self, targets: Sequence[Target], groups: Sequence[Mapping[str, Any]], scaling: Mapping[str, torch.Tensor]) -> None:
+        """Update them with the gradients that they have and the present settings; `scaling` as `scaling_of` gives it."""
         if self._whole is None:
             return
         for number, group in zip(self._numbers, self._whole.param_groups, strict=True):
             group.update(settings_of(groups[number]))
         began = time.monotonic()
-        step_of(self._whole)()
+        with scaled(self._whole, scaling):
+            step_of(self._whole)()
         if self._timeline is not None:
             self._timeline.add("update", "in memory", began, time.monotonic(), 0)
         for target in targets:

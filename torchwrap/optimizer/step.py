@@ -34,6 +34,7 @@ class Step:
 
     Attributes:
         grad_norm: before clipping, of the last step that clipped; a tensor of no dimension.
+        scaling: what a `GradScaler` says of the step that is being taken.
     """
 
     def __init__(self, targets: list[Target], gradients: Gradients, updater: Updater, max_grad_norm: float | None) -> None:
@@ -44,6 +45,7 @@ class Step:
         self._stepped: list[tuple[weakref.ref[torch.Tensor], int]] = []  # gradients of a step whose commit failed, as torch counts writes
         self._handed: list[Update] = []  # to the worker, and not known to be over: an interrupt or a hang came before
         self.grad_norm: torch.Tensor | None = None
+        self.scaling: Mapping[str, torch.Tensor] = {}
 
     def gather(self, groups: Sequence[Mapping[str, Any]]) -> list[Update]:
         """Check, clip, and say what is left to do.
@@ -66,7 +68,7 @@ class Step:
         lost = [update.again() for update in self._handed if not update.done and update.target not in again]
         self._handed.clear()
         unfinished, again = [*unfinished, *lost], again | {update.target for update in lost}
-        fresh = self._gradients.collect([t for t in streamed if t not in self._done and t not in again], self._scale)
+        fresh = self._gradients.collect([t for t in streamed if t not in self._done and t not in again], self._scale, self.scaling)
         self._refuse_repetition([*unfinished, *fresh])
         return [*unfinished, *fresh]
 
@@ -94,7 +96,7 @@ class Step:
     def over(self) -> None:
         """It is done, or its gradients are given up."""
         self._gradients.forget()
-        self._clipped, self._scale = False, None
+        self._clipped, self._scale, self.scaling = False, None, {}
         self._done.clear()
         self._handed.clear()
 

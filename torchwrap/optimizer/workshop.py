@@ -193,19 +193,28 @@ class Workshop:
         self.run.reserve(whole=self.site.kept is not None)
         self.gradients.watch(self.parameters.streamed, [t for t in self.parameters.targets if not t.streamed])
 
-    def take_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def take_step(self, groups: Sequence[Mapping[str, Any]], scaling: Mapping[str, torch.Tensor]) -> bool:
         """Do what is left of a step.
+
+        Args:
+            groups: of the optimizer.
+            scaling: what a `GradScaler` says of this step; empty: what it said when the step began, if it failed half-way.
+
+        Returns:
+            Whether it was one: not if gradients were infinite, which changes no weight.
 
         Raises:
             ConflictError, StorageError: see `Step.gather` and `Step.carry_out`.
         """
         if self._handle is not None:
             self._handle.backward.settle()
+        self.step.scaling = scaling = scaling or self.step.scaling
         updates = self.step.gather(self.parameters.checked(groups))
         self.watch()  # trained since the last time
         self.step.carry_out(updates)
-        self.resident.step(self.parameters.targets, groups)
+        self.resident.step(self.parameters.targets, groups, scaling)
         self.step.over()
+        return not ("found_inf" in scaling and bool(scaling["found_inf"]))
 
     def commit(self, groups: Sequence[Mapping[str, Any]], steps: int) -> None:
         """See `Run.commit`."""
