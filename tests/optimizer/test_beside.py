@@ -252,3 +252,74 @@ def test_a_weight_that_is_written_to_between_backward_and_step_is_refused_or_as_
     else:
         optimizer.step()
         assert differences(plain, reference, model, optimizer) == []
+
+
+class _TwoLayers(nn.Module):
+    """A block of two weights, with a call when its backward comes by between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(96, 192, bias=False), nn.Linear(192, 96, bias=False)
+        self.passing: Callable[[], object] = int
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(_Here.apply(self.up(x).tanh(), lambda: self.passing()))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _two_layers(recompute: bool) -> _Stack:
+    torch.manual_seed(0)
+    model = _Stack(recompute)
+    model.blocks = nn.ModuleList(_TwoLayers() for _ in range(3))
+    return model.train()
+
+
+def _half_resident(model: nn.Module) -> tuple[Any, torch.Tensor]:
+    """Offload it so that blocks are streamed in part; the last of those, and its weight that stays."""
+    tw.offload(model, device_memory=4 * 96 * 192 * 4 + 60_000, units=("blocks.0", "blocks.1", "blocks.2"), k=1)
+    parts = [unit for unit in tw.handle_of(model, "offload").units if len({piece.resident for piece in unit.pieces}) == 2]
+    return parts[-1], next(piece.parameter for piece in parts[-1].pieces if piece.resident)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_a_weight_in_memory_of_a_streamed_block_is_new_when_the_backward_has_left_the_block(recompute: bool) -> None:
+    plain, model = _two_layers(recompute), _two_layers(recompute)
+    (block, staying), seen = _half_resident(model), []
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, chunk=4096)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    old = staying.detach().clone()
+
+    def look() -> None:
+        optimizer._works.updater.wait()
+        seen.append(torch.equal(staying, old))
+
+    for each in model.blocks:
+        each.passing = look  # type: ignore[assignment]
+    for step in range(3):
+        for net, opt in ((model, optimizer), (plain, reference)):
+            opt.zero_grad()
+            net(torch.randn(8, 96, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            opt.step()
+    inside = 3 - block.index  # calls before the backward has left that block
+    assert seen[:3] == [True] * inside + [False] * (3 - inside)
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_a_weight_in_memory_of_a_streamed_block_is_not_overwritten_in_silence_either(tmp_path: Path) -> None:
+    model = _two_layers(False)
+    _, staying = _half_resident(model)
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, path=tmp_path / "run", chunk="1MiB")
+    optimizer.commit()
+    before = staying.detach().clone()
+
+    def write() -> None:
+        optimizer._works.updater.wait()
+        with torch.no_grad():
+            staying.mul_(0.5)
+
+    model.blocks[0].passing = write  # type: ignore[assignment]
+    with pytest.raises(tw.ConflictError, match="was written to during backward"):
+        model(torch.ones(4, 96)).square().sum().backward()
+        optimizer.step()
+    optimizer.rollback()
+    assert torch.equal(staying, before)
+    optimizer.close()

@@ -36,6 +36,7 @@ from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_
 from torchwrap.weights.budget import Budget, weight_budget
 from torchwrap.weights.experts import ExpertsLayer, groups_of
 from torchwrap.weights.folder import SOURCES
+from torchwrap.weights.footprint import waiting_bytes
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.layers import RootLayer, RowLayer, UnitLayer
 from torchwrap.weights.technique import StreamingTechnique, activation_layers
@@ -107,14 +108,16 @@ class OffloadTechnique(StreamingTechnique[Offload]):
 
         def planned_for(budget: Budget) -> ResidencyPlan:
             limit = whole if config.params == "device" else budget.device
-            divide = partial(
-                plan_residency, planned, fixed_bytes=fixed, slots=config.k, keep_resident=keep_resident, remedy=budget.remedy
-            )
+            divide = partial(plan_residency, planned, fixed_bytes=fixed, slots=config.k, keep_resident=keep_resident, remedy=budget.remedy)
             plan = divide(budget=limit)
             if training is None or config.params == "device" or config.device_memory is not None or config.host_memory is not None:
                 return plan
-            # In training each byte that stays has a gradient that stays until the backward is over.
-            while (over := plan.held_bytes + plan.resident_bytes - budget.device) > 0 and plan.resident_bytes:
+            # In training weights that stay have gradients that wait longer.
+            none = waiting_bytes(division.units, division.pieces, 0, ())
+            while plan.resident_bytes:
+                waiting = waiting_bytes(division.units, division.pieces, 0, plan.resident) - none
+                if (over := plan.held_bytes + waiting - budget.device) <= 0:
+                    break
                 limit -= -(-over // 2)
                 plan = divide(budget=limit)
             return plan

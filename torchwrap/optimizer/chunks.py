@@ -49,7 +49,8 @@ class Update:
         scale: factor of a parked gradient (clipping), as a tensor of no dimension.
         settings: of its group, as they were when the step began.
         threads: `torch.get_num_threads()` where an ordinary optimizer would step.
-        beside: a backward runs that may still read the weight in memory: its new values wait in `values` until `land`.
+        beside: the weight is in memory, and a backward runs: new values are collected in `values` until all are there.
+        held: that backward may still read the weight, so that they wait for `land`.
     """
 
     target: Target
@@ -58,6 +59,7 @@ class Update:
     threads: int
     scale: torch.Tensor | None = None
     beside: bool = False
+    held: bool = False
     values: torch.Tensor | None = None
     version: int = 0  # of the weight in memory that `values` were made from, as torch counts
     drafts: dict[str, Draft] = field(default_factory=dict)
@@ -74,21 +76,22 @@ class Update:
     @torch.inference_mode(False)
     @torch.no_grad()
     def land(self) -> None:
-        """Put values that waited where they belong; the update is done, and the backward over.
+        """Put values that waited where they belong, if there are some, and see that nobody else wrote there.
 
         Raises:
             ConflictError: somebody wrote to the weight meanwhile; the new values do not know of it.
         """
         memory = flat_weight(self.target)
-        assert memory is not None and self.values is not None
+        assert memory is not None
         if self.target.parameter._version != self.version:
             raise errors.ConflictError(
                 f"OffloadedOptimizer: {self.target.name} was written to during backward, when its new values had been computed",
                 where=self.target.name,
                 fix="Call optimizer.rollback(), or close(); pass overlap=False if weights are to be changed in a backward.",
             )
-        memory.copy_(self.values)
-        self.values = None
+        if self.values is not None:
+            memory.copy_(self.values)
+            self.values, self.version = None, self.target.parameter._version
 
     @property
     def gradient_nbytes(self) -> int:
@@ -281,6 +284,9 @@ class Chunks:
                 raise mismatch(piece.home.file, part_of(piece), "sum64", piece.checksum, update.total)
             record = weight.record
             home = Home(self._store.file, record.name, record.offset(weight.half), record.nbytes)
+        if update.beside and not update.held:
+            update.land()
+            target.torn = True  # until the state is that of after as well
         self._store.finish(*update.drafts.values())
         target.numbers, target.order = in_place(target.numbers, update.numbers), self._order(update)
         target.torn, target.changed = False, True

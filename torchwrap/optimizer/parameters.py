@@ -54,7 +54,7 @@ class Parameters:
         piece = handle.piece_of(parameter) if handle is not None else None
         name = self._names.get(id(parameter)) or f"parameter {len(self.targets)}"
         unit: Unit | None = None
-        if handle is not None and piece is not None and not piece.resident:
+        if handle is not None and piece is not None:
             mine = [unit for unit in handle.units if any(other is piece for other in unit.pieces)]
             unit = next((unit for unit in mine if unit.kind != "rows"), mine[0] if mine else None)
         layout = self._layout(parameter, group)

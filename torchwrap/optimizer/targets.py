@@ -36,7 +36,7 @@ class Target:
         parameter: the parameter object.
         group: index of its parameter group.
         piece: what `offload` knows of it; `None` in a model that is not offloaded.
-        unit: a unit it is streamed with; `None` if it is resident.
+        unit: a unit it belongs to, which may be away but for it; `None` if it is in none.
         layout: what is kept per element, by name.
         streamed: its state is in the store between steps; otherwise it is updated as a whole, in memory.
         numbers: what is kept per parameter; `order` are all names in the order of the class.

@@ -9,7 +9,18 @@ from torchwrap.storage.heap import refusal
 from torchwrap.stream.settings import state_bytes
 from torchwrap.stream.units import Piece, Unit
 
-__all__ = ["CHUNK", "IN_FLIGHT", "Footprint", "elements_of", "expected_footprint", "kept_bytes", "room_for", "waiting_bytes"]
+__all__ = [
+    "CHUNK",
+    "IN_FLIGHT",
+    "Footprint",
+    "elements_of",
+    "expected_footprint",
+    "kept_bytes",
+    "left_behind",
+    "room_for",
+    "staying_bytes",
+    "waiting_bytes",
+]
 
 CHUNK = 16 << 20
 """Bytes of a parameter that an optimizer updates at a time unless it is told otherwise."""
@@ -42,19 +53,39 @@ class Footprint:
     backwards: int = 1
 
 
-def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int, resident: Collection[int]) -> int:
-    """Gradients present at once while updates run during backward: `room` that may wait, the next ones, and one for each weight that stays.
+def left_behind(units: Iterable[Unit], resident: Collection[int]) -> set[int]:
+    """Indices of weights in memory that a backward has done with when it leaves their block.
 
-    The next is that of one weight of a block; those of a unit with others inside are handed over together. The backward may still read a
-    weight in memory, so its new values, which take the place of the gradient, wait for the end.
+    They are what stays of a block that is streamed in part: find_units puts nothing there that is used elsewhere. A block that stays as a
+    whole is called as it always was, and nobody hears of its backward.
+    """
+    blocks = [unit for unit in units if unit.kind == "block" and any(piece.index not in resident for piece in unit.pieces)]
+    return {piece.index for unit in blocks for piece in unit.pieces if piece.index in resident}
+
+
+def staying_bytes(units: Iterable[Unit], pieces: Iterable[Piece], resident: Collection[int]) -> int:
+    """Gradients and new values of weights in memory that a backward may read until its end, so that they wait for that."""
+    units = list(units)
+    left = left_behind(units, resident)
+    away = {piece.index for unit in units for piece in unit.pieces} - set(resident)
+    return sum(p.nbytes for p in pieces if p.parameter.requires_grad and p.index not in away and p.index not in left)
+
+
+def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int, resident: Collection[int]) -> int:
+    """Gradients present at once while updates run during backward: `room` that may wait, the next ones, and those that have to.
+
+    The next is that of one weight of a block; those of a unit with others inside are handed over together. Those of weights in memory have
+    to wait until the backward leaves their block, or for its end, and while one of the former is updated its new values are there too.
     """
     units = list(units)
+    left = left_behind(units, resident)
+    kept = [[p.nbytes for p in unit.pieces if p.index in left and p.parameter.requires_grad] for unit in units]
+    having = max(map(sum, kept), default=0) + max((size for sizes in kept for size in sizes), default=0)
     around = {unit.parent for unit in units}
     singly = [unit for unit in units if unit.kind == "block" and unit.index not in around]
     together = [unit for unit in units if unit.kind != "block" or unit.index in around]
     following = max(_largest(together), max((p.nbytes for unit in singly for p in unit.pieces if p.parameter.requires_grad), default=0))
-    streamed = {piece.index for unit in units for piece in unit.pieces} - set(resident)
-    return room + following + sum(piece.nbytes for piece in pieces if piece.index not in streamed and piece.parameter.requires_grad)
+    return room + following + having + staying_bytes(units, pieces, resident)
 
 
 def room_for(units: Iterable[Unit], chunk: int) -> int:

@@ -19,6 +19,7 @@ from torchwrap.stream.pieces import check_untouched
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.units import Piece, Unit
 from torchwrap.stream.watch import AbsentUseGuard, can_watch
+from torchwrap.weights.footprint import staying_bytes
 from torchwrap.weights.measure import Meter
 from torchwrap.weights.saved import saving_for
 from torchwrap.weights.transforms import refuse_transforms
@@ -285,4 +286,4 @@ def _room_of_gradients(handle: WeightsHandle) -> int:
     footprint = optimizer.footprint() if optimizer is not None else None
     if footprint is None or not (footprint.overlaps and footprint.grows):
         return 0
-    return footprint.gradients - sum(piece.nbytes for piece in handle.pieces if piece.resident and piece.parameter.requires_grad)
+    return footprint.gradients - staying_bytes(handle.units, handle.pieces, {piece.index for piece in handle.pieces if piece.resident})

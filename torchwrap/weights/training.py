@@ -23,7 +23,7 @@ from torchwrap.activations.rehearsal import Rehearsal
 from torchwrap.core.config import format_bytes
 from torchwrap.storage.heap import FreedBlocks
 from torchwrap.stream.settings import Streaming
-from torchwrap.weights.footprint import Footprint, expected_footprint
+from torchwrap.weights.footprint import Footprint, expected_footprint, left_behind
 from torchwrap.weights.timing import Route, Update
 
 if TYPE_CHECKING:
@@ -328,5 +328,8 @@ def _staying(units: Iterable[Unit], footprint: Footprint) -> dict[int, int]:
     """Bytes of gradients that were not there when the backward began and are when it ends, by the unit they come from."""
     if not footprint.grows:
         return {}
-    stays = [(unit.index, p) for unit in units for p in unit.pieces if p.parameter.requires_grad and (p.resident or not footprint.overlaps)]
+    units = list(units)
+    left = left_behind(units, {p.index for unit in units for p in unit.pieces if p.resident}) if footprint.overlaps else set()
+    trained = [(unit.index, p) for unit in units for p in unit.pieces if p.parameter.requires_grad]
+    stays = [(index, p) for index, p in trained if (p.resident or not footprint.overlaps) and p.index not in left]
     return {index: sum(piece.nbytes for other, piece in stays if other == index) for index, _ in stays}
