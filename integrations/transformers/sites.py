@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.swap import original_class
+from torchwrap.integrations.transformers.written import joins_numbers_to_its_mask
 
 __all__ = ["asks_the_registry", "can_be_set", "code_of", "refuse", "unfit", "with_nested"]
 
@@ -59,9 +60,10 @@ def asks_the_registry(module: nn.Module) -> bool:
 def unfit(model: nn.Module, prefix: str = "") -> tuple[set[int], list[tuple[str, str]]]:
     """Configs under which our name must not stand, since a module would compute something else then, without an error.
 
-    Two kinds of modules do (transformers 5.23). Sparse attention (DeepSeek V3.2, GLM-MoE-DSA, HY V4, AXK2, MiniMax M3, dots3 Note, Mistral
-    Large 4) hides the keys that it did not choose only under the names "eager" and "sdpa", and hands others its choice beside the mask. And
-    some modules (GIT, BigBirdPegasus, Informer, the audio of Gemma 4) add the mask that was made under that name to scores of their own.
+    Three kinds of modules do (transformers 5.23). Sparse attention (DeepSeek V3.2, GLM-MoE-DSA, HY V4, AXK2, MiniMax M3, dots3 Note,
+    Mistral Large 4) hides the keys that it did not choose only under the names "eager" and "sdpa", and hands others its choice beside the
+    mask. Some modules (GIT, BigBirdPegasus, Informer, the audio of Gemma 4) add the mask that was made under that name to scores of their
+    own. And one (DeepSeek V4) joins zeros and -inf to it for keys that it made itself.
 
     Returns:
         the ids of such configs and of those around them, whose masks they may get; each module's fqn with the reason.
@@ -94,6 +96,8 @@ def _outwards(fqn: str) -> Iterator[str]:
 
 def _reason(module: nn.Module, holder: nn.Module | None) -> str | None:
     if asks_the_registry(module):
+        if joins_numbers_to_its_mask(code_of(module)):
+            return "joins numbers that are added to scores to the mask of its model"
         return "hides the keys that it did not choose only where eager or sdpa attention is set" if _chooses_by_name(module) else None
     adds = holder is not None and holder is not module and _adds_masks(module, holder)
     return "adds the masks of its model to scores of its own" if adds else None

@@ -29,6 +29,12 @@ INFORMER = dict(
     prediction_length=6, context_length=12, input_size=1, num_time_features=1, d_model=16, encoder_layers=2, decoder_layers=2,
     encoder_ffn_dim=16, decoder_ffn_dim=16, lags_sequence=[1, 2], dropout=0.0,
 )  # fmt: skip
+# A bias of compressed keys, 0 and -inf, is joined to the mask.
+COMPRESSED = dict(
+    TEXT, hidden_size=32, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+    q_lora_rank=16, o_lora_rank=8, o_groups=2, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, index_n_heads=2,
+    index_head_dim=8, index_topk=4, sliding_window=4, max_position_embeddings=64,
+)  # fmt: skip
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
 GIT = dict(
     TEXT, vision_config=VISION, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=64
@@ -37,6 +43,7 @@ GIT = dict(
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "DeepseekV32Attention": ("DeepseekV32ForCausalLM", "DeepseekV32Config", SPARSE),
     "GlmMoeDsaAttention": ("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", SPARSE),
+    "DeepseekV4Attention": ("DeepseekV4ForCausalLM", "DeepseekV4Config", COMPRESSED),
     "HYV4Attention": ("HYV4ForCausalLM", "HYV4Config", SPARSE),
     "BigBirdPegasusEncoderAttention": ("BigBirdPegasusModel", "BigBirdPegasusConfig", dict(PEGASUS, attention_type="original_full")),
     "InformerProbSparseAttention": ("InformerModel", "InformerConfig", INFORMER),
