@@ -200,7 +200,7 @@ def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersR
         found.places.append((fqn, module, layer))
         if id(module.config) in alone:
             continue
-        if service.cooperation is not None and divides(module):
+        if service.cooperation is not None and divides(fqn, module):
             found.makers.append(CacheMaker(module, service.cooperation, layer))
             found.generates.append(fqn)
         if hasattr(module, "init_continuous_batching"):

@@ -234,9 +234,15 @@ def _disk_rate(folder: str | None) -> float:
 def _for_prompts(model: Any, device: torch.device, budget: int, shape: CacheShape) -> int:
     """Bytes that a chunk of a prompt may take in attention: what is free beside the cache, less what the rest of a block takes of it."""
     free = max(0, free_on(device) - budget) if budget else free_on(device) // 9  # of the tenth that is left alone
-    wide = max(4 * one.hidden_size + 3 * (getattr(one, "intermediate_size", None) or 4 * one.hidden_size) for one in _configs(model))
+    wide = max(4 * one.hidden_size + 3 * _between(one) for one in _configs(model))
     others = shape.batch * wide * shape.itemsize
     return int(free * shape.prompt_bytes // (shape.prompt_bytes + others))
+
+
+def _between(config: Any) -> int:
+    """Width of the widest MLP; Gemma 3n has one for each layer."""
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return width if isinstance(width, int) else max(width)
 
 
 def keeps_latents(model: Any) -> bool:
@@ -247,8 +253,9 @@ def keeps_latents(model: Any) -> bool:
 def shape_of_cache(model: Any, layer: int, batch: int, dtype: torch.dtype, storage: torch.dtype | None = None) -> CacheShape:
     """Sizes of what one of a model's layers keeps, as its config says."""
     config = _configs(model)[layer]
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    # A decoder that has an encoder beside it in its config (BART, Whisper) calls the encoder's heads by the other name.
+    heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+    kv_heads = heads if hasattr(config, "decoder_attention_heads") else getattr(config, "num_key_value_heads", None) or heads
     width = value_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     if keeps_latents(model):
         kv_heads, width, value_width = 1, config.kv_lora_rank, config.qk_rope_head_dim

@@ -24,6 +24,8 @@ from torchwrap.core.errors import UnsupportedModelError
 from torchwrap.core.layer import Layer, held_back
 from torchwrap.core.swap import original_class
 from torchwrap.integrations.transformers.cooperative import CooperativeCache, keeps_latents, plan_of_cache, shape_of_cache
+from torchwrap.integrations.transformers.sites import asks_the_registry, code_of
+from torchwrap.integrations.transformers.written import computes_with_what_a_cache_returns
 
 __all__ = ["CacheMaker", "divides", "growing_layers", "plan_of_arenas"]
 
@@ -39,9 +41,43 @@ def growing_layers(model: nn.Module) -> list[Any]:
     return DynamicCache(config=config).layers
 
 
-def divides(model: nn.Module) -> bool:
-    """Has the cache of the model's generations keys of layers of full attention? A window is small and stays where it is."""
-    return any(type(layer) is DynamicLayer for layer in growing_layers(model)) and not keeps_latents(model)
+def divides(fqn: str, model: nn.Module) -> bool:
+    """Has the cache of the model's generations keys of layers of full attention? A window is small and stays where it is.
+
+    Args:
+        fqn: name of the model in what is wrapped.
+        model: of transformers.
+
+    Raises:
+        UnsupportedModelError: it has, and a cache on two sides would fail, or be gathered whole, in the midst of a generation: a module
+            computes others from the keys of all tokens, or has other heads than the config says.
+    """
+    layers = growing_layers(model)
+    full = {index for index, layer in enumerate(layers) if type(layer) is DynamicLayer}
+    if not full or keeps_latents(model):
+        return False
+    for name, module in model.named_modules(prefix=fqn):
+        if not asks_the_registry(module) or getattr(module, "layer_idx", None) not in full:
+            continue
+        lacking, kind = None, original_class(module).__name__
+        if computes_with_what_a_cache_returns(code_of(module)):
+            lacking = f"{kind} computes with the keys and values of all tokens itself, which would gather what is on the host"
+        elif (sizes := _sizes(model, module)) is not None and sizes[0] != sizes[1]:
+            (heads, width), (said, wide) = sizes
+            lacking = f"{kind} has {heads} key heads of {width}, and the config says {said} of {wide}"
+        if lacking is not None:
+            raise UnsupportedModelError(f'cache="cooperative": {lacking}', where=name, fix='Use cache="arena", the default.')
+    return True
+
+
+def _sizes(model: Any, module: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Key heads and width of an attention module, and those that are planned for it; None for one that does not say so itself."""
+    numbers = [getattr(module, name, None) for name in ("num_heads", "num_key_value_groups", "head_dim")]
+    heads, group, width = (number if isinstance(number, int) else 0 for number in numbers)
+    if module.config is not model.config.get_text_config(decoder=True) or not (heads and group and width):
+        return None
+    shape = shape_of_cache(model, module.layer_idx, 1, torch.float32)
+    return (heads // group, width), (shape.kv_heads, shape.width)
 
 
 def plan_of_arenas(model: Any, tokens: int, batch: int) -> ArenaPlan | None:
