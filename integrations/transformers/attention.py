@@ -33,7 +33,7 @@ from torchwrap.core.swap import layers_of
 from torchwrap.integrations.transformers.batching import StandIn, attend_paged, steps
 from torchwrap.integrations.transformers.cache import into_arenas
 from torchwrap.integrations.transformers.generating import CacheMaker, divides, plan_of_arenas
-from torchwrap.integrations.transformers.masks import packed_mask, tile_mask, user_mask, without_mask
+from torchwrap.integrations.transformers.masks import mask_maker, packed_mask, user_mask, without_mask
 from torchwrap.integrations.transformers.naming import NAME, Name, implementation_before
 from torchwrap.integrations.transformers.sequence import SequenceLayer, refuse_to_divide, running
 from torchwrap.integrations.transformers.sites import asks_the_registry, code_of, refuse, unfit, with_nested
@@ -335,7 +335,7 @@ def attention_mask(**kwargs: Any) -> Tensor | None:
             where="attention_mask",
             fix="Leave attention_mask out where nothing is padded, or call the model for one sample after the other.",
         )
-    function = tile_mask if own is None else ALL_MASK_ATTENTION_FUNCTIONS.get(own, None)
+    function = mask_maker() if own is None else ALL_MASK_ATTENTION_FUNCTIONS.get(own, None)
     mask: Tensor | None = None if function is None else function(**kwargs)
     return mask
 

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.masks.packing import key_conditions
+from torchwrap.attention.transforms import recorded
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["divided_mask", "packed_mask", "tile_mask", "user_mask", "without_mask"]
+__all__ = ["divided_mask", "mask_maker", "packed_mask", "tile_mask", "user_mask", "without_mask"]
 
 _MODULE = "transformers.masking_utils"
 Conditions = dict[str, Any]
@@ -75,6 +76,13 @@ def tile_mask(
     if known is not None:
         return TileMask(batch_size, q_length, kv_length, **known, **offsets)
     return TileMask.from_function(mask_function, batch_size, q_length, kv_length, vmap=use_vmap, **padding, **offsets)
+
+
+def mask_maker() -> Callable[..., Tensor | None]:
+    """`tile_mask`, or what makes booleans of queries times keys where a graph is recorded that others run: a rule is made of numbers that
+    nobody can look at there. torch.compile, which can leave its graph for a moment, has rules."""
+    leaves = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return tile_mask if leaves or not recorded() else sdpa_mask
 
 
 def divided_mask(
@@ -249,7 +257,7 @@ def user_mask(mask: Tensor, queries: int) -> TileMask | Tensor:
         return mask
     rows = mask.expand(-1, -1, queries, -1) if mask.shape[2] == 1 else mask
     # A bias that is learned begins at zero in many models (Swin, BEiT): as tiles it would show everything, and learn nothing.
-    if torch.compiler.is_dynamo_compiling() or mask.requires_grad:
+    if recorded() or mask.requires_grad:
         return rows
     if mask.is_inference():
         made = _as_tiles(mask, queries)
