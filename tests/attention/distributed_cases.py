@@ -183,6 +183,27 @@ def refused(rank: int, size: int) -> dict[str, Any]:
     return said
 
 
+def unlike(rank: int, size: int) -> dict[str, Any]:
+    """Calls with which the processes come each with something else, and the next one over the same group."""
+    group = dist.new_group(list(range(size)))
+    inputs = Inputs.make()
+    q, k, v = (shard(one, 2, rank, size) for one in (inputs.q, inputs.k, inputs.v))
+    shorter = [one[:, :, : one.shape[2] // (1 + rank)] for one in (q, k, v)]
+    narrower = [one.to(torch.bfloat16) if rank else one for one in (q, k, v)]
+    said: dict[str, Any] = {}
+    for case, call in {
+        "length": lambda: ring_attend(*shorter, group=group), "dtype": lambda: ring_attend(*narrower, group=group),
+        "layout": lambda: ring_attend(q, k, v, layout="contiguous" if rank else "zigzag", group=group),
+        "heads": lambda: ulysses_attend(*shorter, group=group),
+    }.items():  # fmt: skip
+        try:
+            call()
+        except Exception as error:
+            said[case] = error
+    said["out"] = ring_attend(q, k, v, group=group)[0]
+    return said
+
+
 RINGS = {
     "full": {},
     "causal": {},
@@ -198,6 +219,7 @@ CASES: dict[str, Case] = {
     **{f"ulysses {mask}": partial(ulysses, mask=mask) for mask in MASKS},
     "leaving": leaving,
     "refused": refused,
+    "unlike": unlike,
 }  # fmt: skip
 
 

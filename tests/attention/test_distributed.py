@@ -112,6 +112,14 @@ def test_what_is_refused_before_anything_is_sent_leaves_the_group_in_step(result
     assert torch.equal(found[0]["y"], found[1]["y"])
 
 
+def test_processes_that_come_with_different_calls_are_told_so_and_stay_in_step(results: Results) -> None:
+    found = of(results, 2, "unlike")
+    for process in found:
+        for case in ("length", "dtype", "layout", "heads"):
+            assert isinstance(process.get(case), errors.ConfigError) and "process 1 came with" in str(process[case])
+    close(unshard([one["out"] for one in found], 2, "zigzag"), whole(Inputs.make(), "full")["out"])
+
+
 class Fake:
     """A work that may fail, and knows whether it was waited for."""
 

@@ -166,12 +166,13 @@ class DividedSequence:
         q, k, v = autocast(q, k, v)
         if self.way == "ulysses":
             return ulysses_attend(
-                q, k, v, mask=mask, sinks=sinks, group=self.group, scale=scale, softcap=softcap, dropout=dropout, backend=backend
-            )
+                q, k, v, mask=mask, sinks=sinks, group=self.group, scale=scale, softcap=softcap, dropout=dropout, backend=backend,
+                agreed=True,
+            )  # fmt: skip
         name = settings_of(backend).backend
         out, _ = ring_attend(
             q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, layout=self.layout, group=self.group,
-            using=None if name == "auto" else backend_named(name),
+            using=None if name == "auto" else backend_named(name), agreed=True,
         )  # fmt: skip
         return out
 

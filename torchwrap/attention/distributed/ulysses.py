@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchwrap.attention.attend import attend
-from torchwrap.attention.distributed.works import Group, Outstanding, group_size, resolved
+from torchwrap.attention.autocast import autocast
+from torchwrap.attention.contract import checked
+from torchwrap.attention.distributed.works import Group, Outstanding, group_size, resolved, same_everywhere
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core import errors
 
@@ -25,7 +27,7 @@ __all__ = ["ulysses_attend"]
 
 def ulysses_attend(
     q: Tensor, k: Tensor, v: Tensor, *, mask: TileMask | None = None, sinks: Tensor | None = None, group: Group = None,
-    timeout_s: float | None = None, **options: Any,
+    timeout_s: float | None = None, agreed: bool = False, **options: Any,
 ) -> Tensor:  # fmt: skip
     """Attention over a sequence of which each process has the part of its number, in order.
 
@@ -43,7 +45,7 @@ def ulysses_attend(
         `[B, Hq, S / T, Dv]`. Gradients flow back through the reverse exchanges.
 
     Raises:
-        ConfigError: the heads cannot be divided among the processes.
+        ConfigError: the heads cannot be divided among the processes, or a process came with other sizes or another dtype.
         WorkError: an exchange failed or did not end in time.
 
     Exactness: as `attend`; nothing is added up between processes. Gradients of sinks are this process' share.
@@ -55,6 +57,10 @@ def ulysses_attend(
             where="ulysses_attend",
             fix="Use ring attention, or a group of as many processes as divide the key heads.",
         )
+    q, k, v = autocast(q, k, v)
+    checked(q, k, v)
+    if not agreed:
+        same_everywhere("ulysses_attend", q, k, v, group, timeout_s=timeout_s)
     gathered = [_exchange(one, True, group, timeout_s, block) for block, one in enumerate((q, k, v))]
     mine = None if sinks is None else sinks.chunk(size)[rank]
     out = attend(*gathered, mask=mask, sinks=mine, **options)
