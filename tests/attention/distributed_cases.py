@@ -200,6 +200,12 @@ def unlike(rank: int, size: int) -> dict[str, Any]:
             call()
         except Exception as error:
             said[case] = error
+    gone = dist.new_group(list(range(size)))
+    dist.destroy_process_group(gone)
+    try:
+        ring_attend(q, k, v, group=gone)
+    except Exception as error:
+        said["gone"] = error
     said["out"] = ring_attend(q, k, v, group=group)[0]
     return said
 

@@ -117,6 +117,7 @@ def test_processes_that_come_with_different_calls_are_told_so_and_stay_in_step(r
     for process in found:
         for case in ("length", "dtype", "layout", "heads"):
             assert isinstance(process.get(case), errors.ConfigError) and "process 1 came with" in str(process[case])
+        assert isinstance(process["gone"], errors.ConfigError) and "destroyed" in str(process["gone"])
     close(unshard([one["out"] for one in found], 2, "zigzag"), whole(Inputs.make(), "full")["out"])
 
 

@@ -166,7 +166,10 @@ def group_size(group: Group) -> tuple[int, int]:
         ConfigError: there is no such process group, or this process is not in it.
     """
     found = resolved(group)
-    rank, size = dist.get_rank(found), dist.get_world_size(found)
+    try:
+        rank, size = dist.get_rank(found), dist.get_world_size(found)
+    except ValueError as error:  # what torch says of one that it does not know any more
+        raise errors.ConfigError("the process group was destroyed", where="group", fix="Make a new one in every process.") from error
     if rank < 0:
         raise errors.ConfigError("this process is not in the group", where="group", fix="Give each process a group that it belongs to.")
     return rank, size
