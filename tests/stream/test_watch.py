@@ -106,6 +106,42 @@ def test_the_first_pass_of_a_model_is_watched() -> None:
             assert torch.equal(model(x), expected)
 
 
+def test_blocks_whose_methods_are_called_are_refused_once_with_ways_out_that_work() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(128, 512), nn.Linear(512, 128)
+
+        def run(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.down(self.up(x).relu())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.run(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for number, block in enumerate(self.blocks):
+                x = block.run(x) if number == 2 else block(x)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Model().eval(), torch.randn(2, 128)
+    expected = model(x)
+    tw.offload(model, params="disk")
+    with pytest.raises(tw.ConflictError) as error:
+        model(x)
+    text = str(error.value)
+    assert "Call blocks.2 itself" in text and 'units=("Linear",)' in text and 'pin=("blocks.2",)' in text
+    for way in ({"units": ("Linear",)}, {"pin": ("blocks.2",)}):
+        tw.unwrap(model)
+        tw.offload(model, params="disk", **way)
+        assert torch.equal(model(x), expected)
+
+
 def test_a_read_that_only_training_makes_is_refused_after_passes_in_evaluation_mode() -> None:
     class PeekingInTraining(nn.Module):
         def __init__(self) -> None:

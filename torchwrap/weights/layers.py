@@ -64,7 +64,7 @@ class RootLayer(WeightsLayer):
             handle.handed.check(handle.pieces)
             guard = None
             if module.training in handle.unwatched and can_watch():
-                guard = AbsentUseGuard(piece for piece in handle.pieces if not piece.resident)
+                guard = AbsentUseGuard((piece for piece in handle.pieces if not piece.resident), handle.units, module)
                 guard.__enter__()  # type: ignore[no-untyped-call]
             if torch.is_grad_enabled():
                 handle.activations.pass_begins()
