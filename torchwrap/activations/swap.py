@@ -27,7 +27,7 @@ from torchwrap.activations.records import Entry, Record, Use, bytes_over
 from torchwrap.activations.tiers import Place, Tier
 from torchwrap.core import errors
 from torchwrap.storage.checksum import memory_of, sum64
-from torchwrap.storage.workers import LOOK_S
+from torchwrap.storage.patience import LOOK_S, Patience
 from torchwrap.stream.timeline import Timeline
 
 __all__ = ["SMALLEST", "Swap"]
@@ -171,11 +171,12 @@ class Swap:
     def _await_writes(self, name: str) -> None:
         if self._unwritten:
             began = moved = time.monotonic()
+            patience = Patience(self._timeout_s)
             while left := self._unwritten:
                 self._state.wait(min(self._timeout_s, LOOK_S))
                 if self._unwritten != left:
                     moved = time.monotonic()
-                elif time.monotonic() - moved >= self._timeout_s:
+                elif patience.left(moved) <= 0:
                     raise errors.StorageError(f"torchwrap: storing an activation took over {self._timeout_s} s", where=name)
             self._stalled(name, began)
         error, self._failed = self._failed, None

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from torchwrap.core import errors
 from torchwrap.optimizer.chunks import Chunk, Chunks, Update
+from torchwrap.storage.patience import LOOK_S, Patience
 from torchwrap.storage.pool import Buffer
 from torchwrap.storage.priority import give_way
-from torchwrap.storage.workers import LOOK_S
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.units import Piece
@@ -144,17 +144,17 @@ class Updater:
     def _wait_while(self, busy: Callable[[], bool]) -> None:
         if self._pid != os.getpid():  # the threads are the parent's
             return
-        begin = time.monotonic()
+        begin, patience = time.monotonic(), Patience(self._timeout_s)
         with self._changed:
             waits = busy()
             while busy():
-                quiet = time.monotonic() - max(begin, self._moved)
-                if quiet >= self._timeout_s:
+                left = patience.left(self._moved)
+                if left <= 0:
                     raise errors.StorageError(
                         f"OffloadedOptimizer: an update made no progress for {self._timeout_s:g} s",
                         fix="Check the disk, or raise io_timeout_s.",
                     )
-                self._changed.wait(min(self._timeout_s - quiet, LOOK_S))
+                self._changed.wait(min(left, LOOK_S))
             end = time.monotonic()
             self.waited_s += end - begin
         if waits and self._timeline is not None:

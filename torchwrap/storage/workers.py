@@ -24,15 +24,12 @@ import numpy
 from torchwrap.core.errors import CorruptDataError, StorageError, TorchwrapWarning
 from torchwrap.storage.backend import Backend, Request, Source, Stats, reading, run
 from torchwrap.storage.checksum import Part, crc32, crc32_join, sum64
+from torchwrap.storage.patience import LOOK_S, Patience
 from torchwrap.storage.pool import Buffer, allocate
 from torchwrap.storage.priority import give_way
 from torchwrap.storage.request import Piece, Read
 
-__all__ = ["LOOK_S", "Mode", "Pool", "Ticket", "mismatch", "typed"]
-
-LOOK_S = 0.5
-"""Longest wait of one piece, chosen. Python looks for signals before a wait, and an interrupt that comes between the look and the wait
-does not end it: it is raised when the wait is over, which without this bound is when the disk moves or the time-out runs out."""
+__all__ = ["Mode", "Pool", "Ticket", "mismatch", "typed"]
 
 Mode = Literal["auto", "direct", "buffered", "uring"]
 
@@ -151,13 +148,13 @@ class Pool:
         if self.pid != os.getpid():
             raise StorageError("a read that was under way at fork() never ends in the child", fix="Submit it again in this process.")
         limit = self.timeout_s if timeout_s is None else timeout_s
-        begin = time.monotonic()
-        while (piece := self._next_landed(ticket, begin, limit)) is not None:
+        patience = Patience(limit)
+        while (piece := self._next_landed(ticket, patience, limit)) is not None:
             self._sum(ticket, piece)
         if self.mode in ("auto", "uring"):
             self._warn_refused()
 
-    def _next_landed(self, ticket: Ticket, begin: float, limit: float) -> Piece | None:
+    def _next_landed(self, ticket: Ticket, patience: Patience, limit: float) -> Piece | None:
         """A request of the ticket to sum, waiting for one if there is none; None when the ticket is done."""
         with self._changed:
             while not ticket._finished:
@@ -166,10 +163,10 @@ class Pool:
                         del self._landed[index]
                         return piece
                 # A ticket that waits in the queue moves when those before it move.
-                quiet = time.monotonic() - max(begin, ticket._moved or self._moved)
-                if quiet >= limit:
+                left = patience.left(ticket._moved or self._moved)
+                if left <= 0:
                     raise self._stuck(ticket, limit)
-                self._changed.wait(min(limit - quiet, LOOK_S))
+                self._changed.wait(min(left, LOOK_S))
         return None
 
     def stop(self, timeout_s: float) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from torchwrap.core import errors
-from torchwrap.storage.workers import LOOK_S
+from torchwrap.storage.patience import LOOK_S, Patience
 from torchwrap.stream.slots import Fetch
 from torchwrap.stream.units import Piece, Unit
 from torchwrap.stream.window import Window
@@ -115,9 +115,9 @@ class UpdatedWindow(Window):
                 self.timeline.add("stall", pieces[0].name, began, time.monotonic(), 0)
 
     def _await(self, over: Callable[[], bool], what: str, where: str) -> None:
-        end = time.monotonic() + self._timeout_s
+        patience = Patience(self._timeout_s)
         while not over():
-            left = end - time.monotonic()
+            left = patience.left()
             if left <= 0:
                 raise errors.StorageError(f"torchwrap: {what} took over {self._timeout_s} s", where=where)
             self.state.wait(min(left, LOOK_S))
