@@ -104,3 +104,12 @@ def test_memory_that_no_setting_can_give_has_to_be_freed() -> None:
     assert Budget(0, 0, 0, {}, -5).remedy(100) == "Free 105 B of memory"
     assert Budget(0, 0, 0, {"device_memory": 7}, 90).remedy(100) == "Set device_memory=100 or more, and free 10 B of memory"
     assert Budget(0, 0, 0, {"device_memory": 107}, 90).remedy(100) == "Free 10 B of memory"
+
+
+def test_a_model_whose_weights_cannot_leave_is_told_why() -> None:
+    model = nn.Sequential(nn.Linear(64, 300, bias=False), nn.ReLU(), nn.Linear(300, 64, bias=False))
+    weights = torch.zeros(2 * 300 * 64)
+    for number, layer in enumerate((model[0], model[2])):
+        layer.weight.data = weights[number * 19200 :][:19200].view(layer.weight.shape)
+    with pytest.raises(tw.UnsupportedModelError, match=r"nothing in Sequential can be streamed; 2\.weight shares memory"):
+        tw.offload(model, params="disk", units=("Linear",))

@@ -11,6 +11,7 @@ in place, residency planned per parameter, and every result bit-identical.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from typing import ClassVar
@@ -104,7 +105,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         whole = fixed + sum({index: nbytes for unit in planned for index, nbytes in unit.pieces}.values())
         keep_resident = config.params in ("auto", "device")
         if not planned and not keep_resident:
-            raise _nothing_to_stream(model)
+            raise _nothing_to_stream(model, division.notes)
 
         def planned_for(budget: Budget) -> ResidencyPlan:
             limit = whole if config.params == "device" else budget.device
@@ -159,7 +160,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
                 layers.append((ref.fqn, ref.module, ExpertsLayer(None, len(groups), ref.count, ref.routed)))
                 groups.append(group)
         if config.params in ("host", "disk") and len(layers) == 1:
-            raise _nothing_to_stream(model)
+            raise _nothing_to_stream(model, division.notes)
         layers[:0] = activation_layers(config, division.units)
         notes = [
             *division.notes,
@@ -209,9 +210,10 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         return error
 
 
-def _nothing_to_stream(model: nn.Module) -> errors.UnsupportedModelError:
+def _nothing_to_stream(model: nn.Module, notes: Sequence[str]) -> errors.UnsupportedModelError:
+    more = f" (and {len(notes) - 1} more)" if len(notes) > 1 else ""
     return errors.UnsupportedModelError(
-        f"offload: nothing in {type(model).__name__} can be streamed",
+        f"offload: nothing in {type(model).__name__} can be streamed{f'; {notes[0]}{more}' if notes else ''}",
         where=type(model).__name__,
         fix="Name the modules to stream: units=(...), or leave the model as it is.",
     )
