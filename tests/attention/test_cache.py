@@ -156,11 +156,22 @@ def test_a_device_without_memory_for_growth_is_an_error_that_costs_nothing(windo
     arena = Arena(window)
     first, second = (torch.randn(1, 2, 5, 4) for _ in range(2))
     arena.append(first, first)
-    room = Arena._room
-    monkeypatch.setattr(Arena, "_room", lambda self, length, needed: 1 << 50)
+    made = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *sizes, **options: made(self, 1 << 60))
     with pytest.raises(RuntimeError, match="memory"):
         arena.append(second, second)
     assert torch.equal(arena.keys, first) and torch.equal(arena.values, first) and arena.growths == 0
-    monkeypatch.setattr(Arena, "_room", room)
+    monkeypatch.setattr(torch.Tensor, "new_empty", made)
     keys, values = arena.append(second, second)
     assert torch.equal(keys, torch.cat([first, second], 2)) and torch.equal(values, keys)
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_where_memory_does_not_suffice_to_double_what_is_needed_is_taken(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena, first = Arena(window), torch.randn(1, 2, 5, 4)
+    arena.append(first, first)
+    monkeypatch.setattr(Arena, "_room", lambda self, length, needed: 1 << 50)
+    for _ in range(3):
+        keys, values = arena.append(first[:, :, :1], first[:, :, :1])
+    assert torch.equal(keys[:, :, -3:], first[:, :, :1].expand(-1, -1, 3, -1)) and torch.equal(values, keys)
+    assert arena.capacity == keys.shape[2]

@@ -162,7 +162,7 @@ class Arena:
             if reuse and self._stores is not None:
                 store, view = self._stores[index], view.clone()  # the two places may overlap
             else:
-                store = view.new_empty(*view.shape[:2], self._room(length, length + new), view.shape[3])
+                store = _made(view, self._room(length, length + new), length + new)
                 self.growths += 1 - index
             store[:, :, :length] = view
             self.copied_bytes += view.numel() * view.element_size()
@@ -224,6 +224,14 @@ class ArenaPlan:
             return window + max(window // 2, _LEAST)
         grown = 2 * self.tokens if self.tokens < _DOUBLES_UNTIL else self.tokens + self.tokens // 4
         return max(grown, self.tokens + _LEAST)
+
+
+def _made(like: Tensor, wanted: int, needed: int) -> Tensor:
+    """Memory for so many tokens; where there is none for what is wanted, for what is needed, as concatenation would take."""
+    try:
+        return like.new_empty(*like.shape[:2], wanted, like.shape[3])
+    except RuntimeError:  # CUDA has a class of its own for "no memory", the CPU none
+        return like.new_empty(*like.shape[:2], needed, like.shape[3])
 
 
 def _is_small_part(tensor: Tensor) -> bool:
