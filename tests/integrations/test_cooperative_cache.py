@@ -256,6 +256,11 @@ def test_too_little_memory_is_refused_before_generation(served: Any) -> None:
         CooperativeCache(served, tokens=1_000_000, device_memory="1 MiB", host_memory="1 MiB", stream_chunk_mib=1 / 16, rates=RATES)
 
 
+def test_a_processor_without_memory_for_its_device_s_part_is_a_plan_error_with_the_numbers(served: Any) -> None:
+    with pytest.raises(errors.PlanError, match=r"no memory for keys and values of \d+ tokens: \d+ bytes were planned on the device"):
+        CooperativeCache(served, tokens=1 << 42, device_memory=1 << 60, host_memory=1 << 60, kv_host=None, rates=RATES)
+
+
 def test_a_pass_that_failed_can_be_repeated(model: Any, served: Any, prompt: Any) -> None:
     """A worker dies in the second layer of the second pass: the cache is as before that pass, and the pass works when it is tried again."""
     cache = cache_for(served, 64, 0.4, 2, kv_split="token")

@@ -87,7 +87,10 @@ class OneMemory:
         self.device: torch.device = torch.device("cpu")
 
     def device_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+        try:
+            return _host_tensor(shape, dtype)
+        except MemoryError as error:
+            raise torch.OutOfMemoryError(str(error)) from error
 
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return _host_tensor(shape, dtype)
