@@ -32,7 +32,7 @@ void hide(float *scores, int64_t count, Range seen, Row &row) {
 INLINE Vector power(const float *scores, Vector origin) { return exp2(mul(sub(load(scores), origin), all(LOG2E))); }
 
 // Turns one row's scores into weights relative to the new maximum.
-void soften(float *scores, int64_t count, Row &row) {
+INLINE void soften(float *scores, int64_t count, Row &row) {
     const int64_t padded = (count + W - 1) / W * W;
     for (int64_t j = count; j < padded; j++) scores[j] = -INFINITY;
     const float before = row.maximum;
@@ -116,7 +116,7 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
     const T *k = keys_of<T>(call, own);
     const T *v = (const T *)call.v + own.batch * call.v_strides[0] + own.head * call.v_strides[1];
 
-    Range all_rows{own.end, own.begin};
+    Range all_rows{own.end, own.begin}, each_row{own.begin, own.end};  // what some row sees, and what all of them do
     for (int64_t r = 0; r < rows; r++) {
         Row &row = scratch.row[r];
         row = Row{-INFINITY, -INFINITY, 1, visible(call, own.batch, r), {}};
@@ -125,6 +125,8 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
         if (row.seen.empty()) row.seen = {own.end, own.end};
         if (row.seen.first < all_rows.first) all_rows.first = row.seen.first;
         if (!row.seen.empty() && row.seen.end > all_rows.end) all_rows.end = row.seen.end;
+        if (row.seen.first > each_row.first) each_row.first = row.seen.first;
+        if (row.seen.end < each_row.end) each_row.end = row.seen.end;
     }
     memset(scratch.values, 0, rows * stride * sizeof(float));
     const Blocks &blocks = planned.blocks;
@@ -149,32 +151,40 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
             keys_ahead.base = keys_of<T>(call, next) + next.begin * keys.stride;
             keys_ahead.count = next.end - next.begin < planned.tile ? next.end - next.begin : planned.tile;
         }
-        Ahead ask_values(values, call.value_width, blocks.count * count);
-        Ahead ask_keys(keys_ahead, call.width, blocks.count * count * planned.value_units);
-        const Beside beside_keys(values), beside_values(keys_ahead.count ? keys_ahead : keys);
+        auto ask_values = [&] {
+            if constexpr (TURNS<T>) return Beside(values, call.value_width);
+            else return Ahead(values, call.value_width, blocks.count * count);
+        }();
+        auto ask_keys = [&] {
+            if constexpr (TURNS<T>) return Beside(keys_ahead.count ? keys_ahead : keys, call.width);
+            else return Ahead(keys_ahead, call.width, blocks.count * count * planned.value_units);
+        }();
+        const bool whole = !call.bias && each_row.first <= j && j + count <= each_row.end;  // all rows see all of the tile
         for (int64_t block = 0; block < blocks.count; block++) {
             const int64_t begin = blocks.begin(block), size = blocks.size(block);
             if (unseen(scratch.row + begin, size, j, j + count)) continue;
             const Vector *packed = scratch.q + begin * planned.units * UNIT<T>;
             float *scores = scratch.scores + begin * ROW, largest[AT_ONCE<T>];
             of_rows<AT_ONCE<T>>(size, [&](auto n) {
-                if constexpr (turns<T>(n)) turned_rows<n>(packed, keys, call.width, how, scores, ROW, largest, beside_keys);
+                if constexpr (turns<T>(n)) turned_rows<n>(packed, keys, call.width, how, scores, ROW, scratch.row + begin, largest, ask_values);
                 else score_rows<T, n>((const Unit *)packed, keys, call.width, how, scores, ROW, largest, ask_values);
             });
             for (int64_t r = 0; r < size; r++) {
                 Row &row = scratch.row[begin + r];
-                Range seen{row.seen.first - j, row.seen.end - j};
-                if (seen.first < 0) seen.first = 0;
-                if (seen.end > count) seen.end = count;
                 row.largest = largest[r];
-                if (call.bias && !seen.empty()) row.largest = add_bias_of(call, piece, begin + r, j, count, scores + r * ROW);
-                if (seen.empty()) {
-                    memset(scores + r * ROW, 0, count * sizeof(float));
-                    row.factor = 1;
-                } else {
+                if (!whole) {
+                    Range seen{row.seen.first - j, row.seen.end - j};
+                    if (seen.first < 0) seen.first = 0;
+                    if (seen.end > count) seen.end = count;
+                    if (seen.empty()) {
+                        memset(scores + r * ROW, 0, count * sizeof(float));
+                        row.factor = 1;
+                        continue;
+                    }
+                    if (call.bias) row.largest = add_bias_of(call, piece, begin + r, j, count, scores + r * ROW);
                     if (seen.first > 0 || seen.end < count) hide(scores + r * ROW, count, seen, row);
-                    soften(scores + r * ROW, count, row);
                 }
+                soften(scores + r * ROW, count, row);
             }
         }
         for (int64_t block = 0; block < blocks.count; block++) {
@@ -183,10 +193,7 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
             const float *weights = scratch.scores + begin * ROW;
             const Row *row = scratch.row + begin;
             float *sums = scratch.values + begin * stride;
-            of_rows<AT_ONCE<T>>(size, [&](auto n) {
-                if constexpr (turns<T>(n)) value_rows<T, n>(weights, ROW, row, values, call.value_width, sums, stride, beside_values);
-                else value_rows<T, n>(weights, ROW, row, values, call.value_width, sums, stride, ask_keys);
-            });
+            of_rows<AT_ONCE<T>>(size, [&](auto n) { value_rows<T, n>(weights, ROW, row, values, call.value_width, sums, stride, ask_keys); });
         }
     }
     for (int64_t r = 0; r < rows; r++) {

@@ -9,7 +9,7 @@
 namespace {
 
 constexpr float LOG2E = 1.44269504f;
-constexpr int64_t UNIT_BYTES = 64;  // of 2 * W elements of bfloat16: a cache line
+constexpr int64_t LINE = 64;  // bytes of the cache, and of 2 * W elements of bfloat16
 
 // How W * 2 products of a query and a key are added up: two fused multiply-adds, or one instruction for pairs of bfloat16.
 template <class T> struct Dot {
@@ -47,22 +47,28 @@ struct Ahead {
         for (; ahead.due < ahead.done; ahead.due += ahead.steps, ahead.next += ahead.stride)
             for (int64_t at = 0; at < ahead.bytes; at += 64) __builtin_prefetch(ahead.next + at, 0, 3);
     }
-    INLINE void step(Ahead &ahead, int64_t, int64_t count) { step(ahead, count); }
-    Ahead &from(int64_t) { return *this; }
+    // The same where several rows are walked at once, unit by unit: `begin` comes once for all of them, `unit` for each of a row.
+    INLINE void begin(Ahead &ahead, int64_t count) { step(ahead, count); }
+    INLINE void unit(Ahead &) {}
 };
 
-// The same where it lies like what is read: with each unit of a row, that of the same row and place is asked for. This takes no counting, but where
-// the rows differ in length, or are fewer, too little is asked for or what is behind them: which is never read, so it need not exist.
+// The same without counting: with each unit that is read one line is asked for, in the order of memory. Where rows differ in length from those
+// that are read, or are fewer, that is too little, or also what is behind them: which is never read, so it need not exist.
 struct Beside {
     const char *next;
-    int64_t stride;  // bytes
-    template <class T> explicit Beside(const Lines<T> &lines) : next((const char *)lines.base), stride(lines.stride * (int64_t)sizeof(T)) {}
-    Beside(const char *next, int64_t stride) : next(next), stride(stride) {}
-    INLINE void step(const Beside &beside, int64_t row, int64_t units) {
-        UNROLL for (int u = 0; u < units; u++) __builtin_prefetch(beside.next + row * beside.stride + u * UNIT_BYTES, 0, 3);
+    int64_t lines, skip, left;  // lines of a row; bytes from its last line to the next row; lines left of this row
+    template <class T> Beside(const Lines<T> &from, int64_t width)
+        : next((const char *)from.base), lines((width * (int64_t)sizeof(T) + LINE - 1) / LINE),
+          skip(from.stride * (int64_t)sizeof(T) - lines * LINE), left(lines) {}
+    INLINE void step(Beside &beside, int64_t count) {
+        UNROLL for (int i = 0; i < count; i++) {
+            __builtin_prefetch(beside.next, 0, 3);
+            const bool last = --beside.left == 0;
+            beside.next += LINE + (last ? beside.skip : 0), beside.left = last ? beside.lines : beside.left;
+        }
     }
-    Beside from(int64_t unit) const { return {next + unit * UNIT_BYTES, stride}; }
-    Beside below(int64_t rows) const { return {next + rows * stride, stride}; }
+    INLINE void begin(Beside &, int64_t) {}
+    INLINE void unit(Beside &beside) { step(beside, 1); }
 };
 
 constexpr int64_t LINKS = 8;  // units that one sum takes in turn (chosen)
@@ -78,9 +84,9 @@ struct Score {
 
 // scores[r * line_of + j] for NR rows and all keys, and the largest of each row; q is packed [unit][row]. Up to W - 1 numbers behind the last key of
 // a row are written.
-template <class T, int NR>
+template <class T, int NR, class Next>
 void score_rows(const typename Dot<T>::Unit *q, const Lines<T> &keys, int64_t width, const Score &how, float *scores, int64_t line_of,
-                float *largest, Ahead &ahead) {
+                float *largest, Next &ahead) {
     constexpr int NK = W / NR;
     using Unit = typename Dot<T>::Unit;
     const int64_t units = width / (2 * W), rest = width % (2 * W);
@@ -92,12 +98,13 @@ void score_rows(const typename Dot<T>::Unit *q, const Lines<T> &keys, int64_t wi
             int64_t at = j + i < keys.count ? j + i : keys.count - 1;
             line[i] = keys.base + at * keys.stride;
         }
-        Ahead::step(ahead, NK);
+        Next::begin(ahead, NK);
         Vector sum[W];
         UNROLL for (int i = 0; i < W; i++) sum[i] = zeros();
         int64_t u = 0;
         const auto add_unit = [&](int64_t u) {
             Unit k[NK];
+            UNROLL for (int i = 0; i < NK; i++) Next::unit(ahead);
             UNROLL for (int i = 0; i < NK; i++) k[i] = Dot<T>::get(line[i] + u * 2 * W);
             UNROLL for (int r = 0; r < NR; r++) {
                 Unit row = q[u * NR + r];
@@ -114,6 +121,7 @@ void score_rows(const typename Dot<T>::Unit *q, const Lines<T> &keys, int64_t wi
         }
         if (rest) {
             UNROLL for (int i = 0; i < NK; i++) {
+                Next::unit(ahead);
                 Unit k = Dot<T>::get(line[i] + u * 2 * W, (int)rest);
                 UNROLL for (int r = 0; r < NR; r++) sum[r * NK + i] = Dot<T>::add(sum[r * NK + i], k, q[u * NR + r]);
             }
@@ -143,13 +151,13 @@ struct Row {
 // values[r][...] = values[r][...] * factor of the row + weights[r] . v, for NU pairs of columns; PART: one pair of `part` columns.
 template <class T, int NR, int NU, bool PART, class Next>
 void value_columns(const float *weights, int64_t line_of, const Row *row, const Lines<T> &v, float *values, int64_t values_stride, int part,
-                   Next &&ahead) {
+                   Next &ahead) {
     Vector sum[NR][2 * NU];
     UNROLL for (int r = 0; r < NR; r++) {
         UNROLL for (int c = 0; c < 2 * NU; c++) sum[r][c] = mul(load(values + r * values_stride + c * W), all(row[r].factor));
     }
     for (int64_t j = 0; j < v.count; j++) {
-        std::decay_t<Next>::step(ahead, j, NU);
+        Next::step(ahead, NU);
         Vector line[2 * NU];
         UNROLL for (int u = 0; u < NU; u++) {
             const T *at = v.base + j * v.stride + u * 2 * W;
@@ -173,10 +181,10 @@ void value_rows(const float *weights, int64_t line_of, const Row *row, const Lin
     int64_t units = width / (2 * W), rest = width % (2 * W), u = 0;
     auto at = [&](int64_t unit) { return Lines<T>{v.base + unit * 2 * W, v.stride, v.count}; };
     for (; u + NU <= units; u += NU)
-        value_columns<T, NR, NU, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead.from(u));
+        value_columns<T, NR, NU, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead);
     for (; u < units; u++)
-        value_columns<T, NR, 1, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead.from(u));
-    if (rest) value_columns<T, NR, 1, true>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, (int)rest, ahead.from(u));
+        value_columns<T, NR, 1, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead);
+    if (rest) value_columns<T, NR, 1, true>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, (int)rest, ahead);
 }
 
 // How rows are shared out into blocks of at most four, or so many: evenly, so that five are three and two, not four and one.
