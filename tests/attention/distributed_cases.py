@@ -190,11 +190,22 @@ def unlike(rank: int, size: int) -> dict[str, Any]:
     q, k, v = (shard(one, 2, rank, size) for one in (inputs.q, inputs.k, inputs.v))
     shorter = [one[:, :, : one.shape[2] // (1 + rank)] for one in (q, k, v)]
     narrower = [one.to(torch.bfloat16) if rank else one for one in (q, k, v)]
+    layer = Layer.make()
+    heads = split_heads(layer.x @ layer.qkv[own_rows(rank, size)].t(), size)
+    weight = layer.out.chunk(size, 1)[rank]
     said: dict[str, Any] = {}
     for case, call in {
         "length": lambda: ring_attend(*shorter, group=group), "dtype": lambda: ring_attend(*narrower, group=group),
         "layout": lambda: ring_attend(q, k, v, layout="contiguous" if rank else "zigzag", group=group),
         "heads": lambda: ulysses_attend(*shorter, group=group),
+        "mask": lambda: ring_attend(q, k, v, mask=MASKS["causal" if rank else "window"](), group=group),
+        "padding": lambda: ring_attend(q, k, v, mask=TileMask.padded([TOKENS, TOKENS - rank], TOKENS, TOKENS), group=group),
+        "scale": lambda: ring_attend(q, k, v, scale=0.5 + rank, group=group),
+        "softcap": lambda: ring_attend(q, k, v, softcap=3.0 if rank else None, group=group),
+        "exchanged mask": lambda: ulysses_attend(q, k, v, mask=MASKS["causal"]() if rank else None, group=group),
+        "exchanged scale": lambda: ulysses_attend(q, k, v, scale=0.5 + rank, group=group),
+        "blocks": lambda: TiledRowParallel(weight, group=group, blocks=2 + rank)(*heads),
+        "band": lambda: TiledRowParallel(weight, group=group, blocks=3)(*heads, mask=MASKS["causal"]() if rank else None),
     }.items():  # fmt: skip
         try:
             call()
@@ -206,7 +217,9 @@ def unlike(rank: int, size: int) -> dict[str, Any]:
         ring_attend(q, k, v, group=gone)
     except Exception as error:
         said["gone"] = error
-    said["out"] = ring_attend(q, k, v, group=group)[0]
+    # What hides nothing is no mask, in whatever way it is said.
+    nothing = TileMask.padded([TOKENS, TOKENS], TOKENS, TOKENS, causal=False) if rank else None
+    said["out"] = ring_attend(q, k, v, mask=nothing, group=group)[0]
     return said
 
 

@@ -14,6 +14,7 @@ from tests.attention import distributed_cases as cases
 from tests.attention.distributed_cases import HEADS, KV_HEADS, MASKS, RINGS, TOKENS, VALUE_WIDTH, WIDTH, Inputs, Layer
 from tests.attention.processes import Results, close, of, together
 from torchwrap.attention.contract import checked
+from torchwrap.attention.distributed.agreement import fingerprint
 from torchwrap.attention.distributed.blocks import Link, best_count, equal_work, pipeline_seconds
 from torchwrap.attention.distributed.ring import shard, unshard
 from torchwrap.attention.distributed.works import Outstanding, group_size
@@ -112,13 +113,35 @@ def test_what_is_refused_before_anything_is_sent_leaves_the_group_in_step(result
     assert torch.equal(found[0]["y"], found[1]["y"])
 
 
+UNLIKE = {
+    "length": "size or dtype", "dtype": "size or dtype", "heads": "size or dtype", "layout": "layout", "mask": "mask", "padding": "mask",
+    "scale": "scale", "softcap": "softcap", "exchanged mask": "mask", "exchanged scale": "scale", "blocks": "number of blocks",
+    "band": "band of the mask",
+}  # fmt: skip
+
+
 def test_processes_that_come_with_different_calls_are_told_so_and_stay_in_step(results: Results) -> None:
     found = of(results, 2, "unlike")
     for process in found:
-        for case in ("length", "dtype", "layout", "heads"):
-            assert isinstance(process.get(case), errors.ConfigError) and "process 1 came with" in str(process[case])
+        for case, word in UNLIKE.items():
+            assert isinstance(process.get(case), errors.ConfigError) and f"process 1 came with another {word} than" in str(process[case])
         assert isinstance(process["gone"], errors.ConfigError) and "destroyed" in str(process["gone"])
     close(unshard([one["out"] for one in found], 2, "zigzag"), whole(Inputs.make(), "full")["out"])
+
+
+def test_masks_are_compared_by_what_they_say() -> None:
+    causal = fingerprint(TileMask.causal(1, 8, 8), 2)
+    same = [
+        TileMask.causal(2, 8, 8), TileMask.padded([8, 8], 8, 8), TileMask.causal(1, 8, 8, key_mask=torch.ones(1, 8, dtype=torch.bool)),
+    ]  # fmt: skip
+    other = [
+        TileMask.window(1, 8, 8, 3), TileMask.padded([8, 7], 8, 8), TileMask.causal(1, 8, 8, q_offset=1),
+        TileMask.from_dense(torch.eye(8, dtype=torch.bool)[None, None]),
+        TileMask.from_cu_seqlens(torch.tensor([0, 3, 8])), TileMask.from_cu_seqlens(torch.tensor([0, 4, 8])),
+    ]  # fmt: skip
+    assert [fingerprint(mask, 2) for mask in same] == [causal] * len(same)
+    assert len({causal, *(fingerprint(mask, 2) for mask in other)}) == 1 + len(other)
+    assert fingerprint(TileMask.full(1, 8, 8), 2) is None
 
 
 class Fake:

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from torchwrap.attention.contract import Backend, Call, checked
 from torchwrap.attention.dispatch import sharing
-from torchwrap.attention.distributed.works import Group, Outstanding, exchange, group_size, resolved, same_everywhere
+from torchwrap.attention.distributed.agreement import same_everywhere
+from torchwrap.attention.distributed.works import Group, Outstanding, exchange, group_size, resolved
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.merge import grad_of_sinks, merge, with_sinks
 from torchwrap.core import errors
@@ -71,18 +72,18 @@ def ring_attend(
         group: of processes; None: the default one.
         timeout_s: longest wait for one exchange in seconds; None: what the process group allows.
         using: what computes partials; None: the first back end that can.
-        agreed: the processes know that they came with the same sizes; they do not ask each other then.
+        agreed: the processes know that they came with the same call; they do not ask each other then.
 
     Returns:
         out `[B, Hq, S / T, Dv]` in the dtype of q, and lse `[B, Hq, S / T]`. Gradients flow to q, k, v and sinks.
 
     Raises:
-        ConfigError: the length cannot be divided evenly, or a process came with other sizes, another dtype or layout.
+        ConfigError: the length cannot be divided evenly, or a process came with other sizes or another dtype, layout, mask, scale or cap.
         UnsupportedModelError: no back end can compute the parts.
         WorkError: an exchange failed or did not end in time; the message names the step ("block").
 
     Exactness: as one attention over all keys, up to rounding. Gradients of sinks are this process' share.
-    Cost: eight integers of every process before, unless `agreed`. Per process keys and values twice (those attended and those arriving),
+    Cost: six integers of every process before, unless `agreed`. Per process keys and values twice (those attended and those arriving),
         backward their gradients in float32 twice as well. Traffic `(T - 1) / T` of all keys and values forward, that and `T` parts of
         gradients backward.
     """
@@ -92,7 +93,8 @@ def ring_attend(
     if using is None:
         sharing(replace(call, sinks=None), "ring_attend")  # raises while nothing has been sent
     if not agreed:
-        same_everywhere("ring_attend", q, k, v, group, also=1 + (layout == "contiguous"), timeout_s=timeout_s)
+        also = {"layout": layout, "mask": mask, "scale": call.scale, "softcap": call.softcap, "choice of sinks": sinks is not None}
+        same_everywhere("ring_attend", q, k, v, group, also=also, timeout_s=timeout_s)
     found: tuple[Tensor, Tensor] = _RingAttention.apply(q, k, v, sinks, call, ring)  # type: ignore[no-untyped-call]
     return found
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from torchwrap.attention.attend import attend
+from torchwrap.attention.distributed.agreement import compare
 from torchwrap.attention.distributed.blocks import Link, best_count, equal_work, measure_link
 from torchwrap.attention.distributed.works import Group, Outstanding, StartSum, resolved, start_sum
 from torchwrap.attention.masks.mask import TileMask
@@ -47,7 +48,8 @@ class Tiling:
         timeout_s: longest wait for one block's sum in seconds; None: what the process group allows.
         start: begins a sum over the group in place and returns its work; None: `torch.distributed.all_reduce`.
 
-    Cost: measuring computes the call six times more, once for each class of sizes.
+    Cost: measuring computes the call six times more, once for each class of sizes. Before the first call all processes compare a few
+        integers: where they cut differently, sums of other sizes meet, over which gloo ends a process.
 
     Attributes:
         chosen: measured numbers of blocks, by (batch, bits of queries, bits of keys, model width).
@@ -62,13 +64,18 @@ class Tiling:
         self.start: StartSum = start or start_sum
         self.chosen: dict[tuple[int, ...], int] = {}
         self._link: Link | None = None
+        self._compared = False
 
     def count(self, rows: Rows, weight: Tensor) -> int:
         """Number of blocks for this call: the same on every process, or sums would not match.
 
         Raises:
+            ConfigError: at the first call, in every process: one came with other sizes, another dtype, band of the mask or `blocks`.
             WorkError: measuring failed, in one of the processes.
         """
+        if not self._compared:
+            compare("the all-reduce", self._facts(rows, weight), self.group, rows.q.device, timeout_s=self.timeout_s)
+            self._compared = True
         batch, _, queries, _ = rows.q.shape
         if self.blocks != "auto" or queries <= 1:
             return 1 if self.blocks == "auto" else min(self.blocks, max(queries, 1))
@@ -77,6 +84,13 @@ class Tiling:
         if key not in self.chosen:
             self.chosen[key] = self._measured(rows, weight)
         return min(self.chosen[key], queries)
+
+    def _facts(self, rows: Rows, weight: Tensor) -> dict[str, object]:
+        """On what the sizes of the sums depend."""
+        mask = rows.mask if isinstance(rows.mask, TileMask) else None
+        sizes = (rows.q.shape[0], rows.q.shape[2], rows.k.shape[2], weight.shape[0], rows.q.dtype)
+        band = None if mask is None else (mask.right, mask.left, mask.first_query() - mask.kv_offset)
+        return {"size or dtype": sizes, "band of the mask": band, "number of blocks": self.blocks}
 
     def _measured(self, rows: Rows, weight: Tensor) -> int:
         group, rows = resolved(self.group), rows.without_dropout()
@@ -203,6 +217,7 @@ class TiledRowParallel(nn.Module):
             `[B, S, E]`.
 
         Raises:
+            ConfigError: at the first call, in every process: one came with other sizes, another dtype, band of the mask or `blocks`.
             WorkError: a sum failed or did not end in time; the message names its block. Everything started was waited for.
         """
         rows = Rows(q, k, v, mask, options)

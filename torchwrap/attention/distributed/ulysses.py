@@ -18,7 +18,8 @@ from torch import Tensor
 from torchwrap.attention.attend import attend
 from torchwrap.attention.autocast import autocast
 from torchwrap.attention.contract import checked
-from torchwrap.attention.distributed.works import Group, Outstanding, group_size, resolved, same_everywhere
+from torchwrap.attention.distributed.agreement import same_everywhere
+from torchwrap.attention.distributed.works import Group, Outstanding, group_size, resolved
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.core import errors
 
@@ -45,7 +46,8 @@ def ulysses_attend(
         `[B, Hq, S / T, Dv]`. Gradients flow back through the reverse exchanges.
 
     Raises:
-        ConfigError: the heads cannot be divided among the processes, or a process came with other sizes or another dtype.
+        ConfigError: the heads cannot be divided among the processes, or a process came with other sizes or another dtype, mask, scale or
+            cap.
         WorkError: an exchange failed or did not end in time.
 
     Exactness: as `attend`; nothing is added up between processes. Gradients of sinks are this process' share.
@@ -58,9 +60,10 @@ def ulysses_attend(
             fix="Use ring attention, or a group of as many processes as divide the key heads.",
         )
     q, k, v = autocast(q, k, v)
-    checked(q, k, v)
+    call = checked(q, k, v, **{name: options[name] for name in ("scale", "softcap", "dropout") if name in options})
     if not agreed:
-        same_everywhere("ulysses_attend", q, k, v, group, timeout_s=timeout_s)
+        also = {"mask": mask, "scale": call.scale, "softcap": call.softcap, "dropout": call.dropout, "choice of sinks": sinks is not None}
+        same_everywhere("ulysses_attend", q, k, v, group, also=also, timeout_s=timeout_s)
     gathered = [_exchange(one, True, group, timeout_s, block) for block, one in enumerate((q, k, v))]
     mine = None if sinks is None else sinks.chunk(size)[rank]
     out = attend(*gathered, mask=mask, sinks=mine, **options)

@@ -14,14 +14,13 @@ from types import TracebackType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from torchwrap.core import errors
 
-__all__ = ["Group", "Outstanding", "StartSum", "Work", "exchange", "group_name", "group_size", "resolved", "same_everywhere", "start_sum"]
+__all__ = ["Group", "Outstanding", "StartSum", "Work", "exchange", "group_name", "group_size", "resolved", "start_sum"]
 
 Group = Any  # torch.distributed.ProcessGroup, its name, or None for the default one
 
@@ -179,46 +178,6 @@ def start_sum(tensor: Tensor, group: Group) -> Work:
     """Begin to add up `tensor` over the group, in place."""
     work: Work = dist.all_reduce(tensor, group=resolved(group), async_op=True)
     return work
-
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def same_everywhere(what: str, q: Tensor, k: Tensor, v: Tensor, group: Group, *, also: int = 0, timeout_s: float | None = None) -> None:
-    """Compare a few integers over the group before keys are sent: a gloo process that receives more than it has room for is aborted.
-
-    Args:
-        what: the operation, for messages.
-        q: `[B, Hq, S, D]`.
-        k: `[B, Hkv, S, D]`.
-        v: `[B, Hkv, S, Dv]`.
-        group: of processes.
-        also: whatever else has to be the same.
-        timeout_s: longest wait in seconds; None: what the process group allows.
-
-    Raises:
-        ConfigError: in every process, if one came with other sizes or another dtype; the group stays in step.
-        WorkError: a process did not come.
-    """
-    found = resolved(group)
-    facts = torch.tensor([*q.shape, k.shape[1], v.shape[3], _DTYPES.index(q.dtype), also], device=q.device)
-    rows = [torch.empty_like(facts) for _ in range(dist.get_world_size(found))]
-    with Outstanding(f"agreeing on {what}", group=found, timeout_s=timeout_s) as works:
-        works.start(0, lambda: dist.all_gather(rows, facts, group=found, async_op=True))
-    first = rows[0].tolist()
-    for rank, row in enumerate(rows):
-        if (other := row.tolist()) != first:
-            raise errors.ConfigError(
-                f"process {rank} came with {_said(other)}, process 0 with {_said(first)}",
-                where=what,
-                fix="Give every process as many tokens, of the same heads, dtype and layout.",
-            )
-
-
-def _said(facts: list[int]) -> str:
-    batch, heads, tokens, width, kv_heads, value_width, dtype, also = facts
-    sizes = f"q {[batch, heads, tokens, width]} {_DTYPES[dtype]}, k and v of {kv_heads} heads and {value_width} elements"
-    return f"{sizes}, number {also} of its layouts" if also else sizes
 
 
 def exchange(out: Sequence[Tensor], into: Sequence[Tensor], group: Group) -> list[Work]:
