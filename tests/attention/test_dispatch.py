@@ -13,6 +13,7 @@ from tests.attention.cases import EXTRAS, MASKS, assert_correct, make
 from torchwrap.attention import dispatch
 from torchwrap.attention.attend import attend
 from torchwrap.attention.contract import Call, checked
+from torchwrap.attention.cooperative.training import host_attend
 from torchwrap.attention.cpu import prefill
 from torchwrap.attention.dispatch import BACKENDS, backend, choose
 from torchwrap.attention.masks.mask import TileMask
@@ -175,6 +176,24 @@ def test_the_record_names_who_computed_a_call_after_another_had_failed(monkeypat
     service.attend("a", x, x, x)
     assert list(service.stats()["served"].values()) == [2] and "cpu" not in next(iter(service.stats()["served"])).split()
     assert "failed here before" in service.explain()
+
+
+@pytest.mark.parametrize("doing", ["forward", "backward"])
+def test_a_part_of_attention_is_computed_by_the_next_back_end(monkeypatch: pytest.MonkeyPatch, doing: str) -> None:
+    broken = Broken(doing)
+    monkeypatch.setattr(dispatch, "_failed", {})
+    monkeypatch.setattr(dispatch, "SHARING", ("cpu", "eager"))
+    monkeypatch.setattr(dispatch, "backend", lambda name: broken if name == "cpu" else backend(name))
+    q, k, v = (torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out, _ = host_attend(q, k, v)
+        out.square().sum().backward()
+    assert ["no such card" in str(one.message) for one in caught] == [True], "it is said, once"
+    torch.testing.assert_close(out, attend(q, k, v, backend="eager"))
+    asked = broken.asked
+    host_attend(q, k, v)
+    assert broken.asked == asked, "it is not asked again"
 
 
 def test_a_back_end_that_was_asked_for_fails_each_time(monkeypatch: pytest.MonkeyPatch) -> None:

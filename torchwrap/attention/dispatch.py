@@ -29,7 +29,9 @@ from torchwrap.attention.tuning.table import CANDIDATES, MASK_BYTES, first_choic
 from torchwrap.core import errors
 from torchwrap.native.threads import one_thread, stuck
 
-__all__ = ["BACKENDS", "SHARING", "Choice", "attempt", "backend", "choose", "compare", "order", "prepare", "revision", "sharing"]
+__all__ = [
+    "BACKENDS", "SHARING", "Choice", "attempt", "attempt_part", "backend", "choose", "compare", "order", "prepare", "revision", "sharing",
+]  # fmt: skip
 
 R = TypeVar("R")
 
@@ -132,15 +134,34 @@ def attempt(call: Call, given: str | Settings, work: Callable[[Backend], R], doi
         except errors.KernelError as error:
             if settings.backend != "auto":
                 raise
-            with _lock:
-                first = _kind(found.name, call) not in _failed
-                _failed[_kind(found.name, call)] = f"it failed here before: {error}"
-            if first:
-                warnings.warn(
-                    f"attention: the kernel of back end {found.name!r} cannot run, another one is used from now on: {error}",
-                    errors.TorchwrapWarning,
-                    stacklevel=3,
-                )
+            _set_aside(found, call, error)
+
+
+def attempt_part(call: Call, where: str, work: Callable[[Backend], R]) -> R:
+    """As `attempt`, for a call over some of the keys.
+
+    Raises:
+        UnsupportedModelError: as in `sharing`.
+    """
+    while True:
+        found = sharing(call, where)
+        try:
+            return work(found)
+        except errors.KernelError as error:
+            _set_aside(found, call, error)
+
+
+def _set_aside(found: Backend, call: Call, error: errors.KernelError) -> None:
+    """Its kernel cannot run here: it is not asked again for such calls, which is said once."""
+    with _lock:
+        first = _kind(found.name, call) not in _failed
+        _failed[_kind(found.name, call)] = f"it failed here before: {error}"
+    if first:
+        warnings.warn(
+            f"attention: the kernel of back end {found.name!r} cannot run, another one is used from now on: {error}",
+            errors.TorchwrapWarning,
+            stacklevel=4,
+        )
 
 
 def prepare(call: Call, given: str | Settings, trains: bool, mask: torch.Tensor | None) -> Prepared | None:
@@ -251,7 +272,7 @@ def _is_timeable(call: Call) -> bool:
 
 
 def sharing(call: Call, where: str) -> Backend:
-    """The first of `SHARING` that can compute a call over some of the keys.
+    """The first of `SHARING` that can compute a call over some of the keys, and has not failed to.
 
     Args:
         call: over some of the keys.
@@ -261,7 +282,7 @@ def sharing(call: Call, where: str) -> Backend:
         UnsupportedModelError: there is none for this call.
     """
     for name in order(call):
-        if name in SHARING and backend(name).refuses(call) is None:
+        if name in SHARING and _kind(name, call) not in _failed and backend(name).refuses(call) is None:
             return backend(name)
     raise errors.UnsupportedModelError(
         f"none of {', '.join(SHARING)} can compute a part of {call.q.dtype} on {call.q.device}",

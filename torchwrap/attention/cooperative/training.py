@@ -28,7 +28,7 @@ from torchwrap.attention.cooperative.arena import Piece
 from torchwrap.attention.cooperative.machine import Machine, Mark, machine_for
 from torchwrap.attention.cooperative.query import sees
 from torchwrap.attention.cooperative.staging import Chunk, Staging, Workers
-from torchwrap.attention.dispatch import sharing
+from torchwrap.attention.dispatch import attempt_part
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.merge import grad_of_sinks, merge_into, with_sinks
 from torchwrap.core import errors
@@ -176,7 +176,7 @@ class _HostAttention(torch.autograd.Function):
         if not call.is_empty:
 
             def attend(part: Call, first: int) -> None:
-                merge_into(out, lse, *sharing(part, "host_attend").forward(part))
+                merge_into(out, lse, *attempt_part(part, "host_attend", lambda found: found.forward(part)))
 
             job.each(q, k, v, attend)
         whole, lse = with_sinks(out, lse, sinks)
@@ -200,9 +200,9 @@ class _HostAttention(torch.autograd.Function):
             with _Home(job.machine, sums) as home:
 
                 def share(part: Call, first: int) -> None:
-                    found = sharing(part, "host_attend").backward(part, out, lse, grad_out, grad_lse)
-                    dq.add_(found[0])
-                    home.send(found[1:3], first)
+                    grads = attempt_part(part, "host_attend", lambda found: found.backward(part, out, lse, grad_out, grad_lse))
+                    dq.add_(grads[0])
+                    home.send(grads[1:3], first)
 
                 job.each(q, k, v, share)
         dsinks = None

@@ -15,15 +15,15 @@ Letters: B batch, Hq and Hkv query and key heads, T processes, S tokens of the w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from torchwrap.attention.contract import Backend, Call, checked
-from torchwrap.attention.dispatch import sharing
+from torchwrap.attention.contract import Backend, Call, Gradients, checked
+from torchwrap.attention.dispatch import attempt_part, sharing
 from torchwrap.attention.distributed.agreement import same_everywhere
 from torchwrap.attention.distributed.works import Group, Outstanding, exchange, group_size, resolved
 from torchwrap.attention.masks.mask import TileMask
@@ -31,6 +31,8 @@ from torchwrap.attention.merge import grad_of_sinks, merge, with_sinks
 from torchwrap.core import errors
 
 __all__ = ["Layout", "ring_attend", "shard", "unshard"]
+
+R = TypeVar("R")
 
 Layout = Literal["zigzag", "contiguous"]
 
@@ -137,6 +139,17 @@ class _Ring:
     def _span(self, index: int) -> tuple[int, int]:
         return index * self.chunk, (index + 1) * self.chunk
 
+    def forward(self, part: Call) -> tuple[Tensor, Tensor]:
+        """By the back end that was asked for, or the first that can; likewise backward."""
+        return self._computed(part, lambda found: found.forward(part))
+
+    def backward(self, part: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        """The share of the keys of this part."""
+        return self._computed(part, lambda found: found.backward(part, out, lse, grad_out, grad_lse))
+
+    def _computed(self, part: Call, work: Callable[[Backend], R]) -> R:
+        return attempt_part(part, "ring_attend", work) if self.using is None else work(self.using)
+
     def outstanding(self) -> Outstanding:
         """A context for exchanges."""
         return Outstanding("the exchange of keys and values", group=resolved(self.group), timeout_s=self.timeout_s)
@@ -160,8 +173,7 @@ class _RingAttention(torch.autograd.Function):
                 for part in ring.rectangles(step):
                     rows = slice(*part.rows)
                     partial = _partial(call, q, here, part)
-                    found = (ring.using or sharing(partial, "ring_attend")).forward(partial)
-                    out[:, :, rows], lse[:, :, rows] = merge(out[:, :, rows], lse[:, :, rows], *found)
+                    out[:, :, rows], lse[:, :, rows] = merge(out[:, :, rows], lse[:, :, rows], *ring.forward(partial))
                 works.wait(step)
                 here = coming
         whole, lse = with_sinks(out, lse, sinks)
@@ -187,10 +199,8 @@ class _RingAttention(torch.autograd.Function):
                 for part in ring.rectangles(step):
                     rows, columns = slice(*part.rows), slice(*part.columns)
                     partial = _partial(call, q, here, part)
-                    found = (ring.using or sharing(partial, "ring_attend")).backward(
-                        partial, out[:, :, rows], lse[:, :, rows], grad_out[:, :, rows],
-                        None if grad_lse is None else grad_lse[:, :, rows],
-                    )  # fmt: skip
+                    of_lse = None if grad_lse is None else grad_lse[:, :, rows]
+                    found = ring.backward(partial, out[:, :, rows], lse[:, :, rows], grad_out[:, :, rows], of_lse)
                     dq[:, :, rows] += found[0]
                     for mine, grad in zip(local, found[1:3], strict=True):
                         mine[:, :, columns] += grad
