@@ -10,6 +10,8 @@ ifneq ($(shell $(BIN)/python -c 'import safetensors' 2>/dev/null && echo whole),
 $(shell rm -f $(STAMP))
 endif
 BENCH_STAMP := $(VENV)/.torchwrap-bench
+# Bytecode is made when a module is first imported: pip would make it for 13,500 modules, of which most never are.
+INSTALL := $(BIN)/python -m pip install -q --no-compile
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -17,28 +19,28 @@ DEMO_ARGS ?=
 # tests wait for disks and child processes a quarter of the time.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup demo test check lint types imports docs bench clean
+.PHONY: help setup demo test check lint types public imports docs bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo   the main job on a real model: stream SmolLM2-135M under 40 % of its memory, compare, draw the memory timeline"
 	@echo "make test   all tests (three workers)"
-	@echo "make check  ruff, mypy, public types, import directions, documentation build"
+	@echo "make check  ruff, mypy, public types, import directions, documentation build; with -j2 beside one another"
 	@echo "make bench  measure against accelerate, AirLLM and plain memory mapping; needs root for the memory limit"
 	@echo "make docs   build the documentation into site/"
 
 $(STAMP): pyproject.toml setup.py $(wildcard torchwrap/native/src/*) constraints.txt requirements/no-deps.txt requirements/vision-no-deps.txt
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10 or newer is needed and none was found; say PYTHON=/path/to/python3" >&2; exit 1; }
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt 'setuptools>=77'
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install -q --no-deps -r requirements/no-deps.txt
+	$(INSTALL) -c constraints.txt 'setuptools>=77'
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(INSTALL) --no-deps -r requirements/no-deps.txt
 	$(BIN)/python -m pip uninstall -q -y torchvision timm
-	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(VENV)/vision -r requirements/vision-no-deps.txt
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/vision -r requirements/vision-no-deps.txt
 	touch $@
 
 $(BENCH_STAMP): $(STAMP) requirements/bench-no-deps.txt
-	$(BIN)/python -m pip install -q --no-deps -r requirements/bench-no-deps.txt
+	$(INSTALL) --no-deps -r requirements/bench-no-deps.txt
 	touch $@
 
 setup: $(STAMP)
@@ -49,7 +51,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist worksteal --benchmark-disable $(PYTEST_ARGS) tests
 
-check: lint imports types docs
+check: lint imports types public docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -59,6 +61,8 @@ imports: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy -p torchwrap.core -p torchwrap.storage -p torchwrap.stream -p torchwrap.activations -p torchwrap.weights -p torchwrap.optimizer -p torchwrap.offload -p torchwrap.superpipeline -p torchwrap.native -p torchwrap.attention -p torchwrap.fast_attention -p torchwrap.trace -p torchwrap.cli -p torchwrap.demo -p torchwrap.integrations
+
+public: $(STAMP)
 	$(BIN)/python .ci/public_types.py
 
 docs: $(STAMP)

@@ -11,16 +11,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SNIPPETS = Path(__file__).with_name("snippets.py")
 
+# mypy keeps what it knows of torch in the checkout, where `make check` may have left it: 1 second instead of 15.
 CHECKERS = {
-    "mypy": [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir={cache}", str(SNIPPETS)],
+    "mypy": [sys.executable, "-m", "mypy", "--strict", str(SNIPPETS)],
     "basedpyright": [sys.executable, "-m", "basedpyright", "--level", "error", "--pythonpath", sys.executable, str(SNIPPETS)],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checker", CHECKERS)
-def test_public_calls_keep_the_type_of_the_model(checker: str, tmp_path: Path) -> None:
+def test_public_calls_keep_the_type_of_the_model(checker: str) -> None:
     pytest.importorskip(checker)
-    command = [part.format(cache=tmp_path) for part in CHECKERS[checker]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run(CHECKERS[checker], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
