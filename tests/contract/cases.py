@@ -6,6 +6,7 @@ holds the error class, and the check then asserts the refusal. An exemption that
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ __all__ = [
     "Exemption",
     "every_model",
     "every_technique",
+    "every_two",
     "model_bytes",
     "models_named",
     "models_with",
@@ -196,6 +198,22 @@ def _over(fixtures: tuple[ModelFixture, ...]) -> pytest.MarkDecorator:
 
 
 every_model = _over(FIXTURES)
+
+
+def every_two(name: str, values: Mapping[str, object]) -> pytest.MarkDecorator:
+    """Techniques, models and `values` of the parameter `name`, each two of which meet, in a third of all combinations of the three.
+
+    For checks of what core does alike for every technique and model. A technique that refuses some models has the place of the first
+    in turn, and another one meets what is skipped.
+    """
+    met = [
+        pytest.param(case, fixture, value, id=f"{case.name}-{fixture.name}-{label}")
+        for (a, case), (b, fixture), (c, (label, value)) in itertools.product(
+            enumerate(TECHNIQUES), enumerate(FIXTURES), enumerate(values.items())
+        )
+        if (a + b + c) % 3 == 0
+    ]
+    return pytest.mark.parametrize(("case", "fixture", name), met)
 
 
 def models_named(*names: str) -> pytest.MarkDecorator:

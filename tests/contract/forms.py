@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import pytest
 from torch import nn
 
 import torchwrap as tw
 from tests.contract.cases import Case
 from tests.models import ModelFixture
 
-__all__ = ["FORMS", "every_form", "fields_of"]
+__all__ = ["FORMS", "Form", "fields_of"]
 
 Form = Callable[[Case, ModelFixture], AbstractContextManager[nn.Module]]
 
@@ -124,5 +123,3 @@ FORMS: dict[str, Form] = {
     "class-configured": _configured_class_decorator,
     "factory": _factory_decorator,
 }
-
-every_form = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))

@@ -10,16 +10,14 @@ import torch
 from torch import nn
 
 import torchwrap as tw
-from tests.contract.cases import Case, every_model, every_technique, model_bytes, models_named
+from tests.contract.cases import Case, every_model, every_technique, every_two, model_bytes, models_named
 from tests.contract.compare import equal, model_difference, state_difference
-from tests.contract.forms import Form, every_form
+from tests.contract.forms import FORMS, Form
 from tests.contract.neutral import Failing, Outer
 from tests.models import ModelFixture, run
 
 
-@every_technique
-@every_model
-@every_form
+@every_two("form", FORMS)
 def test_every_call_form_gives_the_same_outputs_and_undoes(case: Case, fixture: ModelFixture, form: Form) -> None:
     twin = fixture.build()
     expected = run(twin, fixture.inputs())

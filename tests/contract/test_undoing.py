@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import torchwrap as tw
-from tests.contract.cases import Case, every_model, every_technique, models_named
+from tests.contract.cases import Case, every_model, every_technique, every_two, models_named
 from tests.contract.compare import equal, model_difference
 from tests.contract.neutral import Inner, Outer
 from tests.models import ModelFixture, run
@@ -26,9 +26,7 @@ from tests.models import ModelFixture, run
 ORDERS = list(itertools.permutations(("technique", "outer", "inner")))
 
 
-@every_technique
-@every_model
-@pytest.mark.parametrize("order", ORDERS, ids=["-".join(order) for order in ORDERS])
+@every_two("order", {"-".join(order): order for order in ORDERS})
 def test_three_techniques_come_off_in_any_order(case: Case, fixture: ModelFixture, order: tuple[str, ...]) -> None:
     model, twin = fixture.build(), fixture.build()
     names = {"technique": case.technique, "outer": "test_outer", "inner": "test_inner"}
