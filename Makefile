@@ -10,8 +10,10 @@ ifneq ($(shell $(BIN)/python -c 'import safetensors' 2>/dev/null && echo whole),
 $(shell rm -f $(STAMP))
 endif
 BENCH_STAMP := $(VENV)/.torchwrap-bench
-# Bytecode is made when a module is first imported: pip would make it for 13,500 modules, of which most never are.
+# pip makes bytecode with one core; below, all of them make it at once.
 INSTALL := $(BIN)/python -m pip install -q --no-compile
+# Containers say it often. Every process that a test starts would compile the library again, and every worker all tests.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -37,10 +39,11 @@ $(STAMP): pyproject.toml setup.py $(wildcard torchwrap/native/src/*) constraints
 	$(INSTALL) --no-deps -r requirements/no-deps.txt
 	$(BIN)/python -m pip uninstall -q -y torchvision timm
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/vision -r requirements/vision-no-deps.txt
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib $(VENV)/vision || true  # some packages bring files for other versions of Python
 	touch $@
 
 $(BENCH_STAMP): $(STAMP) requirements/bench-no-deps.txt
-	$(INSTALL) --no-deps -r requirements/bench-no-deps.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements/bench-no-deps.txt
 	touch $@
 
 setup: $(STAMP)
