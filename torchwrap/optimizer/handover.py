@@ -19,6 +19,7 @@ from torchwrap.optimizer.targets import Target
 from torchwrap.optimizer.updates import Job, Updater
 from torchwrap.stream.engine import Engine
 from torchwrap.stream.units import Piece, Unit
+from torchwrap.weights.footprint import is_left
 
 __all__ = ["Handover", "streamed_of"]
 
@@ -103,10 +104,9 @@ class Handover:
 
 
 def _left_behind(target: Target) -> int | None:
-    """The block after which a backward has done with a weight in memory, see `footprint.left_behind`."""
+    """The block after which a backward has done with a weight in memory, if it is heard to leave one."""
     unit = target.unit
-    followed = unit is not None and unit.kind == "block" and any(not piece.resident for piece in unit.pieces)
-    return unit.index if unit is not None and followed else None
+    return unit.index if unit is not None and is_left(unit, {piece.index for piece in unit.pieces if piece.resident}) else None
 
 
 def streamed_of(unit: Unit | None) -> list[Piece]:

@@ -15,6 +15,7 @@ __all__ = [
     "Footprint",
     "elements_of",
     "expected_footprint",
+    "is_left",
     "kept_bytes",
     "left_behind",
     "room_for",
@@ -53,14 +54,18 @@ class Footprint:
     backwards: int = 1
 
 
-def left_behind(units: Iterable[Unit], resident: Collection[int]) -> set[int]:
-    """Indices of weights in memory that a backward has done with when it leaves their block.
+def is_left(unit: Unit, resident: Collection[int]) -> bool:
+    """Whether a backward is heard to leave a unit, so that it has done with what of it is in memory (`resident`, indices of pieces).
 
-    They are what stays of a block that is streamed in part: find_units puts nothing there that is used elsewhere. A block that stays as a
-    whole is called as it always was, and nobody hears of its backward.
+    That is a block which is streamed in part: find_units puts nothing there that is used elsewhere. A block that stays as a whole is called
+    as it always was, and nobody hears of its backward.
     """
-    blocks = [unit for unit in units if unit.kind == "block" and any(piece.index not in resident for piece in unit.pieces)]
-    return {piece.index for unit in blocks for piece in unit.pieces if piece.index in resident}
+    return unit.kind == "block" and any(piece.index not in resident for piece in unit.pieces)
+
+
+def left_behind(units: Iterable[Unit], resident: Collection[int]) -> set[int]:
+    """Indices of weights in memory that a backward has done with when it leaves their block."""
+    return {piece.index for unit in units if is_left(unit, resident) for piece in unit.pieces if piece.index in resident}
 
 
 def staying_bytes(units: Iterable[Unit], pieces: Iterable[Piece], resident: Collection[int]) -> int:
