@@ -84,7 +84,8 @@ def test_fused_kernels_divide_by_the_scale_themselves(dtype: torch.dtype, cls: t
     options: dict[str, Any] = {"fused": True, "lr": 1e-2}
     reference = cls(plain.parameters(), **options)
     optimizer = OffloadedOptimizer(model, cls, overlap=False, gradients="host", chunk=65536, **options)
-    for each, opt in ((plain, reference), (model, optimizer)):
+    left: list[list[torch.Tensor]] = [[], []]
+    for found, each, opt in zip(left, (plain, model), (reference, optimizer), strict=True):
         scaler = torch.amp.GradScaler("cpu", init_scale=1000.0)
         for step in range(4):
             scaler.scale(loss_of(each, step) * (float("inf") if step == 2 else 1.0)).backward()
@@ -92,8 +93,11 @@ def test_fused_kernels_divide_by_the_scale_themselves(dtype: torch.dtype, cls: t
                 scaler.unscale_(opt)
             scaler.step(opt)
             scaler.update()
+            found += [parameter.grad.clone() for parameter in each.parameters() if parameter.grad is not None]
             opt.zero_grad()
     assert optimizer.steps == 3
+    assert len(left[0]) == len(left[1]) > 8
+    assert all(torch.equal(mine.nan_to_num(), expected.nan_to_num()) for mine, expected in zip(left[1], left[0], strict=True))
     assert differences(plain, reference, model, optimizer) == []
 
 

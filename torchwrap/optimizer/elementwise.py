@@ -104,6 +104,20 @@ class Rule:
         after: Mapping[str, Any] = inner.state[weight]
         return after
 
+    def divides(self, settings: Mapping[str, Any], dtype: torch.dtype) -> bool:
+        """Whether a step with a `GradScaler` leaves quotients in `param.grad`: fused kernels do, unless the class gives them copies.
+
+        Args:
+            settings: of the parameter's group.
+            dtype: of the parameter.
+        """
+        weight = torch.zeros(1, dtype=dtype)
+        weight.grad = torch.full_like(weight, 4)
+        inner = self.cls([{**settings, "params": [weight]}], **self.options)
+        with scaled(inner, {"grad_scale": torch.tensor(2.0), "found_inf": torch.tensor(0.0)}):
+            step_of(inner)()
+        return weight.grad.item() == 2
+
     @contextmanager
     def loaded(self, state: Mapping[Any, Any], groups: Sequence[Mapping[str, Any]]) -> Iterator[torch.optim.Optimizer]:
         """For the block, an instance of the class with this state and these groups, which it has brought up to date if they are old.

@@ -14,7 +14,7 @@ import torch
 
 from torchwrap.core import errors
 from torchwrap.optimizer.chunks import Update
-from torchwrap.optimizer.elementwise import settings_of
+from torchwrap.optimizer.elementwise import Rule, settings_of
 from torchwrap.optimizer.gradients import Gradients
 from torchwrap.optimizer.handover import streamed_of
 from torchwrap.optimizer.targets import Target
@@ -93,6 +93,22 @@ class Step:
             self._gradients.allow_calls()
         self._updater.check()
 
+    @torch.no_grad()
+    def divide(self, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Leave gradients of weights that were stepped in chunks as the class leaves those of others: divided by a `GradScaler`'s scale.
+
+        Only now, because chunks that are repeated need them as they were.
+        """
+        known: dict[tuple[int, torch.dtype], bool] = {}
+        for target in self._targets if "grad_scale" in self.scaling and not self.skipped else ():
+            gradient, key = target.gradient() if target.streamed else None, (target.group, target.parameter.dtype)
+            if gradient is None or target.is_taken():
+                continue
+            if key not in known:
+                known[key] = rule.divides(settings_of(groups[target.group]), target.parameter.dtype)
+            if known[key]:
+                gradient.div_(self.scaling["grad_scale"])
+
     def over(self) -> None:
         """It is done, or its gradients are given up."""
         self._gradients.forget()
@@ -113,6 +129,11 @@ class Step:
 
     def _shown(self) -> list[torch.Tensor]:
         return [target.parameter.grad for target in self._targets if target.parameter.grad is not None]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether a `GradScaler` found infinite gradients, so that no weight is changed."""
+        return "found_inf" in self.scaling and bool(self.scaling["found_inf"])
 
     @property
     def half_done(self) -> bool:

@@ -88,6 +88,7 @@ class Workshop:
         groups: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> None:
         keep_heap_small()
+        self._rule = rule
         self.parameters, self._handle, self.site = parameters, handle, site
         targets = parameters.targets
         self._trained_bytes = sum(t.parameter.numel() * t.parameter.element_size() for t in targets if t.parameter.requires_grad)
@@ -213,8 +214,10 @@ class Workshop:
         self.watch()  # trained since the last time
         self.step.carry_out(updates)
         self.resident.step(self.parameters.targets, groups, scaling)
+        self.step.divide(self._rule, groups)
+        skipped = self.step.skipped
         self.step.over()
-        return not ("found_inf" in scaling and bool(scaling["found_inf"]))
+        return not skipped
 
     def commit(self, groups: Sequence[Mapping[str, Any]], steps: int) -> None:
         """See `Run.commit`."""
