@@ -236,6 +236,17 @@ def test_state_goes_to_a_plain_optimizer_and_back() -> None:
     assert differences(plain, other, fresh_model, fresh) == []
 
 
+@pytest.mark.parametrize("cls", [torch.optim.NAdam, tw.master_weights(torch.optim.NAdam)])
+def test_numbers_kept_per_parameter_are_cast_as_torch_casts_them(cls: type[torch.optim.Optimizer]) -> None:
+    plain, model = pair(torch.bfloat16)
+    reference, optimizer = cls(plain.parameters(), lr=1e-2), OffloadedOptimizer(model, cls, **ADAM)
+    for net, opt in ((plain, reference), (model, optimizer)):
+        trained(net, opt, range(2))
+        opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+        trained(net, opt, range(2, 4))
+    assert differences(plain, reference, model, optimizer) == []
+
+
 def test_a_state_dict_changes_with_the_steps_after_it_as_a_whole() -> None:
     plain, model = pair()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)

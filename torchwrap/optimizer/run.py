@@ -77,13 +77,13 @@ class Run:
             ConfigError: the state is not that of this class with these settings.
         """
         plain: dict[str, Any] = {}
+        casts = target.parameter.is_floating_point() and not getattr(self._rule.cls, "has_masters", False)
         for key, value in entries.items():
             if isinstance(value, torch.Tensor) and key == "step":
                 on_device = settings.get("capturable") or settings.get("fused")
                 value = value.to(dtype=torch.float32, device=target.parameter.device) if on_device else value
-            elif isinstance(value, torch.Tensor) and not target.streamed:
-                floating = target.parameter.is_floating_point()
-                dtype = target.layout.get(key, target.parameter.dtype) if floating else value.dtype
+            elif isinstance(value, torch.Tensor) and not (target.streamed and key in target.layout):
+                dtype = target.layout.get(key, target.parameter.dtype if casts else value.dtype)
                 value = value.to(dtype=dtype, device=target.parameter.device)
             plain[key] = value
         if target.streamed:
