@@ -90,6 +90,28 @@ def test_clipping_is_torchs_own(dtype: torch.dtype, gradients: str, overlap: boo
     assert differences(plain, reference, model, optimizer) == []
 
 
+@pytest.mark.parametrize("gradients", ["host", "disk"])
+def test_the_norm_is_added_up_in_the_order_of_the_model_and_not_of_groups(gradients: Any) -> None:
+    plain, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, params=decayed_and_not(model), lr=0.1, max_grad_norm=0.5, gradients=gradients)
+    reference = torch.optim.SGD(decayed_and_not(plain), lr=0.1)
+    for step in range(6):
+        loss_of(plain, step).backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        loss_of(model, step).backward()
+        for each in (reference, optimizer):
+            each.step()
+            each.zero_grad()
+        assert optimizer.grad_norm is not None and torch.equal(optimizer.grad_norm, norm)
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def decayed_and_not(net: nn.Module) -> list[dict[str, Any]]:
+    """The usual groups."""
+    matrices = [parameter for parameter in net.parameters() if parameter.dim() > 1]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": [parameter for parameter in net.parameters() if parameter.dim() < 2]}]
+
+
 @overlapping
 @pytest.mark.parametrize("gradients", ["host", "disk"])
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["free", "clipped"])

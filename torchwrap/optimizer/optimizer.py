@@ -53,7 +53,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             ones old: pass `overlap=False` for those, and where weights are written to between the start of backward and `step()` (a write
             through `.data` is not noticed, and is lost). A model that is not offloaded cannot refuse: do not call it then. In several
             processes gradients always wait in memory until they are averaged (`DistributedDataParallel` first, then `offload`).
-        max_grad_norm: clip by total norm, exactly as `torch.nn.utils.clip_grad_norm_` does; updates then begin after backward.
+        max_grad_norm: clip by total norm, exactly as `clip_grad_norm_(model.parameters(), ...)` does; updates then begin after backward.
         accumulate: backwards per step.
         gradients: where gradients that have to wait for the step do so; "auto" takes memory if half of what is free suffices.
         durability: "save": what `commit()` stored survives; "step": every step commits; "none": nothing is kept, half the room.

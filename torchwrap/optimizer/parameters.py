@@ -40,6 +40,7 @@ class Parameters:
 
     def __init__(self, model: nn.Module, handle: WeightsHandle | None, rule: Rule) -> None:
         self._names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        self._places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         self._handle, self._rule = handle, rule
         self.targets: list[Target] = []
 
@@ -58,7 +59,8 @@ class Parameters:
             mine = [unit for unit in handle.units if any(other is piece for other in unit.pieces)]
             unit = next((unit for unit in mine if unit.kind != "rows"), mine[0] if mine else None)
         layout = self._layout(parameter, group)
-        self.targets.append(Target(name, parameter, number, piece, unit, layout, streamed=can_stream(parameter, piece)))
+        place = self._places.get(id(parameter), len(self._places))
+        self.targets.append(Target(name, parameter, number, place, piece, unit, layout, streamed=can_stream(parameter, piece)))
 
     def lay_out(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """What the class keeps of each, with the present settings.

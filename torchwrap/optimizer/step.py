@@ -164,7 +164,9 @@ class Step:
                 where=scaled.name,
                 fix="Clip in one place: leave max_grad_norm= out here, or do not call clip_grad_norm_ (transformers: max_grad_norm=0).",
             )
-        trained = [t for t in self._targets if t.parameter.grad is not None or self._gradients.is_parked(t)]
+        # In the order of `model.parameters()`, which loops give to torch's function, and not of groups: sums have other last bits.
+        ordered = sorted(self._targets, key=lambda target: target.place)
+        trained = [t for t in ordered if t.parameter.grad is not None or self._gradients.is_parked(t)]
         present = [t.parameter for t in trained if not self._gradients.is_parked(t)]
         if len(present) == len(trained):
             self.grad_norm = torch.nn.utils.clip_grad_norm_(present, self._max_grad_norm)

@@ -35,6 +35,7 @@ class Target:
         name: its first name in the model.
         parameter: the parameter object.
         group: index of its parameter group.
+        place: where it comes in the model's parameters.
         piece: what `offload` knows of it; `None` in a model that is not offloaded.
         unit: a unit it belongs to, which may be away but for it; `None` if it is in none.
         layout: what is kept per element, by name.
@@ -47,6 +48,7 @@ class Target:
     name: str
     parameter: nn.Parameter
     group: int
+    place: int
     piece: Piece | None
     unit: Unit | None
     layout: dict[str, torch.dtype]
