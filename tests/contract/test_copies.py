@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -118,78 +117,95 @@ def test_torch_save_of_the_state_dict_loads_as_weights_only(case: Case, fixture:
     assert state_difference(torch.load(file, weights_only=True), plain.state_dict()) is None
 
 
-# --- fresh processes: one per technique for all fixtures, since starting one costs seconds -------------------------------------------
+# --- fresh processes: one for all techniques and fixtures, since starting one costs seconds -------------------------------------------
 
 _UNPICKLE = """
 import json, pickle
 from pathlib import Path
 from tests.contract import neutral
+from tests.contract.cases import TECHNIQUES
 from tests.contract.compare import difference
 from tests.models import FIXTURES, run
 folder, results = Path({folder!r}), {{}}
 import torchwrap as tw
 for fixture in FIXTURES:
-    try:
-        fixture.build()  # transformers 5.23 fills the registry of what can be captured when a model is constructed
-        inputs, expected = torch.load(folder / f"{{fixture.name}}.expected", weights_only=False)
-        with open(folder / f"{{fixture.name}}.pickle", "rb") as file:
-            models = [pickle.load(file), torch.load(folder / f"{{fixture.name}}.pt", weights_only=False)]
-        found = [difference(run(model, inputs), expected) for model in models]
-        found += [None if list(tw.wrappers_of(model)) else "not wrapped any more" for model in models]
-        found += [difference(run(tw.unwrap(model), inputs), expected) for model in models]
-        results[fixture.name] = next((each for each in found if each), "equal")
-    except Exception as error:
-        results[fixture.name] = repr(error)
+    fixture.build()  # transformers 5.23 fills the registry of what can be captured when a model is constructed
+    inputs, expected = torch.load(folder / f"{{fixture.name}}.expected", weights_only=False)
+    for case in TECHNIQUES:
+        saved = folder / case.name / fixture.name
+        if not saved.exists():
+            continue
+        try:
+            with open(saved / "pickle", "rb") as file:
+                models = [pickle.load(file), torch.load(saved / "pt", weights_only=False)]
+            found = [difference(run(model, inputs), expected, tolerance=case.tolerance) for model in models]
+            found += [None if list(tw.wrappers_of(model)) else "not wrapped any more" for model in models]
+            found += [difference(run(tw.unwrap(model), inputs), expected) for model in models]
+            result = next((each for each in found if each), "equal")
+        except Exception as error:
+            result = repr(error)
+        results.setdefault(case.name, {{}})[fixture.name] = result
 print(json.dumps(results))
 """
 
 
-@pytest.fixture(scope="module", params=TECHNIQUES, ids=[case.name for case in TECHNIQUES])
-def unpickled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What a fresh process found for each fixture's pickled and saved model."""
+@pytest.fixture(scope="module")
+def unpickled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """What a fresh process found for each technique and fixture's pickled and saved model."""
     folder = tmp_path_factory.mktemp("pickles")
     for fixture in FIXTURES:
-        model = request.param.apply(fixture.build())
         torch.save((fixture.inputs(), run(fixture.build(), fixture.inputs())), folder / f"{fixture.name}.expected")
-        (folder / f"{fixture.name}.pickle").write_bytes(pickle.dumps(model))
-        torch.save(model, folder / f"{fixture.name}.pt")
-    yield json.loads(fresh_process(_UNPICKLE.format(folder=str(folder))).splitlines()[-1])
+        for case in TECHNIQUES:
+            model = fixture.build()
+            if case.needs(model):
+                case.apply(model)
+                (saved := folder / case.name / fixture.name).mkdir(parents=True)
+                (saved / "pickle").write_bytes(pickle.dumps(model))
+                torch.save(model, saved / "pt")
+    return json.loads(fresh_process(_UNPICKLE.format(folder=str(folder)), timeout_s=240).splitlines()[-1])
 
 
+@every_technique
 @pytest.mark.slow
-def test_pickle_and_torch_save_work_in_a_fresh_process(unpickled: dict[str, str]) -> None:
-    assert unpickled == dict.fromkeys(unpickled, "equal")
-    assert len(unpickled) == len(FIXTURES)
+def test_pickle_and_torch_save_work_in_a_fresh_process(case: Case, unpickled: dict[str, dict[str, str]]) -> None:
+    assert unpickled[case.name] == {fixture.name: "equal" for fixture in FIXTURES if case.needs(fixture.build())}
 
 
 _LOAD = """
 import json, transformers
 from pathlib import Path
 from tests.contract.compare import difference
-from tests.models import select, run
+from tests.models import run
 folder, results = Path({folder!r}), {{}}
-for fixture in select(framework="transformers"):
+for saved in sorted(folder.glob("*/*")):
     try:
-        architecture = json.loads((folder / fixture.name / "config.json").read_text())["architectures"][0]
-        model = getattr(transformers, architecture).from_pretrained(folder / fixture.name)
-        inputs, expected = torch.load(folder / f"{{fixture.name}}.expected", weights_only=False)
-        results[fixture.name] = difference(run(model, inputs), expected) or "equal"
+        architecture = json.loads((saved / "config.json").read_text())["architectures"][0]
+        model = getattr(transformers, architecture).from_pretrained(saved)
+        inputs, expected = torch.load(folder / f"{{saved.name}}.expected", weights_only=False)
+        result = difference(run(model, inputs), expected) or "equal"
     except Exception as error:
-        results[fixture.name] = repr(error)
+        result = repr(error)
+    results.setdefault(saved.parent.name, {{}})[saved.name] = result
 print(json.dumps(results))
 """
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """What a fresh process without torchwrap found for each technique and fixture's model that was saved while wrapped."""
+    folder = tmp_path_factory.mktemp("saved")
+    for fixture in select(framework="transformers"):
+        torch.save((fixture.inputs(), run(fixture.build(), fixture.inputs())), folder / f"{fixture.name}.expected")
+        for case in TECHNIQUES:
+            model = case.apply(fixture.build())
+            model.save_pretrained(folder / case.name / fixture.name)
+    return json.loads(fresh_process(_LOAD.format(folder=str(folder)), torchwrap=False, timeout_s=240).splitlines()[-1])
+
+
 @every_technique
 @pytest.mark.slow
-def test_saved_model_loads_where_torchwrap_is_absent(case: Case, tmp_path: Path) -> None:
-    for fixture in select(framework="transformers"):
-        model = case.apply(fixture.build())
-        model.save_pretrained(tmp_path / fixture.name)
-        torch.save((fixture.inputs(), run(fixture.build(), fixture.inputs())), tmp_path / f"{fixture.name}.expected")
-    results = json.loads(fresh_process(_LOAD.format(folder=str(tmp_path)), torchwrap=False).splitlines()[-1])
-    assert results == dict.fromkeys(results, "equal")
-    assert len(results) == len(select(framework="transformers"))
+def test_saved_model_loads_where_torchwrap_is_absent(case: Case, loaded: dict[str, dict[str, str]]) -> None:
+    assert loaded[case.name] == {fixture.name: "equal" for fixture in select(framework="transformers")}
 
 
 @every_technique
