@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["attend"]
 
+_autocasts = torch._C._is_any_autocast_enabled  # torch 2.13
+
 
 @overload
 def attend(
@@ -121,18 +123,19 @@ def attend(
         >>> attend(q, k, k).shape
         torch.Size([1, 4, 6, 8])
     """
-    if torch.compiler.is_dynamo_compiling() and transformed():  # torch 2.13: operators of Python cannot have rules for gradients there
-        from torchwrap.attention.untraced import untraced  # slow
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling() and transformed():  # torch 2.13: operators of Python cannot have rules for gradients there
+            from torchwrap.attention.untraced import untraced  # slow
 
-        if is_forward_mode():
-            node.refuse_forward_mode()
-        options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
-        found: Tensor | tuple[Tensor, ...] = untraced(attend, q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
-        return found
-    if sinks is need_rows is None and not torch.compiler.is_compiling():
-        only_bias = mask is None and type(bias) is Tensor and bias.is_floating_point()
+            if is_forward_mode():
+                node.refuse_forward_mode()
+            options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
+            found: Tensor | tuple[Tensor, ...] = untraced(attend, q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
+            return found
+    elif sinks is need_rows is None:
+        only_bias = bias is not None and mask is None and type(bias) is Tensor and bias.is_floating_point()
         if bias is None or only_bias:
-            changes, (cast_q, cast_k, cast_v) = bias if only_bias else mask, autocast(q, k, v)
+            changes, (cast_q, cast_k, cast_v) = bias if only_bias else mask, autocast(q, k, v) if _autocasts() else (q, k, v)
             known = prepared(cast_q, cast_k, cast_v, changes, scale, softcap, dropout, backend, "bias" if only_bias else "mask")
             if known is not None:
                 found, of_rows = node.prepared(known, cast_q, cast_k, cast_v, changes, return_lse)

@@ -100,7 +100,7 @@ def prepared(
     """Out and, if it is wanted, lse of a call that was prepared, with gradients for what asks for them."""
     if not work.trains:
         return work.forward(q, k, v, mask, wants_lse)
-    found: Any = _Prepared.apply(work, wants_lse, q, k, v, mask)  # type: ignore[no-untyped-call]
+    found: Any = _apply(work, wants_lse, q, k, v, mask)
     return found if wants_lse else (found, None)
 
 
@@ -142,9 +142,16 @@ class _Prepared(torch.autograd.Function):
         work = ctx.work
         q, k, v, mask, out, lse = (*ctx.saved_tensors, None, None) if work.again else ctx.saved_tensors
         grad_out = q.new_zeros(*q.shape[:3], v.shape[3]) if grad_out is None else grad_out
+        if not (torch.is_grad_enabled() or stuck() or transformed()):
+            return None, None, *work.backward(q, k, v, out, lse, grad_out, grad_lse, mask), None
         gradients = _PreparedGradients.apply if torch.is_grad_enabled() or transformed() else _PreparedGradients.forward
         with one_thread() if stuck() else nullcontext():
             return None, None, *gradients(work, q, k, v, out, lse, grad_out, grad_lse, mask), None
+
+
+# Without looking for tensors of transforms that are over, and for a signature: nothing that is prepared has either.
+_apply: Any = super(torch.autograd.Function, _Prepared).apply
+_Prepared._backward_cls.apply = _Prepared.backward
 
 
 class _PreparedGradients(_Last):

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from torchwrap.attention.contract import Drawing, Prepared, checked
 from torchwrap.attention.dispatch import prepare, revision
 from torchwrap.attention.settings import Settings
-from torchwrap.attention.transforms import is_forward_mode, is_traced, makes_others, recorded, transformed
+from torchwrap.attention.transforms import is_traced, makes_others, recorded, transformed
 from torchwrap.native.threads import stuck
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ LAST = 2
 _Guards: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)  # torch 2.13
 _plain: dict[Any, _Held] = {}
 _modes = torch._C._len_torch_dispatch_stack  # torch 2.13
-_threads, _learns = torch.get_num_threads, torch.is_grad_enabled
+_threads, _learns, _tracing = torch.get_num_threads, torch.is_grad_enabled, torch._C._is_tracing
 
 
 def prepared(
@@ -79,7 +80,7 @@ def prepared(
                 # Torch's guards end the process over the strides of nested tensors.
                 and not (q.is_nested or k.is_nested or v.is_nested or laid_out[-1].is_nested)
                 and last.fits(*laid_out)
-                and not ((_modes() and _interfered(q)) or is_forward_mode() or is_traced() or stuck())
+                and not ((_modes() and _interfered(q)) or forward_ad._current_level >= 0 or _tracing() or stuck())
             ):
                 return last.work if q.data_ptr() and k.data_ptr() and v.data_ptr() else None
     if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu and k.is_cpu and v.is_cpu):

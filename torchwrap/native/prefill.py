@@ -338,10 +338,10 @@ class Forward(_Prepared):
         """
         out = torch.empty_like(q) if self._alike else _like(q, self._width)
         lse = torch.empty(self._rows, dtype=torch.float32, device=q.device) if wants_lse else None
+        hidden = self._hidden_at if shown is None else (shown.data_ptr(), *self._hidden_at[1:])
         addresses = self._pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), 0 if lse is None else lse.data_ptr(), self._limits_at,
-            0 if sinks is None else sinks.data_ptr(), 0, 0, 0, 0, 0, 0, 0 if bias is None else bias.data_ptr(), 0,
-            *(self._hidden_at if shown is None else (shown.data_ptr(), *self._hidden_at[1:])), seed,
+            0 if sinks is None else sinks.data_ptr(), 0, 0, 0, 0, 0, 0, 0 if bias is None else bias.data_ptr(), 0, *hidden, seed,
         )  # fmt: skip
         if status := self._run(addresses + self._rest):
             raise self._failed(status)
@@ -367,26 +367,32 @@ class Backward(_Prepared):
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None = None,
-        bias: Tensor | None = None, shown: Tensor | None = None, *, wants_bias: bool = False, wants_delta: bool = True, seed: int = 0,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """As `gradients`; lse and its gradient are contiguous, the bias is `readable`, `shown` is in place of that of `hidden`.
+        bias: Tensor | None = None, *, wants_bias: bool = False, seed: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """As `gradients`; lse and its gradient are contiguous, the bias is `readable`."""
+        delta, dbias = torch.empty(self._rows, dtype=torch.float32, device=q.device), None
+        if wants_bias and bias is not None:
+            dbias = q.new_zeros(bias.shape, dtype=torch.float32 if bias.shape == (*q.shape[:3], k.shape[2]) else torch.float64)
+        found = self.of_tensors(
+            q, k, v, out, lse, grad_out, grad_lse, bias, None, seed, delta.data_ptr(), 0 if dbias is None else dbias.data_ptr()
+        )
+        return *found, delta, dbias
 
-        A delta that is not wanted is None.
-        """
+    def of_tensors(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+        bias: Tensor | None, shown: Tensor | None, seed: int, delta_at: int = 0, dbias_at: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Gradients of q, k and v alone; `shown` is in place of that of `hidden`, the others go where they are said to, if anywhere."""
         if self._alike:
             dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         else:
             dq, dk, dv = _like(q, q.shape[3]), _like(k, k.shape[3]), _like(v, v.shape[3])
-        delta = torch.empty(self._rows, dtype=torch.float32, device=q.device) if wants_delta else None
-        dbias = None
-        if wants_bias and bias is not None:
-            dbias = q.new_zeros(bias.shape, dtype=torch.float32 if bias.shape == (*q.shape[:3], k.shape[2]) else torch.float64)
+        hidden = self._hidden_at if shown is None else (shown.data_ptr(), *self._hidden_at[1:])
         addresses = self._pack(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr(), 0 if lse is None else lse.data_ptr(),
             self._limits_at, 0, grad_out.data_ptr(), 0 if grad_lse is None else grad_lse.data_ptr(), dq.data_ptr(), dk.data_ptr(),
-            dv.data_ptr(), *(0 if tensor is None else tensor.data_ptr() for tensor in (delta, bias, dbias)),
-            *(self._hidden_at if shown is None else (shown.data_ptr(), *self._hidden_at[1:])), seed,
+            dv.data_ptr(), delta_at, 0 if bias is None else bias.data_ptr(), dbias_at, *hidden, seed,
         )  # fmt: skip
         if status := self._run(addresses + self._rest):
             raise self._failed(status)
-        return dq, dk, dv, delta, dbias
+        return dq, dk, dv

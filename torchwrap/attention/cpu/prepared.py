@@ -67,7 +67,7 @@ class Few:
         """Out and lse."""
         if self._copies:
             q = q.contiguous()
-        bias = self._bias(mask)
+        bias = self._biased if mask is None or self._biased is not None else _added(mask)
         out = torch.empty_like(q) if self._alike else torch.empty(self._shape, dtype=self._dtype, device=q.device)
         lse = torch.empty(self._shape[:3], dtype=torch.float32, device=q.device) if wants_lse else None
         at, of_bias = 0 if lse is None else lse.data_ptr(), 0 if bias is None else bias.data_ptr()
@@ -114,16 +114,18 @@ class _Backward:
         bias: Tensor | None = None, shown: Tensor | None = None, seed: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of q, k and v."""
-        grad_out = in_memory(grad_out)
-        if grad_out.stride(3) != 1:
+        if grad_out.is_neg() or grad_out._is_zerotensor():
+            grad_out = in_memory(grad_out)
+        strides = grad_out.stride()
+        if strides[3] != 1:
             grad_out = grad_out.contiguous()
-        held, strides = self._held, grad_out.stride()
+            strides = grad_out.stride()
+        held = self._held
         if held is None or held[0] != strides:
             work = Backward(q, k, v, grad_out if out is None else out, grad_out, bias=bias, **self._how)
             held = self._held = strides, work
         of_lse = None if grad_lse is None else in_memory(grad_lse).contiguous()
-        dq, dk, dv, *_ = held[1](q, k, v, out, lse, grad_out, of_lse, bias, shown, wants_delta=False, seed=seed)
-        return dq, dk, dv
+        return held[1].of_tensors(q, k, v, out, lse, grad_out, of_lse, bias, shown, seed)
 
 
 class Many:
