@@ -149,9 +149,10 @@ class _Prepared(torch.autograd.Function):
             return None, None, *gradients(work, q, k, v, out, lse, grad_out, grad_lse, mask), None
 
 
-# Without looking for tensors of transforms that are over, and for a signature: nothing that is prepared has either.
+# Straight to the node (torch 2.13): no search for tensors of transforms that are over, and for a signature; nothing prepared has either.
 _apply: Any = super(torch.autograd.Function, _Prepared).apply
-_Prepared._backward_cls.apply = _Prepared.backward
+_of_node: Any = _Prepared._backward_cls
+_of_node.apply = _Prepared.backward
 
 
 class _PreparedGradients(_Last):
