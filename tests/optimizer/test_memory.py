@@ -92,13 +92,13 @@ def test_memory_of_freed_tensors_is_used_again_until_the_optimizer_is_closed() -
     before = FreedBlocks.counts()["bytes"]
     optimizer = tw.OffloadedOptimizer(model, torch.optim.SGD, lr=1e-3)
     assert not optimizer._works.freed.reason
-    assert handle.predict_training(batch=1, tokens=256).kept_bytes == block
+    assert handle.predict_training(batch=1, tokens=256).kept_bytes == block // 2  # beside a block's gradients
     for _ in range(2):
         reused = FreedBlocks.counts()["reused"]
         model(torch.ones(256, 512)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert FreedBlocks.counts()["reused"] > reused
-    assert before < FreedBlocks.counts()["bytes"] <= others + block
+    assert before < FreedBlocks.counts()["bytes"] <= others + block + block // 2
     optimizer.close()
     assert FreedBlocks.counts()["bytes"] <= others

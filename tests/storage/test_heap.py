@@ -251,3 +251,25 @@ def test_profiler_sees_every_tensor(freed: FreedBlocks) -> None:
         return [event.self_cpu_memory_usage for event in seen.key_averages() if event.key == "aten::empty"]
 
     assert peak() == [6 * MIB]
+
+
+def test_less_is_kept_while_memory_is_in_use_elsewhere(freed: FreedBlocks) -> None:
+    before = FreedBlocks.counts()["bytes"]
+    tensors = [torch.empty(3 * MIB, dtype=torch.uint8) for _ in range(2)]
+    tensors.clear()
+    assert FreedBlocks.counts()["bytes"] == before + 6 * MIB
+    freed.lend(4 * MIB)
+    assert FreedBlocks.counts()["bytes"] == before + 3 * MIB  # the oldest went
+    freed.lend(8 * MIB)  # more than there is
+    assert FreedBlocks.counts()["bytes"] == before
+    tensor = torch.empty(3 * MIB, dtype=torch.uint8)
+    del tensor
+    assert FreedBlocks.counts()["bytes"] == before
+    freed.lend(-12 * MIB)
+    tensor = torch.empty(3 * MIB, dtype=torch.uint8)
+    del tensor
+    assert FreedBlocks.counts()["bytes"] == before + 3 * MIB
+    freed.lend(8 * MIB)
+    freed.close()
+    freed.lend(-8 * MIB)
+    assert FreedBlocks.counts()["bytes"] == before

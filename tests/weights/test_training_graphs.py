@@ -30,6 +30,7 @@ class Heard:
     def __init__(self) -> None:
         self.units: list[int] = []
         self.ends: list[BaseException | None] = []
+        self.tables: list[tuple[int, bool]] = []
         self.begun = 0
 
     def backward_begun(self) -> None:
@@ -37,6 +38,9 @@ class Heard:
 
     def unit_done(self, unit: Unit) -> None:
         self.units.append(unit.index)
+
+    def table_reached(self, nbytes: int) -> None:
+        self.tables.append((nbytes, bool(self.ends)))
 
     def backward_done(self, error: BaseException | None) -> None:
         self.ends.append(error)
@@ -186,6 +190,29 @@ def test_saving_after_an_exception_inside_backward() -> None:
     assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
     tw.unwrap(model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_listeners_hear_of_a_table_before_its_gradient_is_made(tied: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.block, self.head = nn.Embedding(2048, 256), nn.Linear(256, 256), nn.Linear(256, 2048, bias=False)
+            self.head.weight = self.table.weight if tied else self.head.weight
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return self.head(self.block(self.table(ids)))
+
+    model = tw.offload(Model(), params="disk", units=("block",))
+    handle = tw.handle_of(model, "offload")
+    heard = Heard()
+    handle.backward.listeners.append(heard)
+    gradients: list[int] = []
+    model.table.weight.register_post_accumulate_grad_hook(lambda _: gradients.append(len(heard.tables)))  # type: ignore[union-attr]
+    model(torch.tensor([[3, 5]])).square().mean().backward()
+    nbytes = 2048 * 256 * 4
+    assert heard.tables == [(2 * nbytes if tied else nbytes, False)]
+    assert gradients == [1]
 
 
 def test_listeners_hear_every_unit_once_and_the_end_last() -> None:

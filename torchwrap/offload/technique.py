@@ -109,7 +109,15 @@ class OffloadTechnique(StreamingTechnique[Offload]):
 
         def planned_for(budget: Budget) -> ResidencyPlan:
             limit = whole if config.params == "device" else budget.device
-            divide = partial(plan_residency, planned, fixed_bytes=fixed, slots=config.k, keep_resident=keep_resident, remedy=budget.remedy)
+            divide = partial(
+                plan_residency,
+                planned,
+                fixed_bytes=fixed,
+                slots=config.k,
+                keep_resident=keep_resident,
+                even=training is not None,
+                remedy=budget.remedy,
+            )
             plan = divide(budget=limit)
             if training is None or config.params == "device" or config.device_memory is not None or config.host_memory is not None:
                 return plan

@@ -12,11 +12,10 @@ from torch import nn
 
 from torchwrap.core import errors
 from torchwrap.core.config import parse_size
-from torchwrap.optimizer.gradients import Timing
 from torchwrap.storage.limits import memory_available
 from torchwrap.storage.pool import BLOCK
 
-__all__ = ["Asked", "asked_for", "check_arguments", "check_model", "timing_of"]
+__all__ = ["Asked", "Timing", "asked_for", "check_arguments", "check_model", "timing_of"]
 
 
 def check_arguments(
@@ -98,6 +97,27 @@ def asked_for(overlap: bool, max_grad_norm: float | None, accumulate: int, gradi
         )
     # DistributedDataParallel averages the gradients of all processes at the end of backward, in memory, even if there is one process.
     return Asked(False, accumulate, "host")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When gradients are used.
+
+    Attributes:
+        take: hand them to the worker during the last backward of a step.
+        park: put those that have to wait on the disk.
+        backwards: per step.
+        room: bytes of taken gradients that may wait before the backward does.
+        beside: folder for parked ones; `None` means the system's.
+        norms: find out the norm of what is taken, for a training loop that wants to log it.
+    """
+
+    take: bool
+    park: bool
+    backwards: int
+    room: int
+    beside: Path | None
+    norms: bool = False
 
 
 def timing_of(asked: Asked, trained_bytes: int, room: int, beside: Path | None) -> Timing:

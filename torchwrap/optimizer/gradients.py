@@ -12,8 +12,6 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +19,7 @@ import torch
 from torchwrap.core import errors
 from torchwrap.core.tensors import is_placeholder
 from torchwrap.optimizer import refused
+from torchwrap.optimizer.arguments import Timing
 from torchwrap.optimizer.chunks import Parked, Update
 from torchwrap.optimizer.elementwise import settings_of
 from torchwrap.optimizer.handover import Handover
@@ -34,28 +33,7 @@ from torchwrap.weights.stepping import refuse_calls, refuse_others
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
 
-__all__ = ["Gradients", "Timing"]
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """When gradients are used.
-
-    Attributes:
-        take: hand them to the worker during the last backward of a step.
-        park: put those that have to wait on the disk.
-        backwards: per step.
-        room: bytes of taken gradients that may wait before the backward does.
-        beside: folder for parked ones; `None` means the system's.
-        norms: find out the norm of what is taken, for a training loop that wants to log it.
-    """
-
-    take: bool
-    park: bool
-    backwards: int
-    room: int
-    beside: Path | None
-    norms: bool = False
+__all__ = ["Gradients"]
 
 
 class Gradients:
@@ -133,9 +111,16 @@ class Gradients:
         self.handover.unit_done(unit.index)
         self._updater.wait_for_room(self.timing.room)
 
+    def table_reached(self, nbytes: int) -> None:
+        """Wait until the gradient of a table has room among those that wait."""
+        if self.timing.take:
+            self._updater.wait_for_room(max(0, self.timing.room - nbytes))
+            self._updater.set_aside(nbytes)
+
     def backward_done(self, error: BaseException | None) -> None:
         """Hand over the rest, and wait. Until the step is over, some weights are those of before and some those of after."""
         self._taking = False
+        self._updater.set_aside(0)
         for target in self._lifted:
             if target in self._parked and target.parameter.grad is None:
                 target.parameter.grad = target.standin
@@ -244,6 +229,7 @@ class Gradients:
         self._used.add(target)
         known = target.gradient_norm() if self.timing.norms else None
         gradient = target.take_gradient(known, parked=False).detach()
+        self._updater.set_aside(0)
         self._taking = True
         update = Update(target, gradient, self.settings[target.group], torch.get_num_threads())
         self._given.append(update)

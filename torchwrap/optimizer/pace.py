@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torchwrap.optimizer.arguments import Timing
 from torchwrap.optimizer.chunks import Chunks
-from torchwrap.optimizer.gradients import Timing
 from torchwrap.optimizer.targets import Target, records_needed
 from torchwrap.optimizer.updates import Updater
 from torchwrap.storage.generations import GenerationStore

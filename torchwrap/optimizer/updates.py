@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from torchwrap.core import errors
 from torchwrap.optimizer.chunks import Chunk, Chunks, Update
+from torchwrap.storage.heap import FreedBlocks
 from torchwrap.storage.patience import LOOK_S, Patience
 from torchwrap.storage.pool import Buffer
 from torchwrap.storage.priority import give_way
@@ -55,14 +56,17 @@ class Updater:
         engine: withholds units; `None` where no weight is streamed.
         timeout_s: longest time without progress.
         timeline: where the trainer's waiting is recorded, if anywhere.
+        freed: keeps freed tensors, together with the gradients that wait here.
 
     Attributes:
         unfinished: updates that did not happen because of an error.
         waited_s: seconds that the trainer spent in `wait` and `wait_for_room`.
     """
 
-    def __init__(self, chunks: Chunks, engine: Engine | None, timeout_s: float, timeline: Timeline | None = None) -> None:
-        self._chunks, self._engine, self._timeout_s, self._timeline = chunks, engine, timeout_s, timeline
+    def __init__(
+        self, chunks: Chunks, engine: Engine | None, timeout_s: float, timeline: Timeline | None = None, freed: FreedBlocks | None = None
+    ) -> None:
+        self._chunks, self._engine, self._timeout_s, self._timeline, self._freed = chunks, engine, timeout_s, timeline, freed
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
         self._writes: deque[_Step] = deque()
@@ -71,6 +75,7 @@ class Updater:
         self._alive = 0  # chunks whose buffers are in use
         self._pending = 0  # updates handed in and not over
         self._bytes = 0  # of their gradients
+        self._aside = 0
         self._moved = time.monotonic()
         self._threads: list[threading.Thread] = []
         self._stopped = False
@@ -90,7 +95,7 @@ class Updater:
                 self.unfinished += job.updates
                 return
             self._pending += len(job.updates)
-            self._bytes += sum(update.gradient_nbytes for update in job.updates)
+            self._count(sum(update.gradient_nbytes for update in job.updates))
             if self._engine is not None:
                 self._engine.expect_update(job.pieces)
             self._jobs.append(job)
@@ -112,6 +117,18 @@ class Updater:
     def wait_for_room(self, nbytes: int) -> None:
         """Return when the gradients that wait take no more than `nbytes`, or after an error."""
         self._wait_while(lambda: self._bytes > nbytes and self._error is None)
+
+    def set_aside(self, nbytes: int) -> None:
+        """So much of what gradients may take is for one that is being made: no freed tensors are kept there until it is handed in."""
+        with self._changed:
+            more, self._aside = nbytes - self._aside, nbytes
+            self.lend(more)
+
+    def lend(self, nbytes: int) -> None:
+        """Keep so much less of freed tensors, see `FreedBlocks.lend`; any thread may call it."""
+        with self._changed:
+            if self._freed is not None and nbytes:
+                self._freed.lend(nbytes)
 
     def check(self) -> None:
         """Raise the error of an update that failed, once; updates handed in later are carried out again."""
@@ -257,7 +274,7 @@ class Updater:
             if job.failed:  # by another of its updates, which counted this one among the unfinished
                 self.unfinished.remove(update)
                 return
-            self._bytes -= update.gradient_nbytes
+            self._count(-update.gradient_nbytes)
             update.gradient = None
             job.updates.remove(update)
             last = not job.updates
@@ -269,6 +286,11 @@ class Updater:
             self._changed.notify_all()
 
     # -- both --------------------------------------------------------------------------------------------------------------------------
+
+    def _count(self, nbytes: int) -> None:
+        """So many bytes of gradients more, or less, are there; to be called before they are freed."""
+        self._bytes += nbytes
+        self.lend(nbytes)
 
     def _let_go(self, job: Job) -> None:
         with self._changed:
@@ -291,7 +313,7 @@ class Updater:
                 self._let_go(each)
         with self._changed:
             self._pending -= sum(len(each.updates) for each in failed)
-            self._bytes -= sum(left.gradient_nbytes for each in failed for left in each.updates)
+            self._count(-sum(left.gradient_nbytes for each in failed for left in each.updates))
             self._moved = time.monotonic()
             self._changed.notify_all()
 

@@ -10,16 +10,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchwrap.optimizer.arguments import Asked, timing_of
+from torchwrap.optimizer.arguments import Asked, Timing, timing_of
 from torchwrap.optimizer.chunks import Chunks
 from torchwrap.optimizer.elementwise import Rule
-from torchwrap.optimizer.gradients import Gradients, Timing
+from torchwrap.optimizer.gradients import Gradients
 from torchwrap.optimizer.pace import Pace, footprint_of
 from torchwrap.optimizer.parameters import Parameters
 from torchwrap.optimizer.resident import Resident
@@ -104,12 +105,16 @@ class Workshop:
             engine = handle.engine if handle is not None else None
             held = engine.copy_held if engine is not None else None
             self.chunks: Chunks = Chunks(rule, self.store, self.reader, held, values.landed, timeline)
-            self.updater: Updater = Updater(self.chunks, engine, timeout_s, timeline)
+            (self._within, self._beside), self._unused = self._kept(), 0
+            self.freed: FreedBlocks = FreedBlocks(self._within + self._beside)
+            self.updater: Updater = Updater(self.chunks, engine, timeout_s, timeline, self.freed)
             self.pace: Pace = Pace(handle, self.updater, self.chunks)
             self.gradients: Gradients = Gradients(lambda: parameters.checked(groups()), handle, self.updater, self.timing(asked))
+            self._share_freed()
             self.step: Step = Step(targets, self.gradients, self.updater, max_grad_norm)
-            self.freed: FreedBlocks = FreedBlocks(self._kept())
         except BaseException:
+            with suppress(AttributeError):  # not made yet
+                self.freed.close()
             self.store.close()
             raise
 
@@ -118,13 +123,23 @@ class Workshop:
         room = room_for(self._handle.units if self._handle is not None else (), self.site.chunk)
         return timing_of(asked, self._trained_bytes, room, self.site.beside)
 
-    def _kept(self) -> int:
-        """Bytes of freed tensors to keep; on another device than the CPU they come from an allocator that keeps them anyway."""
+    def _share_freed(self) -> None:
+        """Gradients that wait for the worker count as kept; where others wait, or on the disk, as much is kept as may wait here."""
+        timing = self.gradients.timing
+        before, self._unused = self._unused, 0 if timing.take and timing.backwards == 1 else self._beside
+        self.updater.lend(self._unused - before)
+
+    def _kept(self) -> tuple[int, int]:
+        """Bytes of freed tensors to keep where gradients may wait, and beside them; no chunk is larger than the largest weight.
+
+        Nothing on another device than the CPU, where they come from an allocator that keeps them anyway.
+        """
         sizes = [t.parameter.numel() * t.parameter.element_size() for t in self.parameters.targets if t.parameter.device.type == "cpu"]
-        on_cpu = self._handle is None or self._handle.device.type == "cpu"
-        return (
-            kept_bytes(self._handle.units if self._handle is not None else (), min(self.site.chunk, max(sizes))) if on_cpu and sizes else 0
-        )
+        if not sizes or (self._handle is not None and self._handle.device.type != "cpu"):
+            return 0, 0
+        units, chunk = self._handle.units if self._handle is not None else (), min(self.site.chunk, max(sizes))
+        beside = kept_bytes(units, chunk)
+        return room_for(units, chunk) if beside else 0, beside
 
     def check_room(self, more: int = 0, *, again: bool = False) -> None:
         """Raise `BudgetError` if a step of the offloaded model takes more memory than the limit of a control group leaves.
@@ -141,7 +156,7 @@ class Workshop:
         adds, targets = self.footprint(), [t for t in self.parameters.targets if t.parameter.requires_grad]
         state = sum(t.numel * sum(dtype.itemsize for dtype in t.layout.values()) for t in targets if not t.streamed)
         there = sum(t.parameter.grad.nbytes for t in targets if t.parameter.grad is not None and not t.is_taken())
-        there += state + min(adds.kept, FreedBlocks.counts()["bytes"]) if again else 0
+        there += state + min(adds.kept + adds.gradients, FreedBlocks.counts()["bytes"]) if again else 0
         slots = handle.plan.slots * handle.plan.slot_bytes - (handle.engine.held_bytes if handle.engine is not None else 0)
         needed, available = adds.ring + adds.gradients + adds.kept + state + slots + more - there, memory_available() or 0
         less = max(0, handle.plan.held_bytes - (needed - available))
@@ -159,11 +174,13 @@ class Workshop:
         """
         old, before = self.gradients.timing, self.footprint() if self._handle is not None else None
         self.gradients.timing = self.timing(asked)
+        self._share_freed()
         try:
             if before is not None and self.footprint().gradients > before.gradients:
                 self.check_room(again=True)
         except BaseException:
             self.gradients.timing = old
+            self._share_freed()
             raise
 
     def check_new(self, parameters: Sequence[torch.Tensor]) -> None:
@@ -268,7 +285,8 @@ class Workshop:
     def footprint(self) -> Footprint:
         """What the optimizer adds to a training step in memory and bytes moved."""
         assert self._handle is not None
-        timing, kept, reused = self.gradients.timing, self.freed.nbytes, self.pace.reused
+        timing, reused = self.gradients.timing, self.pace.reused
+        kept = 0 if not self.freed.nbytes else self.freed.nbytes - (self._unused or self._within)
         return footprint_of(self.parameters.streamed, self.store, self.site.chunk, timing, self._handle, kept, reused)
 
     @property

@@ -76,13 +76,30 @@ class FreedBlocks:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes: int = 0
+        self._lent = self._held = 0
         self.reason: str = refusal() or ("" if nbytes > 0 else "there is nothing to keep")
         if not self.reason:
             from torchwrap.native.library import library  # slow: registers operators
 
             keep_heap_small()
             self.reason = _REFUSALS.get(library().torchwrap_blocks_hold(nbytes, _THRESHOLD), "")
-            self.nbytes = 0 if self.reason else nbytes
+            self.nbytes = self._held = 0 if self.reason else nbytes
+
+    def lend(self, nbytes: int) -> None:
+        """Keep `nbytes` less from now on, as the same memory is in use elsewhere, or more again if that is negative. One thread at a time.
+
+        Something always remains, so that blocks go on coming from where they did.
+        """
+        self._lent += nbytes
+        held = max(min(self.nbytes, _THRESHOLD), self.nbytes - self._lent)
+        more, self._held = held - self._held, held
+        if more:
+            from torchwrap.native.library import library  # slow: registers operators
+
+            if more < 0:
+                library().torchwrap_blocks_release(-more)
+            elif library().torchwrap_blocks_hold(more, _THRESHOLD):
+                self._held -= more  # another thread did not let go: it keeps less until it is asked again
 
     @staticmethod
     def counts() -> Mapping[str, int]:
@@ -98,7 +115,7 @@ class FreedBlocks:
         """Give up what this one may keep; after the last one everything is as it was. Calling it again does nothing."""
         from torchwrap.native.library import library  # slow: registers operators
 
-        nbytes, self.nbytes = self.nbytes, 0
+        nbytes, self.nbytes, self._held = self._held, 0, 0
         if nbytes:
             library().torchwrap_blocks_release(nbytes)
 

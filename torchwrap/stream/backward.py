@@ -38,6 +38,10 @@ class BackwardListener(Protocol):
         """Every node of the unit that this backward has reached has run. A unit used several times may be reported several times."""
         ...
 
+    def table_reached(self, nbytes: int) -> None:
+        """The gradient of a lookup in a table is known; that of the table comes next and takes so many bytes."""
+        ...
+
     def backward_done(self, error: BaseException | None) -> None:
         """The outermost backward is over. `error` tells that it was cut short; then the call comes with the next use of the model."""
         ...
@@ -140,6 +144,11 @@ class Backward:
         """Follow the backward into this use of the unit through what it returned."""
         self._hook(output, lambda _: self._enter(unit))
 
+    def watch_lookup(self, output: Any, nbytes: int) -> None:
+        """Notice that the gradient of a table follows, which takes `nbytes` while it is made."""
+        if self.listeners:
+            self._hook(output, lambda _: self._reach(nbytes))
+
     def watch_root(self, output: Any) -> None:
         """Notice the outermost backward before it reaches a unit; with reentrant checkpointing those run in backwards of their own."""
         self._hook(output, lambda _: self._begin())
@@ -175,6 +184,11 @@ class Backward:
 
     def _begin(self) -> None:
         self._ours()
+
+    def _reach(self, nbytes: int) -> None:
+        if self._ours():
+            for listener in self.listeners:
+                listener.table_reached(nbytes)
 
     def _ours(self) -> bool:
         """Begin to follow the running backward, unless another one is followed already in another thread."""

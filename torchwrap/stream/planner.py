@@ -90,6 +90,7 @@ def plan_residency(
     budget: int,
     slots: int = 0,
     keep_resident: bool = True,
+    even: bool = False,
     remedy: Callable[[int], str] = _more_device_memory,
 ) -> ResidencyPlan:
     """Divide `budget` bytes.
@@ -100,6 +101,7 @@ def plan_residency(
         budget: bytes of weights that may be present at once.
         slots: number of slots; 0 chooses two (read one unit while another computes), one if two do not fit.
         keep_resident: turn what is left of the budget into resident pieces; False streams every piece.
+        even: let as much stay of one unit as of another, rather than in as few pieces as can be.
         remedy: what an error tells the user to change for a budget of so many bytes.
 
     Raises:
@@ -137,7 +139,7 @@ def plan_residency(
     least = fixed_bytes + total - table_bytes if keep_resident else sys.maxsize  # everything but tables resident needs no slot
     for count in counts:
         for slot_bytes in _candidate_slots(scanned) if keep_resident else _candidate_slots(scanned)[:1]:
-            plan = _divide(scanned, sizes, fixed_bytes, budget, count, slot_bytes, table_bytes, keep_resident)
+            plan = _divide(scanned, sizes, fixed_bytes, budget, count, slot_bytes, table_bytes, keep_resident, min if even else max)
             if isinstance(plan, int):
                 least = min(least, plan)
             elif best is None or plan.streamed_bytes < best.streamed_bytes:
@@ -173,6 +175,7 @@ def _divide(
     slot_bytes: int,
     table_bytes: int,
     keep_resident: bool,
+    first: Callable[..., int],
 ) -> ResidencyPlan | int:
     """The plan with this slot size, or the smallest budget it would need."""
     streamed: dict[int, list[int]] = {}
@@ -190,7 +193,7 @@ def _divide(
     if needed > budget:
         return needed
     rest = budget - needed if keep_resident else 0
-    # Spread what is left evenly over the scan: ordinary units first, then experts; in each round the largest piece that fits.
+    # Spread what is left evenly over the scan: ordinary units first, then experts; in each round the largest (or smallest) piece that fits.
     for conditional in (False, True):
         order = _spread([p for p, unit in enumerate(units) if unit.conditional is conditional])
         progress = True
@@ -199,7 +202,7 @@ def _divide(
             for position in order:
                 fitting = [index for index in streamed[position] if sizes[index] <= rest]
                 if fitting:
-                    index = max(fitting, key=lambda i: sizes[i])
+                    index = first(fitting, key=lambda i: sizes[i])
                     streamed[position].remove(index)
                     resident.add(index)
                     rest -= sizes[index]

@@ -20,6 +20,7 @@ __all__ = [
     "left_behind",
     "room_for",
     "staying_bytes",
+    "table_bytes",
     "waiting_bytes",
 ]
 
@@ -76,21 +77,31 @@ def staying_bytes(units: Iterable[Unit], pieces: Iterable[Piece], resident: Coll
     return sum(p.nbytes for p in pieces if p.parameter.requires_grad and p.index not in away and p.index not in left)
 
 
+def table_bytes(units: Iterable[Unit], table: Piece) -> int:
+    """What the gradient of a table takes while it is made: itself, and where the table is a head's weight too, the sum with that one's."""
+    return table.nbytes * (2 if _uses(units, table) > 1 else 1)
+
+
 def waiting_bytes(units: Iterable[Unit], pieces: Sequence[Piece], room: int, resident: Collection[int]) -> int:
     """Gradients present at once while updates run during backward: `room` that may wait, the next ones, and those that have to.
 
     The next is that of one weight of a block; those of a unit with others inside are handed over together. Those of weights in memory have
     to wait until the backward leaves their block, or for its end, and while one of the former is updated its new values are there too.
+    For that of a table others make room; where the table is a head's weight too, the head's gradient waits for it in autograd.
     """
     units = list(units)
+    tables = [unit.pieces[0] for unit in units if unit.kind == "rows" and unit.pieces and unit.pieces[0].parameter.requires_grad]
+    shared = {table.index: table.nbytes for table in tables if _uses(units, table) > 1}
+    table = max((table_bytes(units, table) - room for table in tables), default=0)
     left = left_behind(units, resident)
     kept = [[p.nbytes for p in unit.pieces if p.index in left and p.parameter.requires_grad] for unit in units]
     having = max(map(sum, kept), default=0) + max((size for sizes in kept for size in sizes), default=0)
     around = {unit.parent for unit in units}
     singly = [unit for unit in units if unit.kind == "block" and unit.index not in around]
-    together = [unit for unit in units if unit.kind != "block" or unit.index in around]
+    others = [unit for unit in units if not any(piece.index in shared for piece in unit.pieces)]
+    together = [unit for unit in others if unit.kind not in ("block", "rows") or unit.index in around]
     following = max(_largest(together), max((p.nbytes for unit in singly for p in unit.pieces if p.parameter.requires_grad), default=0))
-    return room + following + having + staying_bytes(units, pieces, resident)
+    return room + max(following, table) + sum(shared.values()) + having + staying_bytes(units, pieces, resident)
 
 
 def room_for(units: Iterable[Unit], chunk: int) -> int:
@@ -99,11 +110,13 @@ def room_for(units: Iterable[Unit], chunk: int) -> int:
 
 
 def kept_bytes(units: Iterable[Unit], chunk: int) -> int:
-    """Bytes of freed tensors that are kept for the next ones: as many as gradients may wait; 0 where that cannot be.
+    """Bytes of freed tensors that are kept for the next ones beside gradients that wait; 0 where that cannot be.
 
-    Chosen: with half of it a step takes 6 % longer, with half more as long (medians of two to four runs, docs/figures.md).
+    What gradients may take and do not is kept as well. As these are at their most when a unit's worth of them waits, this much is for the
+    next one, and for what is computed on the way there: half a unit, or the largest of its gradients (chosen).
     """
-    return 0 if refusal() else room_for(units, chunk)
+    sizes = [piece.nbytes for unit in units if unit.kind == "block" for piece in unit.pieces if piece.parameter.requires_grad]
+    return 0 if refusal() else max(room_for(units, chunk) // 2, max(sizes, default=0))
 
 
 def elements_of(chunk: int, element: int, state: int) -> int:
@@ -142,6 +155,10 @@ def expected_footprint(
         written=state + away,
         overlaps=True,
     )
+
+
+def _uses(units: Iterable[Unit], piece: Piece) -> int:
+    return sum(1 for unit in units if any(other is piece for other in unit.pieces))
 
 
 def _largest(units: Iterable[Unit]) -> int:

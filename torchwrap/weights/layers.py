@@ -15,11 +15,12 @@ from torch import nn
 from torchwrap.core import errors
 from torchwrap.core.layer import CallState, Layer
 from torchwrap.core.tensors import bind
+from torchwrap.storage.heap import FreedBlocks
 from torchwrap.stream.pieces import check_untouched
 from torchwrap.stream.rows import RowTable
 from torchwrap.stream.units import Piece, Unit
 from torchwrap.stream.watch import AbsentUseGuard, can_watch
-from torchwrap.weights.footprint import staying_bytes
+from torchwrap.weights.footprint import staying_bytes, table_bytes
 from torchwrap.weights.measure import Meter
 from torchwrap.weights.saved import saving_for
 from torchwrap.weights.transforms import refuse_transforms
@@ -198,8 +199,12 @@ class RowLayer(WeightsLayer):
             ids = args[0] if args else kwargs["input"]
             with self.handle.unchanging(table.piece):
                 if self.handle.plain_table(module):
-                    return table.forward(module, ids)
-                return self._through_own_forward(module, table, call, ids, args, kwargs)
+                    output = table.forward(module, ids)
+                else:
+                    output = self._through_own_forward(module, table, call, ids, args, kwargs)
+        if torch.is_grad_enabled() and table.piece.parameter.requires_grad:
+            self.handle.backward.watch_lookup(output, table_bytes(self.handle.units, table.piece))
+        return output
 
     def _through_own_forward(
         self,
@@ -280,10 +285,11 @@ def _copies_weight(args: tuple[Any, ...]) -> bool:
 def _room_of_gradients(handle: WeightsHandle) -> int:
     """Bytes that a forward may use because gradients will need them in the backward after it, and only then.
 
-    Not those of gradients of weights that stay: they may be there still, from the step before.
+    Not those of gradients of weights that stay: they may be there still, from the step before. Nor what freed tensors hold of them.
     """
     optimizer = handle.optimizer() if handle.driven and torch.is_grad_enabled() else None
     footprint = optimizer.footprint() if optimizer is not None else None
     if footprint is None or not (footprint.overlaps and footprint.grows):
         return 0
-    return footprint.gradients - staying_bytes(handle.units, handle.pieces, {piece.index for piece in handle.pieces if piece.resident})
+    staying = staying_bytes(handle.units, handle.pieces, {piece.index for piece in handle.pieces if piece.resident})
+    return footprint.gradients + footprint.kept - staying - FreedBlocks.counts()["bytes"]

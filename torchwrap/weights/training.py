@@ -244,8 +244,9 @@ class StepToCome:
         if handle is None or optimizer is None:
             return 0
         footprint = optimizer.footprint()
-        coming = max(0, footprint.kept - FreedBlocks.counts()["bytes"]) + (footprint.gradients if handle.device.type == "cpu" else 0)
-        return coming + step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
+        coming = footprint.kept + (footprint.gradients if handle.device.type == "cpu" else 0)
+        working = step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
+        return max(0, coming - FreedBlocks.counts()["bytes"]) + working
 
     def moved(self) -> tuple[int, int]:
         """Bytes read and written during a backward; updates that do not overlap come after it."""
