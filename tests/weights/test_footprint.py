@@ -11,6 +11,7 @@ from torch import nn
 
 import torchwrap as tw
 from torchwrap.stream.settings import state_bytes
+from torchwrap.weights.footprint import Footprint, waiting
 
 MASTER = "master_weights(AdamW)"
 
@@ -76,3 +77,48 @@ def test_a_chunk_is_shorter_where_its_state_is_larger() -> None:
             optimizer.zero_grad()
     assert rings[0] == 3 * 3 * chunk
     assert rings[1] <= rings[0] < 1.1 * rings[1]  # whole pages
+
+
+class Tabled(nn.Module):
+    """A table of 2 MiB, two blocks of 256 KiB, and a head as large as the table, or the table."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.blocks = nn.Embedding(2048, 256), nn.ModuleList(nn.Linear(256, 256, bias=False) for _ in range(2))
+        self.head = nn.Linear(256, 2048, bias=False)
+        self.head.weight = self.table.weight if tied else self.head.weight
+
+    def forward(self, ids: torch.Tensor) -> Any:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parts_of_a_backward_that_come_one_after_the_other_do_not_add_up(tied: bool) -> None:
+    big, small, kept = 2048 * 256 * 4, 256 * 256 * 4, 1000
+    model = tw.offload(Tabled(tied), goal="train", params="disk", units=("blocks.0", "blocks.1"))
+    handle = tw.handle_of(model, "offload")
+    waits = waiting(handle.units, handle.pieces, big, kept, ())
+    assert waits.outside == big + big  # what may wait, and the head's own
+    if tied:
+        assert waits.blocks == big + small + big  # the head's waits in autograd
+        assert waits.tables == 3 * big  # for the table's, and for their sum
+    else:
+        assert waits.blocks == big + big
+        assert waits.tables == big + kept
+    footprint = Footprint(ring=10, gradients=30, kept=4, read=0, written=0, overlaps=True, outside=20, tables=50)
+    assert footprint.held == 50
+    assert footprint.peak(7, 0, 0) == 10 + 7 + 50
+    assert footprint.peak(40, 33, 5) == 10 + 7 + 20 + 4 + 33  # a copy of the head's weight, when nothing waits
+    assert footprint.peak(40, 33, 30) == 10 + 7 + 30 + 4 + 30
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_a_model_that_stays_as_a_whole_are_those_of_its_weights(tied: bool) -> None:
+    big, small = 2048 * 256 * 4, 256 * 256 * 4
+    handle = tw.handle_of(tw.offload(Tabled(tied), goal="train", params="disk", units=("blocks.0", "blocks.1")), "offload")
+    waits = waiting(handle.units, handle.pieces, big, 0, {piece.index for piece in handle.pieces})
+    every = 2 * small + (1 if tied else 2) * big
+    assert every <= waits.blocks <= every + big

@@ -155,6 +155,7 @@ def _training(
         present=process_bytes() + slots + (0 if separate else plan.fixed_bytes + plan.resident_bytes),
         slots=slots,
         working=0 if separate else working,
+        copied=(0, 0) if separate else (blueprint.scratch, training.inside),
         weights=2 * plan.streamed_bytes,
         read_rate=bandwidth,
         write_rate=bandwidth,

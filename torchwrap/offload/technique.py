@@ -37,7 +37,7 @@ from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_
 from torchwrap.weights.budget import Budget, weight_budget
 from torchwrap.weights.experts import ExpertsLayer, groups_of
 from torchwrap.weights.folder import SOURCES
-from torchwrap.weights.footprint import waiting_bytes
+from torchwrap.weights.footprint import scratch_bytes, waiting
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.layers import RootLayer, RowLayer, UnitLayer
 from torchwrap.weights.technique import StreamingTechnique, activation_layers
@@ -96,7 +96,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         origin = next((p.device for p in model.parameters()), device)
         planned = _planned(division)
         fixed = sum(piece.nbytes for piece in division.fixed) + division.buffer_bytes
-        inside, alone = _scratch(division)
+        inside, alone = scratch_bytes(division.units, division.pieces)
         scratch = max(inside, alone)
         mode = "recompute" if recomputes_itself(model.modules()) else config.activations
         rehearsal = Rehearsal.of(model, division.units, device, integration) if config.goal == "train" else None
@@ -122,10 +122,10 @@ class OffloadTechnique(StreamingTechnique[Offload]):
             if training is None or config.params == "device" or config.device_memory is not None or config.host_memory is not None:
                 return plan
             # In training weights that stay have gradients that wait longer.
-            none = waiting_bytes(division.units, division.pieces, 0, ())
+            none = waiting(division.units, division.pieces, 0, 0, ()).blocks
             while plan.resident_bytes:
-                waiting = waiting_bytes(division.units, division.pieces, 0, plan.resident) - none
-                if (over := plan.held_bytes + waiting - budget.device) <= 0:
+                more = waiting(division.units, division.pieces, 0, 0, plan.resident).blocks - none
+                if (over := plan.held_bytes + more - budget.device) <= 0:
                     break
                 limit -= -(-over // 2)
                 plan = divide(budget=limit)
@@ -249,14 +249,6 @@ def _planned(division: UnitMap) -> list[PlannedUnit]:
         )
         for unit in division.units
     ]
-
-
-def _scratch(division: UnitMap) -> tuple[int, int]:
-    """Bytes of the largest parameter inside a block (or anywhere but in a leaf outside the blocks), and of the largest such leaf."""
-    alone = {piece.index for unit in division.units if unit.kind == "leaf" for piece in unit.pieces}
-    tables = {piece.index for unit in division.units if unit.kind == "rows" for piece in unit.pieces}
-    inside = [piece.nbytes for piece in parts(division.pieces) if piece.index not in alone | tables]
-    return max(inside, default=0), max((piece.nbytes for piece in division.pieces if piece.index in alone), default=0)
 
 
 offload: OffloadTechnique = register(OffloadTechnique())

@@ -11,7 +11,7 @@ from torchwrap.optimizer.chunks import Chunks
 from torchwrap.optimizer.targets import Target, records_needed
 from torchwrap.optimizer.updates import Updater
 from torchwrap.storage.generations import GenerationStore
-from torchwrap.weights.footprint import IN_FLIGHT, Footprint, waiting_bytes
+from torchwrap.weights.footprint import IN_FLIGHT, Footprint, Waiting, waiting
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
@@ -72,18 +72,22 @@ def footprint_of(
         total += target.numel * size
         largest = max(largest, target.numel * size)
     if timing.take and timing.backwards == 1:
-        gradients = waiting_bytes(handle.units, handle.pieces, timing.room, {piece.index for piece in handle.pieces if piece.resident})
+        resident = {piece.index for piece in handle.pieces if piece.resident}
+        waits = waiting(handle.units, handle.pieces, timing.room, kept, resident)
     else:
         # One being computed while the one before is written, or all of them until the step.
-        gradients = 2 * largest if timing.park else total
+        together = 2 * largest if timing.park else total
+        waits = Waiting(together, together, 0)
     parked = total if timing.park else 0
     return Footprint(
         ring=IN_FLIGHT * ring,
-        gradients=gradients,
+        gradients=waits.blocks,
         kept=kept,
         read=state + away + parked - (min(reused, away) if timing.take else 0),
         written=state + away + parked,
         overlaps=timing.take,
         grows=timing.backwards == 1 and not timing.park,
         backwards=timing.backwards,
+        outside=waits.outside,
+        tables=waits.tables,
     )

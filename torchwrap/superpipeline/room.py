@@ -78,4 +78,4 @@ class Room:
 
 
 def _bytes(opened: Footprint) -> int:
-    return opened.ring + opened.gradients + opened.kept
+    return opened.ring + opened.held

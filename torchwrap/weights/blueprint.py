@@ -52,19 +52,21 @@ class Working:
 
     Attributes:
         rehearsal: of its training.
+        scratch: bytes of the copies of weights that are counted in it.
     """
 
     def __init__(self, integration: Integration, model: nn.Module, scratch: int, rehearsal: Rehearsal | None) -> None:
         self.rehearsal: Rehearsal | None = rehearsal
         self._known: dict[tuple[int, int], int] = {}
-        self._integration, self._scratch, self._model = integration, scratch, weakref.ref(model)
+        self.scratch: int = scratch
+        self._integration, self._model = integration, weakref.ref(model)
 
     def __call__(self, batch: int, tokens: int) -> int:
         key = (batch, tokens)
         model = self._model()
         if model is not None:
-            self._known[key] = working_bytes(model, self._integration, batch=batch, tokens=tokens, scratch=self._scratch)
-        return self._known.get(key, self._scratch)
+            self._known[key] = working_bytes(model, self._integration, batch=batch, tokens=tokens, scratch=self.scratch)
+        return self._known.get(key, self.scratch)
 
     def costs(self, batch: int, tokens: int) -> list[Cost] | None:
         """What blocks save in a training step; None where only their weights tell."""

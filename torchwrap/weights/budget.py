@@ -84,7 +84,7 @@ def weight_budget(
         reserve = int(config.reserve)
     elif training is not None:
         reserve = training.working(working, 1, RESERVE_TOKENS)
-        on_host = training.optimizer
+        on_host = training.beside(reserve, scratch) if device.type == "cpu" else training.optimizer
         otherwise = 'Pass activations="auto" or "recompute". Or: ' if training.kept else ""
     else:
         reserve = working(1, RESERVE_TOKENS)

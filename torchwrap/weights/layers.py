@@ -292,4 +292,4 @@ def _room_of_gradients(handle: WeightsHandle) -> int:
     if footprint is None or not (footprint.overlaps and footprint.grows):
         return 0
     staying = staying_bytes(handle.units, handle.pieces, {piece.index for piece in handle.pieces if piece.resident})
-    return footprint.gradients + footprint.kept - staying - FreedBlocks.counts()["bytes"]
+    return footprint.held - staying - FreedBlocks.counts()["bytes"]

@@ -23,7 +23,7 @@ from torchwrap.activations.rehearsal import Rehearsal
 from torchwrap.core.config import format_bytes
 from torchwrap.storage.heap import FreedBlocks
 from torchwrap.stream.settings import Streaming
-from torchwrap.weights.footprint import Footprint, expected_footprint, left_behind
+from torchwrap.weights.footprint import Footprint, expected_footprint, left_behind, scratch_bytes
 from torchwrap.weights.timing import Route, Update
 
 if TYPE_CHECKING:
@@ -47,18 +47,29 @@ class Training:
     """What a plan has to leave room for, besides what a forward takes.
 
     Attributes:
-        optimizer: bytes of host memory.
+        footprint: of an optimizer with usual settings, if nothing stays.
+        inside: see `scratch_bytes`.
         head: see `head_bytes`.
         mode: the setting of `activations`.
         kept: bytes of activations per token beyond those of a step whose blocks are all computed again, as the weights tell.
         costs: what blocks save, by sequences and tokens of each; None where only the weights tell.
     """
 
-    optimizer: int
+    footprint: Footprint
+    inside: int
     head: int
     mode: str | None = None
     kept: int = 0
     costs: Callable[[int, int], list[Cost] | None] | None = None
+
+    @property
+    def optimizer(self) -> int:
+        """Bytes of host memory for chunks, gradients, and freed tensors."""
+        return self.footprint.ring + self.footprint.held
+
+    def beside(self, working: int, copied: int) -> int:
+        """The same beside `working` bytes, of which `copied` are there only while weights are copied; see `Footprint.peak`."""
+        return self.footprint.peak(working, copied, self.inside) - working
 
     def working(self, activation: Callable[[int, int], int], batch: int, tokens: int) -> int:
         """Working memory of a step; see `step_bytes` and `counted_bytes`."""
@@ -173,7 +184,8 @@ def training_of(
     uses = expected_costs(units, 1)
     kept = over_recomputed(uses, {use.unit: MODES.get(activations, "recompute") for use in uses})
     return Training(
-        expected.ring + expected.gradients + expected.kept,
+        expected,
+        scratch_bytes(units, pieces)[0],
         head_bytes(units, pieces),
         activations,
         kept,
@@ -214,6 +226,7 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
         present=handle.baseline_bytes + slots,
         slots=slots,
         working=0 if separate else working,
+        copied=(0, 0) if separate else (handle.activation.scratch, scratch_bytes(handle.units, handle.pieces)[0]),
         weights=2 * plan.streamed_bytes * footprint.backwards,
         swapped=swapped * footprint.backwards,
         to_disk=not separate or handle.config.activations == "disk",
@@ -244,7 +257,7 @@ class StepToCome:
         if handle is None or optimizer is None:
             return 0
         footprint = optimizer.footprint()
-        coming = footprint.kept + (footprint.gradients if handle.device.type == "cpu" else 0)
+        coming = footprint.held if handle.device.type == "cpu" else footprint.kept
         working = step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
         return max(0, coming - FreedBlocks.counts()["bytes"]) + working
 
@@ -263,6 +276,7 @@ def forecast(
     present: int,
     slots: int,
     working: int,
+    copied: tuple[int, int],
     weights: int,
     read_rate: float,
     write_rate: float,
@@ -277,6 +291,7 @@ def forecast(
     Args:
         present: bytes of the process with its slots, before training.
         slots, working: bytes.
+        copied: what of the latter are copies of weights, and the largest inside of a block; see `Footprint.peak`.
         weights: bytes of weights brought in.
         read_rate, write_rate: bytes per second; 0 for not known.
         computing: seconds of forward, backward and update, as far as they are known; None for not at all.
@@ -303,10 +318,10 @@ def forecast(
     if computing is not None and computing >= (moving or 0.0):
         bottleneck = "compute"
     return TrainingPrediction(
-        peak_process=present + footprint.ring + footprint.gradients + footprint.kept + working,
+        peak_process=present + footprint.peak(working, *copied),
         slot_bytes=slots,
         ring_bytes=footprint.ring,
-        gradient_bytes=footprint.gradients,
+        gradient_bytes=max(footprint.gradients, footprint.tables - footprint.kept),
         kept_bytes=footprint.kept,
         working_bytes=working,
         read_bytes=read,
