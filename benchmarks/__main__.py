@@ -10,6 +10,7 @@ python -m benchmarks training-faults          twenty runs of training, each kill
 python -m benchmarks superpipeline            peak, time and transfers over (k, k') on a virtual clock; prints the table of the docs
 python -m benchmarks superpipeline-prefill    a prompt through 0.4 n of the blocks, in real time
 python -m benchmarks attention                attention on the CPU: every shape against torch and transformers
+python -m benchmarks attention-short          attention of a few tokens at random shapes: how often torch is faster
 python -m benchmarks attention-model          tokens per second and memory of SmolLM2: eager, sdpa, ours
 python -m benchmarks attention-batching       tokens per second of SmolLM2 under transformers' continuous batching
 python -m benchmarks --check                  exit status 1 when a bar of targets.toml is missed
@@ -35,6 +36,7 @@ GIB = 1 << 30
 _WHAT = (
     "all", "offload-limit", "offload-fits", "training", "training-faults", "forward-many", "superpipeline", "superpipeline-prefill",
     "attention",
+    "attention-short",
     "attention-model",
     "attention-batching",
 )  # fmt: skip
@@ -121,6 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         runs[attention.TITLE] = attention.measure_attention(rounds=max(given.rounds, 5), only=given.rows)
         print(attention.table(runs[attention.TITLE]))
+    if given.what == "attention-short":
+        from benchmarks import short_attention
+
+        runs[short_attention.TITLE] = short_attention.measure_short()
+        print(short_attention.table(runs[short_attention.TITLE]))
     if given.what == "attention-model":
         from benchmarks import model_attention
 
