@@ -269,6 +269,31 @@ def test_numbers_kept_per_parameter_are_cast_as_torch_casts_them(cls: type[torch
     assert differences(plain, reference, model, optimizer) == []
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_state_of_parameters_that_were_frozen_since_is_kept(cls: type[torch.optim.Optimizer], tmp_path: Path) -> None:
+    plain, model = pair()
+    before = cls(plain.parameters(), lr=1e-2)
+    trained(plain, before, range(2))
+    model.load_state_dict(plain.state_dict())
+    frozen = ("embedding.weight", "blocks.1.up.weight", "blocks.1.norm.weight")
+    for net in (plain, model):
+        for name in frozen:
+            net.get_parameter(name).requires_grad_(False).grad = None
+    reference, optimizer = cls(plain.parameters(), lr=1e-2), OffloadedOptimizer(model, cls, path=tmp_path, **ADAM)
+    for net, opt in ((plain, reference), (model, optimizer)):
+        opt.load_state_dict(copy.deepcopy(before.state_dict()))
+        trained(net, opt, range(2, 4))
+    assert differences(plain, reference, model, optimizer) == []
+    optimizer.commit()
+    trained(model, optimizer, range(4, 5))
+    optimizer.rollback()
+    for net, opt in ((plain, reference), (model, optimizer)):
+        for name in frozen:
+            net.get_parameter(name).requires_grad_(True)
+        trained(net, opt, range(5, 7))
+    assert differences(plain, reference, model, optimizer) == []
+
+
 def test_a_state_dict_changes_with_the_steps_after_it_as_a_whole() -> None:
     plain, model = pair()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)

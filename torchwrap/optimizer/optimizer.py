@@ -231,8 +231,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for group, old in zip(self.param_groups, template.param_groups, strict=True):
                 group.update(old)
             self._works.prepare(self.param_groups)
-            for target in self._parameters.targets:
-                self._works.run.load(target, self.param_groups[target.group], template.state.get(target.parameter, {}))
+            self._works.run.load(self.param_groups, template.state)
         for done in self._optimizer_load_state_dict_post_hooks.values():
             done(self)
 

@@ -65,17 +65,23 @@ class Run:
         """What the class keeps of a parameter, by name; empty before a step."""
         return target.state(self._store) if target.streamed else self._resident.state(target)
 
-    def load(self, target: Target, settings: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
-        """Replace what is kept of one parameter, cast as torch's own `load_state_dict` casts it.
+    def load(self, groups: Sequence[Mapping[str, Any]], state: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
+        """Replace what is kept, cast as torch's own `load_state_dict` casts it; also of parameters that are not trained (any more).
 
         Args:
-            target: the parameter.
-            settings: of its group.
-            entries: what is to be kept, by name.
+            groups: of the optimizer.
+            state: what is to be kept of each parameter, by name.
 
         Raises:
+            DiskFullError: there is no room for it; nothing is replaced.
             ConfigError: the state is not that of this class with these settings.
         """
+        kept = [target for target in self._targets if target.streamed and state.get(target.parameter)]
+        self._store.reserve(record for target in kept for record in records_needed(target, self._chunk, self._store))
+        for target in self._targets:
+            self._load(target, groups[target.group], state.get(target.parameter, {}))
+
+    def _load(self, target: Target, settings: Mapping[str, Any], entries: Mapping[str, Any]) -> None:
         plain: dict[str, Any] = {}
         casts = target.parameter.is_floating_point() and not getattr(self._rule.cls, "has_masters", False)
         for key, value in entries.items():
@@ -102,7 +108,8 @@ class Run:
         """
         kept: dict[str, dict[str, Any]] = {}
         for target in self._targets:
-            if target.parameter.numel() and (target.parameter.requires_grad or target.changed):
+            state = target.order if target.streamed else self._resident.state(target)
+            if target.parameter.numel() and (target.parameter.requires_grad or target.changed or state):
                 self._store.reserve(records_needed(target, self._chunk, self._store))
                 self._values.save_weight(target)
                 if not target.streamed:
