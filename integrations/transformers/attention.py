@@ -33,7 +33,7 @@ from torchwrap.core.swap import layers_of
 from torchwrap.integrations.transformers.batching import StandIn, attend_paged, steps
 from torchwrap.integrations.transformers.cache import into_arenas
 from torchwrap.integrations.transformers.generating import CacheMaker, divides, plan_of_arenas
-from torchwrap.integrations.transformers.masks import for_own, mask_maker, packed_mask, user_mask, without_mask
+from torchwrap.integrations.transformers.masks import mask_maker, packed_mask, user_mask, without_mask
 from torchwrap.integrations.transformers.naming import NAME, Name, implementation_before
 from torchwrap.integrations.transformers.sequence import SequenceLayer, refuse_to_divide, running
 from torchwrap.integrations.transformers.sites import asks_the_registry, code_of, refuse, unfit, with_nested
@@ -82,14 +82,12 @@ class TransformersRoute(AttentionRoute):
         led: the configs that have our name because of this route.
         makers: for each model that generates with caches on two sides, what makes them.
         stand_ins: of the models that can batch continuously.
-        under_way: an entry for each call of a model that has begun and not ended, in any thread.
     """
 
     originals: list[tuple[Any, str | None]] = field(default_factory=list)
     led: list[Any] = field(default_factory=list)
     makers: list[CacheMaker] = field(default_factory=list)
     stand_ins: list[StandIn] = field(default_factory=list)
-    under_way: list[str] = field(default_factory=list)
 
     def set(self) -> None:
         """Write our name into every config, and let `generate` ask for its cache here."""
@@ -102,9 +100,7 @@ class TransformersRoute(AttentionRoute):
             stand_in.open()
 
     def busy(self) -> str | None:
-        """Whether continuous batching runs, or a call, whose masks the model's own attention could not read."""
-        if self.under_way:
-            return f"a call of {self.under_way[0] or 'the model'} is under way"
+        """Whether continuous batching runs."""
         return next((reason for stand_in in self.stand_ins if (reason := stand_in.busy())), None)
 
     def restore(self) -> None:
@@ -125,7 +121,7 @@ class TransformersRoute(AttentionRoute):
         return next((plan for model in models if (plan := plan_of_arenas(model, tokens, batch)) is not None), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "under_way": [], "led": [config for config in self.led if config._attn_implementation_internal == NAME]}
+        return {**self.__dict__, "led": [config for config in self.led if config._attn_implementation_internal == NAME]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -156,25 +152,19 @@ class ModelLayer(Layer):
             asked = (*asked, *(config for config, _ in self.route.originals))
         _calls.push(((*layers, self), asked))
         _packed.push((_packed.peek() or steps(kwargs)) if "cache" in kwargs else None)
-        if not torch.compiler.is_dynamo_compiling():
-            self.route.under_way.append(self.fqn)
         known = self.route.original(module.config)[0]  # others compute as they did, with caches as they were
         if known and self.service.cache != "keep" and not torch.compiler.is_dynamo_compiling():
             into_arenas(kwargs.get("past_key_values"))
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        self._ended()
+        _calls.pop()
+        _packed.pop()
         return output
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
-        self._ended()
-
-    def _ended(self) -> None:
         _calls.pop()
         _packed.pop()
-        if not torch.compiler.is_dynamo_compiling():
-            self.route.under_way.pop()
 
 
 def route(model: nn.Module, service: Service, prefix: str = "") -> TransformersRoute:
@@ -300,7 +290,7 @@ def attention_forward(
         )  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         function = _own_function(module, own)
-        return function(module, query, key, value, for_own(attention_mask, own, query), **given, **kwargs)
+        return function(module, query, key, value, _for_own(attention_mask, own, query), **given, **kwargs)
     if (lengths := kwargs.get("cu_seq_lens_q")) is not None:
         if service.sequence is not None:
             raise UnsupportedModelError("it has packed sequences in divided ones", where=fqn, fix="Leave sp_group out.")
@@ -393,6 +383,16 @@ def _own_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, T
         name, scope["eager_attention_forward"]
     )
     return function
+
+
+def _for_own(mask: Tensor | None, name: str, query: Tensor) -> Tensor | None:
+    """A mask of ours as transformers' functions want it: additive for eager, boolean for the others."""
+    if not isinstance(mask, TileMask):
+        return mask
+    visible = mask.rectangles((0, mask.shape[2]), (0, mask.shape[3]))
+    if name != "eager":
+        return visible
+    return torch.zeros(visible.shape, dtype=query.dtype, device=visible.device).masked_fill(~visible, torch.finfo(query.dtype).min)
 
 
 AttentionInterface.register(NAME, attention_forward)

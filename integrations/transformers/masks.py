@@ -23,7 +23,7 @@ from torchwrap.attention.masks.packing import key_conditions
 from torchwrap.attention.transforms import recorded
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["divided_mask", "for_own", "mask_maker", "packed_mask", "tile_mask", "user_mask", "without_mask"]
+__all__ = ["divided_mask", "mask_maker", "packed_mask", "tile_mask", "user_mask", "without_mask"]
 
 _MODULE = "transformers.masking_utils"
 Conditions = dict[str, Any]
@@ -338,13 +338,3 @@ def without_mask(query: Tensor, key: Tensor, value: Tensor, causal: bool, window
     if window is None:
         return TileMask.causal(1, length, key.shape[2], device=query.device), key, value
     return TileMask.window(1, length, key.shape[2], window, device=query.device), key, value
-
-
-def for_own(mask: Tensor | None, name: str, query: Tensor) -> Tensor | None:
-    """A mask of ours as transformers' functions want it: additive for eager, boolean for the others."""
-    if not isinstance(mask, TileMask):
-        return mask
-    visible = mask.rectangles((0, mask.shape[2]), (0, mask.shape[3]))
-    if name != "eager":
-        return visible
-    return torch.zeros(visible.shape, dtype=query.dtype, device=visible.device).masked_fill(~visible, torch.finfo(query.dtype).min)

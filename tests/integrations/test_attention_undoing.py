@@ -336,32 +336,6 @@ def test_undo_in_the_middle_of_generation() -> None:
         assert torch.equal(ours, twin.generate(**prompt("llama"), **options))
 
 
-def test_undo_is_refused_while_another_thread_is_in_a_call() -> None:
-    model, given = tw.fast_attention(built("llama")), inputs("llama")
-    expected = model(**given).logits
-    inside, go, results = threading.Event(), threading.Event(), []
-
-    def stop(*_: object) -> None:
-        inside.set()
-        assert go.wait(20)
-
-    hook = model.model.layers[1].register_forward_pre_hook(stop)
-    forward = threading.Thread(target=lambda: results.append(model(**given).logits))
-    forward.start()
-    assert inside.wait(20)
-    with pytest.raises(tw.ConflictError, match=r"a call of .* is under way"):
-        tw.unwrap(model)
-    assert list(tw.wrappers_of(model)) == ["fast_attention"] and set(settings(model)) == {attention.NAME}
-    go.set()
-    forward.join(20)
-    hook.remove()
-    assert torch.equal(results[0], expected)
-    with pytest.raises(ZeroDivisionError), model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0):
-        model(**given)
-    tw.unwrap(model)
-    assert set(settings(model)) == {"sdpa"}
-
-
 @pytest.mark.parametrize("first", ["fast_attention", "other"])
 @pytest.mark.parametrize("undone", ["fast_attention", "other"])
 @pytest.mark.parametrize("technique", ["offload", "superpipeline"])

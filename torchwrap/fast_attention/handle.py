@@ -86,6 +86,6 @@ class FastAttentionHandle(Handle):
             ConflictError: the model is at work in a way that would go on without it; nothing is undone.
         """
         for reason in filter(None, (route.busy() for route in self._routes)):
-            raise ConflictError(f"fast_attention cannot be undone now: {reason}", fix="Let that end, or stop it (`manager.stop()`).")
+            raise ConflictError(f"fast_attention cannot be undone now: {reason}", fix="Stop that first (`manager.stop()`).")
         for route in self._routes:
             route.restore()
