@@ -13,7 +13,7 @@ import torchwrap as tw
 from tests.optimizer.optimizing import ADAM, batch, pair
 from torchwrap.core import errors
 from torchwrap.optimizer import workshop
-from torchwrap.weights import layers
+from torchwrap.storage.heap import FreedBlocks
 
 BLOCK = 4 * 512 * 512  # bytes
 X = torch.ones(2, 512)
@@ -144,9 +144,6 @@ def test_a_head_gives_nothing_up_if_gradients_will_take_the_memory_that_it_wants
     engine, made = tw.handle_of(model, "offload").engine, []
     make_room = engine._make_room
     monkeypatch.setattr(engine, "_make_room", lambda unit: (made.append(unit.name), make_room(unit)))
-    # What optimizers of other tests, not collected yet, keep of freed memory takes room as well.
-    counts, others = layers.FreedBlocks.counts, layers.FreedBlocks.counts()["bytes"]
-    monkeypatch.setattr(layers.FreedBlocks, "counts", lambda: {**counts(), "bytes": counts()["bytes"] - others})
 
     def rooms(loss: bool = True) -> set[str]:
         made.clear()
@@ -164,5 +161,16 @@ def test_a_head_gives_nothing_up_if_gradients_will_take_the_memory_that_it_wants
         optimizer.step()
     with torch.no_grad():
         assert rooms(loss=False) == {"head"}
+    # Another optimizer keeps more than this one's gradients take, and this one's tensors may take that place.
+    other = tw.offload(nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))), device_memory="24MiB", goal="train")
+    others = tw.OffloadedOptimizer(other, torch.optim.Adam, **ADAM)
+    other(torch.ones(4, 1024)).sum().backward()
+    others.step()
+    others.zero_grad()
+    optimizer.zero_grad()
+    assert FreedBlocks.counts()["bytes"] > optimizer.footprint().held
+    assert rooms() == set()
+    optimizer.step()
+    others.close()
     optimizer.close()
     assert rooms() == {"head"}

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +287,8 @@ class Workshop:
         assert self._handle is not None
         timing, reused = self.gradients.timing, self.pace.reused
         kept = 0 if not self.freed.nbytes else self.freed.nbytes - (self._unused or self._within)
-        return footprint_of(self.parameters.streamed, self.store, self.site.chunk, timing, self._handle, kept, reused)
+        found = footprint_of(self.parameters.streamed, self.store, self.site.chunk, timing, self._handle, kept, reused)
+        return replace(found, freed=self.freed.nbytes)
 
     @property
     def write_rate(self) -> float:

@@ -43,7 +43,8 @@ class Footprint:
         ring: of the chunks under way.
         gradients: of gradients present at once, those of the block whose backward runs included; and in the other parts of a backward,
         outside, tables: see `Waiting`.
-        kept: of freed tensors at most, whose memory is used again (see storage/heap.py).
+        kept: of freed tensors at most, whose memory is used again (see storage/heap.py), while as many gradients wait as may.
+        freed: of them while none waits.
         read, written: by the optimizer in a step, gradients that wait on the disk included.
         overlaps: whether updates run during backward.
         backwards: per step.
@@ -60,6 +61,7 @@ class Footprint:
     backwards: int = 1
     outside: int = 0
     tables: int = 0
+    freed: int = 0
 
     @property
     def held(self) -> int:

@@ -285,11 +285,12 @@ def _copies_weight(args: tuple[Any, ...]) -> bool:
 def _room_of_gradients(handle: WeightsHandle) -> int:
     """Bytes that a forward may use because gradients will need them in the backward after it, and only then.
 
-    Not those of gradients of weights that stay: they may be there still, from the step before. Nor what freed tensors hold of them.
+    Not those of gradients of weights that stay: they may be there still, from the step before. Nor what freed tensors hold of them; what is
+    kept beyond this optimizer's bound is in that of others.
     """
     optimizer = handle.optimizer() if handle.driven and torch.is_grad_enabled() else None
     footprint = optimizer.footprint() if optimizer is not None else None
     if footprint is None or not (footprint.overlaps and footprint.grows):
         return 0
     staying = staying_bytes(handle.units, handle.pieces, {piece.index for piece in handle.pieces if piece.resident})
-    return footprint.held - staying - FreedBlocks.counts()["bytes"]
+    return footprint.held - staying - min(FreedBlocks.counts()["bytes"], footprint.freed)

@@ -259,7 +259,7 @@ class StepToCome:
         footprint = optimizer.footprint()
         coming = footprint.held if handle.device.type == "cpu" else footprint.kept
         working = step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
-        return max(0, coming - FreedBlocks.counts()["bytes"]) + working
+        return max(0, coming - min(FreedBlocks.counts()["bytes"], footprint.freed)) + working
 
     def moved(self) -> tuple[int, int]:
         """Bytes read and written during a backward; updates that do not overlap come after it."""
