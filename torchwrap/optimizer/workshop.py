@@ -156,7 +156,7 @@ class Workshop:
         adds, targets = self.footprint(), [t for t in self.parameters.targets if t.parameter.requires_grad]
         state = sum(t.numel * sum(dtype.itemsize for dtype in t.layout.values()) for t in targets if not t.streamed)
         there = sum(t.parameter.grad.nbytes for t in targets if t.parameter.grad is not None and not t.is_taken())
-        there += state + min(adds.held, FreedBlocks.counts()["bytes"]) if again else 0
+        there += state + min(adds.held, adds.freed, FreedBlocks.counts()["bytes"]) if again else 0
         slots = handle.plan.slots * handle.plan.slot_bytes - (handle.engine.held_bytes if handle.engine is not None else 0)
         needed, available = adds.ring + adds.held + state + slots + more - there, memory_available() or 0
         less = max(0, handle.plan.held_bytes - (needed - available))

@@ -67,7 +67,7 @@ class Few:
         """Out and lse."""
         if self._copies:
             q = q.contiguous()
-        bias = self._biased if mask is None or self._biased is not None else _added(mask)
+        bias = self._bias(mask)
         out = torch.empty_like(q) if self._alike else torch.empty(self._shape, dtype=self._dtype, device=q.device)
         lse = torch.empty(self._shape[:3], dtype=torch.float32, device=q.device) if wants_lse else None
         at, of_bias = 0 if lse is None else lse.data_ptr(), 0 if bias is None else bias.data_ptr()
@@ -114,8 +114,7 @@ class _Backward:
         bias: Tensor | None = None, shown: Tensor | None = None, seed: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Gradients of q, k and v."""
-        if grad_out.is_neg() or grad_out._is_zerotensor():
-            grad_out = in_memory(grad_out)
+        grad_out = in_memory(grad_out)
         strides = grad_out.stride()
         if strides[3] != 1:
             grad_out = grad_out.contiguous()
