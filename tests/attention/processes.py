@@ -11,29 +11,38 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.forks import forks
+from tests.sharing import made_once
+
 if TYPE_CHECKING:
+    import pytest
     from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 Results = dict[int, list[dict[str, Any]]]  # by number of processes: what each got, by case
 
 
-def together(sizes: Sequence[int], cases: str, folder: Path, *, timeout_s: float = 180.0) -> Results:
+def together(sizes: Sequence[int], cases: str, factory: pytest.TempPathFactory, *, timeout_s: float = 180.0) -> Results:
     """What the functions return that `cases_of(size)` of the module `cases` names, each called with (rank, size) in each process.
 
-    A case that raises returns its exception.
+    A case that raises returns its exception. All workers of a test run read what one of them has made.
 
     Returns:
         by number of processes: a dictionary for each process.
     """
     import torch
 
+    folder = made_once(factory, cases, partial(_made, sizes, cases, timeout_s))
+    return {size: [torch.load(folder / f"{size}_{rank}.pt", weights_only=False) for rank in range(size)] for size in sizes}
+
+
+def _made(sizes: Sequence[int], cases: str, timeout_s: float, folder: Path) -> None:
     environment = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONPATH=str(ROOT))
     command = [sys.executable, __file__, cases, str(folder), *map(str, sizes)]
     running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -43,7 +52,6 @@ def together(sizes: Sequence[int], cases: str, folder: Path, *, timeout_s: float
     finally:
         if running.poll() is None:
             os.killpg(running.pid, signal.SIGKILL)
-    return {size: [torch.load(folder / f"{size}_{rank}.pt", weights_only=False) for rank in range(size)] for size in sizes}
 
 
 def of(results: Results, size: int, case: str) -> list[dict[str, Any]]:
@@ -67,36 +75,23 @@ def main() -> None:
     if hasattr(cases, "prepare"):  # imports what is imported late
         cases.prepare()
     for size in map(int, sys.argv[3:]):
-        made = []
-        for rank in range(size):
-            child = os.fork()
-            if not child:
-                one(cases, folder, rank, size)
-            made.append(child)
-        if any([os.waitpid(child, 0)[1] for child in made]):
-            sys.exit(1)
+        forks(size, partial(one, cases, folder, size))
 
 
-def one(cases: Any, folder: Path, rank: int, size: int) -> None:
-    """One of the processes; does not return."""
+def one(cases: Any, folder: Path, size: int, rank: int) -> None:
+    """One of the processes."""
     import torch
     import torch.distributed as dist
 
-    try:
-        meeting = f"file://{folder}/meeting_of_{size}"
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
-        results: dict[str, Any] = {}
-        for name, case in cases.cases_of(size).items():
-            try:
-                results[name] = case(rank, size)
-            except Exception as error:
-                results[name] = error
-        torch.save(results, folder / f"{size}_{rank}.pt")
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    # The last case may have broken the group on purpose, and taking it down would wait for the others.
-    os._exit(0)
+    meeting = f"file://{folder}/meeting_of_{size}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    results: dict[str, Any] = {}
+    for name, case in cases.cases_of(size).items():
+        try:
+            results[name] = case(rank, size)
+        except Exception as error:
+            results[name] = error
+    torch.save(results, folder / f"{size}_{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from torchwrap.core import errors
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return together((2, 4), "tests.attention.distributed_cases", tmp_path_factory.mktemp("processes"))
+    return together((2, 4), "tests.attention.distributed_cases", tmp_path_factory)
 
 
 def whole(inputs: Inputs, mask: str, **options: Any) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from tests.contract.compare import difference, equal, model_difference, state_di
 from tests.contract.neutral import Outer, note_layers, notes
 from tests.contract.processes import fresh_process
 from tests.models import FIXTURES, ModelFixture, run, select
+from tests.sharing import made_once
 
 
 def _zero(model: nn.Module) -> None:
@@ -152,17 +153,21 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def unpickled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """What a fresh process found for each technique and fixture's pickled and saved model."""
-    folder = tmp_path_factory.mktemp("pickles")
-    for fixture in FIXTURES:
-        torch.save((fixture.inputs(), run(fixture.build(), fixture.inputs())), folder / f"{fixture.name}.expected")
-        for case in TECHNIQUES:
-            model = fixture.build()
-            if case.needs(model):
-                case.apply(model)
-                (saved := folder / case.name / fixture.name).mkdir(parents=True)
-                (saved / "pickle").write_bytes(pickle.dumps(model))
-                torch.save(model, saved / "pt")
-    return json.loads(fresh_process(_UNPICKLE.format(folder=str(folder)), timeout_s=240).splitlines()[-1])
+
+    def make(folder: Path) -> None:
+        for fixture in FIXTURES:
+            torch.save((fixture.inputs(), run(fixture.build(), fixture.inputs())), folder / f"{fixture.name}.expected")
+            for case in TECHNIQUES:
+                model = fixture.build()
+                if case.needs(model):
+                    case.apply(model)
+                    (saved := folder / case.name / fixture.name).mkdir(parents=True)
+                    (saved / "pickle").write_bytes(pickle.dumps(model))
+                    torch.save(model, saved / "pt")
+        (folder / "said.json").write_text(fresh_process(_UNPICKLE.format(folder=str(folder)), timeout_s=240).splitlines()[-1])
+
+    found: dict[str, dict[str, str]] = json.loads((made_once(tmp_path_factory, "pickles", make) / "said.json").read_text())
+    return found
 
 
 @every_technique
@@ -193,13 +198,18 @@ print(json.dumps(results))
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """What a fresh process without torchwrap found for each technique and fixture's model that was saved while wrapped."""
-    folder = tmp_path_factory.mktemp("saved")
-    for fixture in select(framework="transformers"):
-        torch.save((fixture.inputs(), run(fixture.build(), fixture.inputs())), folder / f"{fixture.name}.expected")
-        for case in TECHNIQUES:
-            model = case.apply(fixture.build())
-            model.save_pretrained(folder / case.name / fixture.name)
-    return json.loads(fresh_process(_LOAD.format(folder=str(folder)), torchwrap=False, timeout_s=240).splitlines()[-1])
+
+    def make(folder: Path) -> None:
+        for fixture in select(framework="transformers"):
+            torch.save((fixture.inputs(), run(fixture.build(), fixture.inputs())), folder / f"{fixture.name}.expected")
+            for case in TECHNIQUES:
+                model = case.apply(fixture.build())
+                model.save_pretrained(folder / case.name / fixture.name)
+        found = fresh_process(_LOAD.format(folder=str(folder)), torchwrap=False, timeout_s=240).splitlines()[-1]
+        (folder / "said.json").write_text(found)
+
+    found: dict[str, dict[str, str]] = json.loads((made_once(tmp_path_factory, "saved", make) / "said.json").read_text())
+    return found
 
 
 @every_technique

@@ -1,4 +1,4 @@
-"""One of two processes that average gradients over gloo: ways to make replicas of an offloaded model, those that work and those refused."""
+"""Two processes that average gradients over gloo: ways to make replicas of an offloaded model, those that work and those refused."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import torchwrap as tw
+from tests.forks import forks
 from tests.integrations.training import LR, arguments, llama, offloaded, optimizer_of, trainer_of
 from torchwrap.integrations.transformers.callbacks import OffloadCallback
 
@@ -108,4 +109,4 @@ def main(rank: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    forks(2, lambda rank: main(rank, Path(sys.argv[1])))

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from tests.integrations.replicas import REFUSED, WORKING
+from tests.sharing import made_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,19 +23,14 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the two processes says of every way."""
-    folder = tmp_path_factory.mktemp("replicas")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-W", "ignore", "-m", "tests.integrations.replicas"]
-    children = [
-        subprocess.Popen([*command, str(rank), str(folder)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    try:
-        said = [child.communicate(timeout=120)[1] for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(said)[-3000:]
+
+    def make(folder: Path) -> None:
+        done = subprocess.run([*command, str(folder)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    folder = made_once(tmp_path_factory, "replicas", make)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

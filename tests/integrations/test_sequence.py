@@ -18,7 +18,7 @@ EVERY = [(2, case) for case in STEPS] + [(4, case) for case in FOUR if case in S
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return together((2, 4), "tests.integrations.sequence_cases", tmp_path_factory.mktemp("processes"))
+    return together((2, 4), "tests.integrations.sequence_cases", tmp_path_factory)
 
 
 @pytest.mark.parametrize(("size", "case"), EVERY)

@@ -18,7 +18,7 @@ from torchwrap.core import errors
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return together((2,), "tests.integrations.tensor_parallel_cases", tmp_path_factory.mktemp("processes"))
+    return together((2,), "tests.integrations.tensor_parallel_cases", tmp_path_factory)
 
 
 def visible(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,11 +13,12 @@ import pytest
 
 from benchmarks.harness.cgroup import ChildResult, run_child, unavailable_reason
 from benchmarks.harness.checkpoints import SHAPES, write_checkpoint
+from tests.sharing import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILDREN = Path(__file__).with_name("children.py")
 ENVIRONMENT = {
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",  # other workers take the other cores, and threads that wait for each other take time from them
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -37,10 +39,16 @@ def child() -> RunChild:
 
 
 @pytest.fixture(scope="session")
-def reference_tokens(large_checkpoint: Path) -> list[int]:
+def reference_tokens(large_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[int]:
     """Tokens that the checkpoint generates without torchwrap and without a limit, a 32-token prompt and three new ones."""
-    command = [sys.executable, str(CHILDREN), "plain", str(large_checkpoint), "3"]
-    return run_child(command, environment=ENVIRONMENT, folder=ROOT, timeout_s=120).check().data["ids"]
+
+    def said(folder: Path) -> None:
+        command = [sys.executable, str(CHILDREN), "plain", str(large_checkpoint), "3"]
+        found = run_child(command, environment=ENVIRONMENT, folder=ROOT, timeout_s=120).check().data["ids"]
+        (folder / "ids.json").write_text(json.dumps(found))
+
+    found: list[int] = json.loads((made_once(tmp_path_factory, "reference-tokens", said) / "ids.json").read_text())
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +62,4 @@ def limits() -> None:
 @pytest.fixture(scope="session")
 def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 0.9 GB on disk; the tests run it in much less memory."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "llama-0.9GB"
-    write_checkpoint(SHAPES["llama-0.9GB"], folder)
-    return folder
+    return made_once(tmp_path_factory, "llama-0.9GB", lambda folder: write_checkpoint(SHAPES["llama-0.9GB"], folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from benchmarks.harness.cgroup import run_child
 from benchmarks.harness.checkpoints import Shape, write_checkpoint
 from tests.memory.conftest import CHILDREN, ENVIRONMENT, ROOT
+from tests.sharing import made_once
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("limits")
@@ -36,16 +38,20 @@ LIMIT = 640 * MIB
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("training") / SHAPE.name
-    write_checkpoint(SHAPE, target)
-    return target
+    return made_once(tmp_path_factory, SHAPE.name, lambda folder: write_checkpoint(SHAPE, folder))
 
 
 @pytest.fixture(scope="module")
-def losses(folder: Path) -> list[str]:
+def losses(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of training without torchwrap and without a limit."""
-    command = [sys.executable, str(CHILDREN), "train_plainly", str(folder), str(WINDOW_STEPS)]
-    return run_child(command, environment=ENVIRONMENT, folder=ROOT, timeout_s=120).check().data["losses"]
+
+    def said(into: Path) -> None:
+        command = [sys.executable, str(CHILDREN), "train_plainly", str(folder), str(WINDOW_STEPS)]
+        found = run_child(command, environment=ENVIRONMENT, folder=ROOT, timeout_s=120).check().data["losses"]
+        (into / "losses.json").write_text(json.dumps(found))
+
+    found: list[str] = json.loads((made_once(tmp_path_factory, "losses-in-memory", said) / "losses.json").read_text())
+    return found
 
 
 def test_training_above_the_limit_is_right_and_takes_what_was_promised(child: Any, folder: Path, losses: list[str]) -> None:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,40 @@ ADAM: dict[str, Any] = {"lr": 1e-2, "chunk": 16384}
 ROOT = Path(__file__).parents[2]
 TRIALS = int(os.environ.get("TORCHWRAP_CRASH_TRIALS", "8"))
 
-CHILD = """
-import sys
+# Importing takes longer than the steps: one process imports, and each run is a fork of it. It says its number and where it goes on.
+RUNS = """
+import os, sys, tempfile
 from tests.optimizer.optimizing import pair, trained
 from torchwrap import OffloadedOptimizer
 import torch
-offload = {"params": "disk"} if sys.argv[3] == "disk" else {"device_memory": 2_000_000}
-_, model = pair(offload=offload)
-optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=sys.argv[1], durability=sys.argv[2], lr=1e-2, chunk=16384)
-print(optimizer.steps, flush=True)
-while optimizer.steps < 400:
-    trained(model, optimizer, range(optimizer.steps, optimizer.steps + 1))
-    if sys.argv[2] == "save" and optimizer.steps % 2 == 0:
-        optimizer.commit()
-    print(optimizer.steps, flush=True)
+while line := sys.stdin.readline():
+    folder, durability, offload, temporary = line.split()
+    if child := os.fork():
+        print("gone", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    tempfile.tempdir = temporary
+    _, model = pair(offload={"params": "disk"} if offload == "disk" else {"device_memory": 2_000_000})
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=folder, durability=durability, lr=1e-2, chunk=16384)
+    print(os.getpid(), optimizer.steps, flush=True)
+    while optimizer.steps < 400:
+        trained(model, optimizer, range(optimizer.steps, optimizer.steps + 1))
+        if durability == "save" and optimizer.steps % 2 == 0:
+            optimizer.commit()
+        print(optimizer.steps, flush=True)
+    os._exit(0)
 """
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """Told a folder, a durability, what is offloaded and a folder for temporary files, it starts a run there; and says when it is gone."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        [sys.executable, "-c", RUNS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        cwd=tmp_path_factory.mktemp("runs"),
+    ) as process:  # fmt: skip
+        yield process
+        process.kill()
 
 
 def test_a_run_goes_on_where_it_was_committed(tmp_path: Path) -> None:
@@ -139,7 +160,7 @@ def test_commit_before_the_first_step_can_be_gone_back_to(tmp_path: Path) -> Non
 @pytest.mark.parametrize("durability", ["step", "save"])
 @pytest.mark.parametrize("offload", ["disk", "half"])
 def test_sigkill_at_random_moments_leaves_the_last_commit_bit_for_bit(
-    tmp_path: Path, durability: str, offload: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, durability: str, offload: str, runs: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, temporary, chance, steps = tmp_path / "run", tmp_path / "temporary", random.Random(), 0
     temporary.mkdir(mode=0o700)
@@ -147,19 +168,19 @@ def test_sigkill_at_random_moments_leaves_the_last_commit_bit_for_bit(
     plain, _ = pair()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     fields: dict[str, Any] = {"params": "disk"} if offload == "disk" else {"device_memory": 2_000_000}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads()), "TMPDIR": str(temporary)}
+    assert runs.stdin is not None and runs.stdout is not None
     for _ in range(max(1, TRIALS // 4)):
-        command = [sys.executable, "-c", CHILD, str(folder), durability, offload]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
-        assert child.stdout is not None
-        begun = child.stdout.readline()
-        assert begun == f"{steps}\n", child.communicate()[1]
+        print(folder, durability, offload, temporary, file=runs.stdin, flush=True)
+        begun = runs.stdout.readline().split()
+        assert begun[1:] == [str(steps)]
         for _ in range(chance.randint(2, 4)):  # of two steps one at least is committed before it is printed
-            child.stdout.readline()
-        with pytest.raises(subprocess.TimeoutExpired):
-            child.wait(chance.uniform(0.0, 0.15))
-        child.send_signal(signal.SIGKILL)
-        said = child.communicate()[0].split()
+            runs.stdout.readline()
+        threading.Event().wait(chance.uniform(0.0, 0.15))
+        os.kill(int(begun[0]), signal.SIGKILL)
+        said: list[str] = []
+        for line in iter(runs.stdout.readline, f"gone {-signal.SIGKILL}\n"):
+            assert line.strip().isdigit(), line
+            said += line.split()
         _, model = pair(offload=fields)
         optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=folder, **ADAM)
         assert optimizer.steps > steps

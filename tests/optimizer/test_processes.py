@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torchwrap as tw
 from tests.contract.distributed import one_process_group
+from tests.forks import forks
 from tests.optimizer.optimizing import batch, differences, loss_of, pair
 
 ROOT = Path(__file__).parents[2]
@@ -59,13 +60,9 @@ def _loss(model: nn.Module, number: int) -> torch.Tensor:
 @pytest.mark.slow
 def test_two_processes_compute_what_they_compute_in_memory(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.optimizer.test_processes"]
-    children = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    said = [child.communicate(timeout=120)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], "\n".join(said)[-3000:]
+    command = [sys.executable, "-m", "tests.optimizer.test_processes", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for (equal, same_losses, losses), (other_equal, other_same, other_losses) in zip(first, second, strict=True):
         assert equal and same_losses and other_equal and other_same
@@ -128,4 +125,4 @@ def test_gradients_on_the_disk_cannot_be_averaged(monkeypatch: pytest.MonkeyPatc
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(int(sys.argv[1]), Path(sys.argv[2]))
+    forks(2, lambda rank: train(rank, Path(sys.argv[1])))

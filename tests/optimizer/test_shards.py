@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.forks import forks
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "huggingface.md"
 
@@ -77,13 +79,9 @@ def in_memory() -> tuple[torch.Tensor, list[torch.Tensor]]:
 def test_the_page_trains_a_sharded_head_over_an_offloaded_model(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.optimizer.test_shards"]
-    children = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    said = [child.communicate(timeout=240)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], "\n".join(said)[-3000:]
+    command = [sys.executable, "-m", "tests.optimizer.test_shards", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     expected, losses = in_memory()
     assert [each["share"] for each in found] == [32, 32]  # of 64 rows
@@ -97,4 +95,4 @@ def test_the_page_trains_a_sharded_head_over_an_offloaded_model(tmp_path: Path) 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(int(sys.argv[1]), Path(sys.argv[2]))
+    forks(2, lambda rank: train(rank, Path(sys.argv[1])))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sharing import made_once
+
 ROOT = Path(__file__).parents[2]
 
 # What a fresh environment with torch, numpy and safetensors holds: those three and what torch itself requires.
@@ -32,6 +34,13 @@ class OnlyDependencies:
 sys.meta_path.insert(0, OnlyDependencies())
 """
 
+# Knows no instruction set beyond the processor's baseline, whose kernels the build then leaves out, and takes no time to make what it
+# knows fast: compiling everything as the set-up does takes minutes of a core, and no test here is about that.
+OLD_COMPILER = f"""#!/bin/sh
+case " $* " in *" -mavx"*) exit 1;; esac
+exec {shutil.which("c++") or "g++"} "$@"
+"""
+
 
 def copy_tree(to: Path) -> None:
     """What a checkout holds, without what was built in it."""
@@ -43,45 +52,54 @@ def copy_tree(to: Path) -> None:
         shutil.copy(ROOT / name, to / name)
 
 
-def build(what: str, source: Path, into: Path, **environment: str) -> Path:
+def build(what: str, source: Path, into: Path, **environment: str) -> None:
     """Without isolation: the test has to work without a network, and setuptools is one of the development requirements."""
-    code = f"from setuptools import build_meta; import sys; print(build_meta.build_{what}(sys.argv[1]))"
+    code = f"from setuptools import build_meta; import sys; build_meta.build_{what}(sys.argv[1])"
     command = [sys.executable, "-c", code, str(into)]
     done = subprocess.run(command, cwd=source, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return into / done.stdout.split()[-1]
 
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sdist")
-    copy_tree(folder / "source")
-    return build("sdist", folder / "source", folder)
+    def make(folder: Path) -> None:
+        copy_tree(folder / "source")
+        build("sdist", folder / "source", folder)
+
+    return next(made_once(tmp_path_factory, "sdist", make).glob("*.tar.gz"))
 
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the sdist, so that whatever the sdist lacks is missing here too."""
-    folder = tmp_path_factory.mktemp("wheel")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
-    # What the compiler makes of it is the same library, slower: it takes a minute to make it fast, and no test here is about that.
-    return build("wheel", next(folder.iterdir()), folder, TORCHWRAP_CXXFLAGS="-O0")
+
+    def make(folder: Path) -> None:
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder, filter="data")
+        source, compiler = next(folder.iterdir()), folder / "compiler"
+        compiler.write_text(OLD_COMPILER)
+        compiler.chmod(0o700)
+        build("wheel", source, folder, TORCHWRAP_CXXFLAGS="-O0", CC=str(compiler), CXX=str(compiler))
+
+    return next(made_once(tmp_path_factory, "wheel", make).glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
 def wheel_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uncompiled")
-    copy_tree(folder / "source")
-    return build("wheel", folder / "source", folder, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    def make(folder: Path) -> None:
+        copy_tree(folder / "source")
+        build("wheel", folder / "source", folder, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+
+    return next(made_once(tmp_path_factory, "uncompiled", make).glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("installed")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(target)
-    return target
+    def make(target: Path) -> None:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+
+    return made_once(tmp_path_factory, "installed", make)
 
 
 def run(installed: Path, code: str) -> str:
