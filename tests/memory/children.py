@@ -22,7 +22,7 @@ from tests import torchvision_ops
 torchvision_ops.ensure()
 
 FORWARDS = 200
-STEPS = 500
+STEPS = 300
 CYCLES = 200
 WARM_UP = 40
 
@@ -88,8 +88,7 @@ def cycles(folder: str) -> dict[str, Any]:
 
 
 def steps(folder: str) -> dict[str, Any]:
-    """Growth over 500 training steps of one offloaded model."""
-    torch.set_num_threads(1)  # two would wait for each other most of the time, with tensors this small
+    """Growth over 300 training steps of one offloaded model."""
     model = small_model(3).train()
     ids = torch.arange(8).unsqueeze(0)
     tw.offload(model, device_memory="1600KiB", params="disk", path=folder)
