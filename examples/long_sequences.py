@@ -50,7 +50,7 @@ def train(rank: int, folder: str) -> None:
 def main() -> int:
     """Both ways, and whether they agree."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(train, (folder,), nprocs=PROCESSES)
+        mp.start_processes(train, (folder,), nprocs=PROCESSES, start_method="fork")  # nothing has computed yet, everything is imported
         found = torch.load(f"{folder}/found.pt")
     model, batch = model_and_batch()
     out = model(**batch)

@@ -22,7 +22,7 @@ import torchwrap as tw
 from torchwrap.demo.weights import smollm2
 from torchwrap.integrations.transformers.callbacks import OffloadCallback, PlanCallback, optimizer_settings
 
-TOKENS, STEPS, BACKWARDS = 32, 3, 2
+TOKENS, STEPS, BACKWARDS = 32, 2, 2
 
 
 class KilledAfter(TrainerCallback):
@@ -52,10 +52,11 @@ def text(folder: Path) -> list[dict[str, torch.Tensor]]:
 
 def offloaded(folder: Path, data: Any, *, kill: bool) -> Trainer:
     model = tw.offload.from_pretrained(folder, dtype=torch.float32, params="disk")
-    args = arguments("trainer-smollm2", save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=STEPS)
+    saving = "steps" if kill else "no"
+    args = arguments("trainer-smollm2", save_strategy=saving, save_steps=1, eval_strategy="steps", eval_steps=STEPS)
     cls, settings = optimizer_settings(model, args)
     optimizer = tw.OffloadedOptimizer(model, cls, **settings)
-    callbacks = [OffloadCallback(), PlanCallback(), *([KilledAfter(2)] if kill else [])]
+    callbacks = [OffloadCallback(), PlanCallback(), *([KilledAfter(1)] if kill else [])]
     return Trainer(model, args, train_dataset=data[2:], eval_dataset=data[:2], optimizers=(optimizer, None), callbacks=callbacks)
 
 
@@ -64,7 +65,7 @@ data = text(folder)
 if "--first" in sys.argv:
     offloaded(folder, data, kill=True).train()
 killed = subprocess.run([sys.executable, __file__, "--first"], check=False).returncode
-print(f"killed by signal {-killed} in step 3; there is {[path.name for path in Path('trainer-smollm2').iterdir()]}")
+print(f"killed by signal {-killed} in step {STEPS}; there is {[path.name for path in Path('trainer-smollm2').iterdir()]}")
 trainer = offloaded(folder, data, kill=False)
 trainer.train(resume_from_checkpoint=True)
 print("loss of held-out text:", round(next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), 4))

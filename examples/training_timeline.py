@@ -1,7 +1,7 @@
 """One training step of SmolLM2-135M as training_timeline.png: what is read, computed, updated and written at the same time.
 
 Weights and the state of AdamW lie on the disk, blocks are computed again in backward. The losses are compared with those in memory.
-`python training_timeline.py [steps]` draws the last step.
+`python training_timeline.py [steps] [tokens]` draws the last step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import torchwrap as tw
 from torchwrap.demo.weights import smollm2
 
-STEPS, TOKENS = int(sys.argv[1]) if len(sys.argv) > 1 else 2, 256
+STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 2
+TOKENS = int(sys.argv[2]) if len(sys.argv) > 2 else 256
 folder = smollm2()
 text = AutoTokenizer.from_pretrained(folder)("\n".join(topics.values())[: 8 * TOKENS * STEPS], return_tensors="pt").input_ids
 
