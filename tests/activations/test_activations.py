@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name
+from tests.pairs import every_two
 from tests.weights.budgets import streamed
 from tests.weights.training import at_rest, different_gradients, loss_of
 from torchwrap.activations import modes, swap
@@ -22,8 +23,9 @@ from torchwrap.storage import writing
 
 FAMILIES = [by_name(name) for name in ("llama-tied", "gpt2", "t5", "vit", "albert", "mixtral")]
 every_family = pytest.mark.parametrize("fixture", FAMILIES, ids=lambda fixture: fixture.name)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-every_mode = pytest.mark.parametrize("mode", ["recompute", "disk", "auto", "mixed"])
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODES = ["recompute", "disk", "auto", "mixed"]
+every_mode = pytest.mark.parametrize("mode", MODES)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -79,9 +81,7 @@ def _nothing_left(handle: OffloadHandle) -> None:
     assert not any(each() for _, records in moved._known.values() for each in records)
 
 
-@every_mode
-@every_dtype
-@every_family
+@every_two(fixture={fixture.name: fixture for fixture in FAMILIES}, dtype=DTYPES, mode={mode: mode for mode in MODES})
 def test_steps(fixture: ModelFixture, dtype: torch.dtype, mode: str) -> None:
     plain, model = fixture.build().to(dtype).train(), fixture.build().to(dtype).train()
     _wrapped(model, mode)

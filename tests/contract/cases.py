@@ -6,7 +6,6 @@ holds the error class, and the check then asserts the refusal. An exemption that
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 import torchwrap as tw
+from tests import pairs
 from tests.models import FIXTURES, ModelFixture, by_name, select
 from tests.weights.budgets import once_for_alike
 from torchwrap.core.transaction import inner_model, prepare_all
@@ -31,6 +31,7 @@ __all__ = [
     "every_technique",
     "every_two",
     "model_bytes",
+    "models",
     "models_named",
     "models_with",
 ]
@@ -193,11 +194,12 @@ TECHNIQUES: tuple[Case, ...] = (
 every_technique = pytest.mark.parametrize("case", TECHNIQUES, ids=[case.name for case in TECHNIQUES])
 
 
-def _over(fixtures: tuple[ModelFixture, ...]) -> pytest.MarkDecorator:
+def models(*fixtures: ModelFixture) -> pytest.MarkDecorator:
+    """Parametrise over these."""
     return pytest.mark.parametrize("fixture", fixtures, ids=[fixture.name for fixture in fixtures])
 
 
-every_model = _over(FIXTURES)
+every_model = models(*FIXTURES)
 
 
 def every_two(name: str, values: Mapping[str, object]) -> pytest.MarkDecorator:
@@ -206,21 +208,15 @@ def every_two(name: str, values: Mapping[str, object]) -> pytest.MarkDecorator:
     For checks of what core does alike for every technique and model. A technique that refuses some models has the place of the first
     in turn, and another one meets what is skipped.
     """
-    met = [
-        pytest.param(case, fixture, value, id=f"{case.name}-{fixture.name}-{label}")
-        for (a, case), (b, fixture), (c, (label, value)) in itertools.product(
-            enumerate(TECHNIQUES), enumerate(FIXTURES), enumerate(values.items())
-        )
-        if (a + b + c) % 3 == 0
-    ]
-    return pytest.mark.parametrize(("case", "fixture", name), met)
+    cases, fixtures = {case.name: case for case in TECHNIQUES}, {fixture.name: fixture for fixture in FIXTURES}
+    return pairs.every_two(one_of=3, case=cases, fixture=fixtures, **{name: values})
 
 
 def models_named(*names: str) -> pytest.MarkDecorator:
     """Parametrise over these fixtures: for checks too slow for all of them."""
-    return _over(tuple(by_name(name) for name in names))
+    return models(*map(by_name, names))
 
 
 def models_with(**flags: object) -> pytest.MarkDecorator:
     """Parametrise over the fixtures with these flags."""
-    return _over(select(**flags))
+    return models(*select(**flags))

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 import torchwrap as tw
 from tests.models import FIXTURES, ModelFixture, run, select
+from tests.pairs import every_two
 from tests.weights.budgets import smallest_budget, streamed
 
 every_fixture = pytest.mark.parametrize("fixture", FIXTURES, ids=lambda fixture: fixture.name)
-generating = pytest.mark.parametrize("fixture", select(generates=True), ids=lambda fixture: fixture.name)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -61,17 +61,16 @@ def test_outputs_between_tightest_and_whole(fixture: ModelFixture, share: float)
         assert all(torch.equal(a, b) for a, b in zip(_leaves(run(wrapped, fixture.inputs())), expected, strict=True))
 
 
-@every_dtype
-@generating
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"do_sample": False},
-        {"do_sample": True, "temperature": 0.9},
-        {"num_beams": 3, "do_sample": False},
-        {"do_sample": False, "cache_implementation": "static"},
-    ],
-    ids=["greedy", "sampled", "beam", "static"],
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 0.9},
+    "beam": {"num_beams": 3, "do_sample": False},
+    "static": {"do_sample": False, "cache_implementation": "static"},
+}
+
+
+@every_two(
+    fixture={fixture.name: fixture for fixture in select(generates=True)}, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}, how=WAYS
 )
 def test_generated_tokens(fixture: ModelFixture, dtype: torch.dtype, how: dict[str, Any]) -> None:
     plain, model = _pair(fixture, dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.pairs import every_two
 from torchwrap.optimizer.elementwise import Rule, settings_of
 from torchwrap.optimizer.parts import Whole, run
 
@@ -34,19 +35,22 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("cls", "options"), CLASSES, ids=[f"{cls.__name__}-{'-'.join(options)}" for cls, options in CLASSES])
-@pytest.mark.parametrize("numel", [129, 32769, 100_003], ids=str)
+@every_two(
+    rule={f"{cls.__name__}-{'-'.join(options)}": (cls, options) for cls, options in CLASSES},
+    dtype={"fp32": torch.float32, "bf16": torch.bfloat16},
+    numel={str(numel): numel for numel in (129, 32769, 100_003)},
+)
 def test_chunks_give_the_bits_of_the_whole(
-    cls: type[torch.optim.Optimizer], options: dict[str, Any], dtype: torch.dtype, numel: int, threads: int
+    rule: tuple[type[torch.optim.Optimizer], dict[str, Any]], dtype: torch.dtype, numel: int, threads: int
 ) -> None:
+    cls, options = rule
     generator = torch.Generator().manual_seed(numel)
     start = torch.randn(numel, generator=generator).to(dtype)
     plain = start.clone()
     reference = cls([plain], **options)
-    rule = Rule(cls, options)
-    settings = settings_of(rule.template.param_groups[0])
-    layout = rule.layout(settings, dtype, torch.device("cpu"))
+    steps = Rule(cls, options)
+    settings = settings_of(steps.template.param_groups[0])
+    layout = steps.layout(settings, dtype, torch.device("cpu"))
     weight = start.clone()
     state = {name: torch.empty(numel, dtype=kept) for name, kept in layout.items()}
     numbers: dict[str, Any] = {}
@@ -63,7 +67,7 @@ def test_chunks_give_the_bits_of_the_whole(
             for name, tensor in state.items():
                 buffers[name][: last - first] = tensor[first:last]
             kept = {name: buffers[name] for name in state}
-            after = run(rule, settings, whole, (first, last), buffers["w"], gradient[first:last], kept, numbers, begun=step > 0)
+            after = run(steps, settings, whole, (first, last), buffers["w"], gradient[first:last], kept, numbers, begun=step > 0)
             weight[first:last] = buffers["w"][: last - first]
             for name in state:
                 state[name][first:last] = buffers[name][: last - first]

@@ -10,6 +10,7 @@ from torch import nn
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name
+from tests.pairs import every_two
 from tests.stream.fake_arena import FakeArena, Machine
 from tests.superpipeline.device import handle_of, separate
 from tests.weights.training import different_gradients, loss_of
@@ -17,9 +18,9 @@ from torchwrap.activations import swap
 from torchwrap.core import tensors
 
 FAMILIES = ["llama-tied", "mixtral", "t5", "llava", "vit", "convnet"]
-every_family = pytest.mark.parametrize("fixture", [by_name(name) for name in FAMILIES], ids=FAMILIES)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-every_mode = pytest.mark.parametrize("mode", ["keep", "recompute", "disk", "auto"])
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODES = ["keep", "recompute", "disk", "auto"]
+every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +41,7 @@ def step(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> torch.Tenso
     return loss.detach()
 
 
-@every_mode
-@every_dtype
-@every_family
+@every_two(fixture={name: by_name(name) for name in FAMILIES}, dtype=DTYPES, mode={mode: mode for mode in MODES})
 def test_gradients_are_those_of_training_in_memory(fixture: ModelFixture, dtype: torch.dtype, mode: str) -> None:
     plain, model = fixture.build().to(dtype).train(), fixture.build().to(dtype).train()
     tw.superpipeline(model, k=1, k_prime=1, activations=mode)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name
+from tests.pairs import every_two
 from tests.superpipeline.device import handle_of
 from tests.weights.training import OutsideAdamW, different_gradients, loss_of
 from torchwrap.core import tensors
@@ -20,9 +21,9 @@ from torchwrap.superpipeline.policy import Knobs
 
 FAMILIES = ["llama", "gpt2", "t5", "vit", "bert", "llava", "convnet"]
 OPTIMIZED = ["llama", "llava", "vit", "convnet"]
-every_family = pytest.mark.parametrize("fixture", [by_name(name) for name in FAMILIES], ids=FAMILIES)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-every_window = pytest.mark.parametrize(("k", "k_prime"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)], ids=lambda value: str(value))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WINDOWS = {f"{k}-{k_prime}": (k, k_prime) for k, k_prime in [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)]}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
@@ -56,10 +57,9 @@ def step(model: nn.Module, inputs: dict[str, Any], seed: int) -> torch.Tensor:
     return loss.detach()
 
 
-@every_window
-@every_dtype
-@every_family
-def test_gradients_and_weights_are_those_of_training_in_memory(fixture: ModelFixture, dtype: torch.dtype, k: int, k_prime: int) -> None:
+@every_two(fixture={name: by_name(name) for name in FAMILIES}, dtype=DTYPES, window=WINDOWS)
+def test_gradients_and_weights_are_those_of_training_in_memory(fixture: ModelFixture, dtype: torch.dtype, window: tuple[int, int]) -> None:
+    k, k_prime = window
     plain, model = fixture.build().to(dtype).train(), tw.superpipeline(fixture.build().to(dtype).train(), k=k, k_prime=k_prime)
     outside, inside = OutsideAdamW(model, lr=1e-2, weight_decay=0.1), torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)
     with watched(model) as seen:

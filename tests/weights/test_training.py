@@ -11,14 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 import torchwrap as tw
 from tests.models import ModelFixture, by_name
+from tests.pairs import every_two
 from tests.weights.budgets import streamed
 from tests.weights.training import Blocks, OutsideAdamW, at_rest, different_gradients, loss_of
 from torchwrap.core import tensors
 
 FAMILIES = [by_name(name) for name in ("llama", "llama-tied", "qwen2", "mixtral", "gpt2", "t5", "bert", "albert", "vit")]
 every_family = pytest.mark.parametrize("fixture", FAMILIES, ids=lambda fixture: fixture.name)
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-every_checkpointing = pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CHECKPOINTING = {"plain": None, "reentrant": True, "non-reentrant": False}
 every_slots = pytest.mark.parametrize("k", [1, 2, 3])
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -37,9 +38,7 @@ def _train(model: nn.Module, inputs: dict[str, Any], optimizer: Any, steps: int 
     return losses
 
 
-@every_checkpointing
-@every_dtype
-@every_family
+@every_two(fixture={fixture.name: fixture for fixture in FAMILIES}, dtype=DTYPES, reentrant=CHECKPOINTING)
 def test_five_steps(fixture: ModelFixture, dtype: torch.dtype, reentrant: bool | None) -> None:
     plain, model = fixture.build().to(dtype).train(), fixture.build().to(dtype).train()
     if reentrant is not None:
