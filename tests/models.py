@@ -16,7 +16,7 @@ import io
 import pickle
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import nn
 
 from tests import torchvision_ops
 
-__all__ = ["FIXTURES", "ModelFixture", "SharedMLP", "by_name", "run", "select"]
+__all__ = ["FIXTURES", "SHORT_LLAMA", "ModelFixture", "SharedMLP", "by_name", "run", "select"]
 
 torchvision_ops.ensure()
 
@@ -160,6 +160,12 @@ def _llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(LlamaConfig(**_decoder()))
+
+
+def _short_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_decoder(num_hidden_layers=2)))
 
 
 def _llama_tied() -> nn.Module:
@@ -373,6 +379,10 @@ FIXTURES: tuple[ModelFixture, ...] = (
     ),
     ModelFixture(name="mlp", make=SharedMLP, inputs=lambda: {"input": _noise(4, 8)}, block="1.0", tied=True, shared=True),
 )
+
+
+SHORT_LLAMA = replace(FIXTURES[0], make=_short_llama)
+"""The first fixture with half as many blocks, for what takes longer the more there are, whatever their size: compiling."""
 
 
 def by_name(name: str) -> ModelFixture:

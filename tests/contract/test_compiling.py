@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import torchwrap as tw
-from tests.contract.cases import Case, every_technique, models_named
+from tests.contract.cases import Case, every_technique, models
 from tests.contract.compare import equal, model_difference
 from tests.contract.neutral import Outer
-from tests.models import ModelFixture, run
+from tests.models import SHORT_LLAMA, ModelFixture, by_name, run
 
 pytestmark = pytest.mark.slow
 
-small = models_named("llama", "convnet", "mlp")
+small = models(SHORT_LLAMA, by_name("convnet"), by_name("mlp"))
 
 
 def _inputs(fixture: ModelFixture) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def test_wrap_and_unwrap_after_compile_are_never_stale(case: Case, fixture: Mode
 
 
 @every_technique
-@models_named("llama", "convnet")
+@models(SHORT_LLAMA, by_name("convnet"))
 def test_regionally_compiled_blocks_are_equal(case: Case, fixture: ModelFixture, fresh_dynamo: None) -> None:
     model, twin = fixture.build(), fixture.build()
     expected = run(twin, _inputs(fixture))
@@ -100,7 +100,7 @@ def test_layers_stay_hidden_when_dynamo_gives_up(case: Case, fixture: ModelFixtu
 
 
 @every_technique
-@models_named("llama")
+@models(SHORT_LLAMA)
 def test_generation_with_a_static_cache_compiles_once_for_prompt_and_once_for_steps(
     case: Case, fixture: ModelFixture, fresh_dynamo: None
 ) -> None:
@@ -133,7 +133,7 @@ def _with_a_static_cache(fixture: ModelFixture) -> tuple[torch.Tensor, int]:
 
 
 @every_technique
-@models_named("convnet")
+@models(by_name("convnet"))
 def test_inductor_is_close_and_gradients_flow(case: Case, fixture: ModelFixture, fresh_dynamo: None) -> None:
     model, twin = case.apply(fixture.build()), fixture.build()
     expected = run(twin, fixture.inputs())

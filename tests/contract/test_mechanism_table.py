@@ -24,7 +24,7 @@ from tests.contract.cases import Case, every_technique
 from tests.contract.compare import equal, model_difference
 from tests.contract.distributed import one_process_group
 from tests.contract.neutral import Inner, Outer, Scaled, note_layers, notes
-from tests.models import ModelFixture, by_name, run
+from tests.models import SHORT_LLAMA, ModelFixture, by_name, run
 
 LLAMA: ModelFixture = by_name("llama")
 BLOCKS = 4
@@ -95,28 +95,28 @@ def test_row_06_pickle_and_torch_save_of_the_module(case: Case) -> None:
 def test_row_07_fullgraph_has_no_break_and_one_graph(case: Case, fresh_dynamo: None) -> None:
     from torch._dynamo.testing import CompileCounter
 
-    model, twin = _wrap(case, LLAMA.build()), LLAMA.build()
+    model, twin = _wrap(case, SHORT_LLAMA.build()), SHORT_LLAMA.build()
     graphs = CompileCounter()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    expected = run(twin, LLAMA.inputs(), use_cache=False)
+    expected = run(twin, SHORT_LLAMA.inputs(), use_cache=False)
     with case.expects("fullgraph"):
         for _ in range(3):
-            equal(run(compiled, LLAMA.inputs(), use_cache=False), expected)
+            equal(run(compiled, SHORT_LLAMA.inputs(), use_cache=False), expected)
         assert graphs.frame_count == 1
 
 
 @every_technique
 @pytest.mark.slow
 def test_row_08_layer_added_after_module_compile_takes_effect(case: Case, fresh_dynamo: None) -> None:
-    model = LLAMA.build()
+    model = SHORT_LLAMA.build()
     for module in (model, *model.model.layers):
         module.compile(backend="eager")
-    plain = run(model, LLAMA.inputs(), use_cache=False)
+    plain = run(model, SHORT_LLAMA.inputs(), use_cache=False)
     tw.apply(model, [case.config(model), Scaled(factor=2.0)])
-    expected = run(tw.apply(LLAMA.build(), Scaled(factor=2.0)), LLAMA.inputs(), use_cache=False)
-    equal(run(model, LLAMA.inputs(), use_cache=False).logits, expected.logits)
+    expected = run(tw.apply(SHORT_LLAMA.build(), Scaled(factor=2.0)), SHORT_LLAMA.inputs(), use_cache=False)
+    equal(run(model, SHORT_LLAMA.inputs(), use_cache=False).logits, expected.logits)
     tw.unwrap(model)
-    equal(run(model, LLAMA.inputs(), use_cache=False).logits, plain.logits)
+    equal(run(model, SHORT_LLAMA.inputs(), use_cache=False).logits, plain.logits)
 
 
 @every_technique
