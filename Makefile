@@ -12,6 +12,8 @@ endif
 BENCH_STAMP := $(VENV)/.torchwrap-bench
 # pip makes bytecode with one core; below, all of them make it at once.
 INSTALL := $(BIN)/python -m pip install -q --no-compile
+# Nearly half of all source, of which little or nothing is imported: what is, makes its own.
+SELDOM := /(transformers/models|diffusers|networkx|timm|fontTools|pygments|torch/testing|pip|setuptools|mypyc?)/
 # Containers say it often. Every process that a test starts would compile the library again, and every worker all tests.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST_ARGS ?=
@@ -39,7 +41,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard torchwrap/native/src/*) constraints
 	$(INSTALL) --no-deps -r requirements/no-deps.txt
 	$(BIN)/python -m pip uninstall -q -y torchvision timm
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/vision -r requirements/vision-no-deps.txt
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib $(VENV)/vision || true  # some packages bring files for other versions of Python
+	$(BIN)/python -m compileall -qq -j 0 -x '$(SELDOM)' $(VENV)/lib $(VENV)/vision || true  # some packages bring files for other versions of Python
 	touch $@
 
 $(BENCH_STAMP): $(STAMP) requirements/bench-no-deps.txt
