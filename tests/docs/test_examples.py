@@ -24,7 +24,7 @@ NEEDS = {
 }
 
 # What a script draws or counts takes as long as its model is large, and is the same with fewer tokens.
-ARGUMENTS = {"training_timeline": ["2", "64"]}
+ARGUMENTS = {"superpipeline_knobs": ["128", "7"], "training_timeline": ["2", "64"]}
 KILLED = "finetune_smollm2"  # runs below, where it is killed and goes on: its check holds then if it holds without
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests' / 'startup'}{os.pathsep}{ROOT}"}
