@@ -2,7 +2,7 @@
 
 The first process saves a checkpoint and is killed in the step after it; the second goes on from there. At the end a Trainer without
 torchwrap takes the same steps in memory, and every weight is compared. `TORCHWRAP_DATA` names a folder with `wikitext-2/valid.txt`; without
-it the text is Python's own documentation.
+it the text is Python's own documentation. `python trainer_smollm2.py [folder]` does it with another causal language model.
 """
 
 from __future__ import annotations
@@ -60,11 +60,12 @@ def offloaded(folder: Path, data: Any, *, kill: bool) -> Trainer:
     return Trainer(model, args, train_dataset=data[2:], eval_dataset=data[:2], optimizers=(optimizer, None), callbacks=callbacks)
 
 
-folder = smollm2()
+given = [argument for argument in sys.argv[1:] if argument != "--first"]
+folder = Path(given[0]) if given else smollm2()
 data = text(folder)
 if "--first" in sys.argv:
     offloaded(folder, data, kill=True).train()
-killed = subprocess.run([sys.executable, __file__, "--first"], check=False).returncode
+killed = subprocess.run([sys.executable, __file__, "--first", *given], check=False).returncode
 print(f"killed by signal {-killed} in step {STEPS}; there is {[path.name for path in Path('trainer-smollm2').iterdir()]}")
 trainer = offloaded(folder, data, kill=False)
 trainer.train(resume_from_checkpoint=True)
