@@ -91,7 +91,11 @@ class _Attend(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         # A node of its own only where somebody may ask for its gradient: then it says that there is none.
         gradients = _Gradients.apply if torch.is_grad_enabled() or transformed() else _Gradients.forward
-        return None, None, None, *gradients(*ctx.rest, out, lse, grad_out, grad_lse, *tensors), None
+        try:
+            return None, None, None, *gradients(*ctx.rest, out, lse, grad_out, grad_lse, *tensors), None
+        except RuntimeError:
+            _refuse_mapped(grad_out, grad_lse)
+            raise
 
 
 def prepared(
@@ -102,6 +106,25 @@ def prepared(
         return work.forward(q, k, v, mask, wants_lse)
     found: Any = _apply(work, wants_lse, q, k, v, mask)
     return found if wants_lse else (found, None)
+
+
+_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # torch 2.13
+_Layout = tuple[tuple[int, ...], torch.dtype] | None
+
+
+def _layout(tensor: Tensor | None) -> _Layout:
+    """What kernels that were prepared count on, beside sizes."""
+    return None if tensor is None else (tensor.stride(), tensor.dtype)
+
+
+def _laid_out(tensor: Tensor | None, layout: _Layout) -> Tensor | None:
+    """The numbers of a tensor in such a layout."""
+    if tensor is None or layout is None or _layout(tensor) == layout:
+        return tensor
+    strides, dtype = layout
+    once = tensor[tuple(slice(None) if stride else slice(1) for stride in strides)]  # of what is expanded, numbers are there once
+    made = torch.empty_strided(once.shape, strides, dtype=dtype, device=tensor.device).copy_(once)
+    return made.expand(tensor.shape)
 
 
 class _Last(torch.autograd.Function):
@@ -125,10 +148,10 @@ class _Prepared(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = work.forward(q, k, v, mask, wants_lse or not work.again)
         ctx.work, mask = work, mask if type(mask) is Tensor else None
-        if work.again:
-            ctx.save_for_backward(q, k, v, mask)
-        else:
-            ctx.save_for_backward(q, k, v, mask, out, lse)
+        kept = (q, k, v, mask) if work.again else (q, k, v, mask, out, lse)
+        ctx.save_for_backward(*kept)
+        # Hooks for saved tensors may bring back copies that are laid out otherwise.
+        ctx.layouts = None if _hooks(True) is None else [_layout(tensor) for tensor in kept]
         ctx.set_materialize_grads(False)
         if not wants_lse:
             return out
@@ -139,14 +162,20 @@ class _Prepared(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Any, ...]:
         if grad_out is None and grad_lse is None:
             return (None,) * 6
-        work = ctx.work
-        q, k, v, mask, out, lse = (*ctx.saved_tensors, None, None) if work.again else ctx.saved_tensors
+        work, saved = ctx.work, ctx.saved_tensors
+        if ctx.layouts is not None:
+            saved = tuple(_laid_out(tensor, layout) for tensor, layout in zip(saved, ctx.layouts, strict=True))
+        q, k, v, mask, out, lse = (*saved, None, None) if work.again else saved
         grad_out = q.new_zeros(*q.shape[:3], v.shape[3]) if grad_out is None else grad_out
-        if not (torch.is_grad_enabled() or stuck() or transformed()):
-            return None, None, *work.backward(q, k, v, out, lse, grad_out, grad_lse, mask), None
-        gradients = _PreparedGradients.apply if torch.is_grad_enabled() or transformed() else _PreparedGradients.forward
-        with one_thread() if stuck() else nullcontext():
-            return None, None, *gradients(work, q, k, v, out, lse, grad_out, grad_lse, mask), None
+        try:
+            if not (torch.is_grad_enabled() or stuck() or transformed()):
+                return None, None, *work.backward(q, k, v, out, lse, grad_out, grad_lse, mask), None
+            gradients = _PreparedGradients.apply if torch.is_grad_enabled() or transformed() else _PreparedGradients.forward
+            with one_thread() if stuck() else nullcontext():
+                return None, None, *gradients(work, q, k, v, out, lse, grad_out, grad_lse, mask), None
+        except RuntimeError:
+            _refuse_mapped(grad_out, grad_lse)
+            raise
 
 
 # Straight to the node (torch 2.13): no search for tensors of transforms that are over, and for a signature; nothing prepared has either.
@@ -161,6 +190,10 @@ class _PreparedGradients(_Last):
     @staticmethod
     def forward(work: Prepared, *tensors: Any) -> tuple[Tensor, ...]:
         return work.backward(*tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return _one_by_one(_PreparedGradients, info.batch_size, in_dims, inputs)
 
 
 class _Transformed(torch.autograd.Function):
@@ -230,6 +263,12 @@ def refuse_forward_mode() -> NoReturn:
         UnsupportedModelError: always.
     """
     _refuse("forward-mode derivatives (torch.func.jvp, jacfwd, hessian, linearize)")
+
+
+def _refuse_mapped(*grads: Tensor | None) -> None:
+    """For gradients that the older kind of vmap maps over: their numbers are at no address, and no node is told of it (torch 2.13)."""
+    if any(grad is not None and "Batched" in repr(torch._C._dispatch_keys(grad)) for grad in grads):
+        _refuse("gradients that are mapped over by is_grads_batched or jacobian(vectorize=True), only by torch.func.vmap and jacrev")
 
 
 def _refuse(what: str) -> NoReturn:

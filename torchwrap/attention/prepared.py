@@ -72,13 +72,16 @@ def prepared(
         # Of a mask that is a tensor, as it may be written to, the layout is known as that of q, k and v.
         laid_out = (q, k, v, mask) if type(mask) is Tensor else (q, k, v)
         now = kinds, scale, softcap, said, name, len(laid_out), _learns(), _threads(), revision()
-        for last in _last:
+        try:
+            # Torch's guards end the process over the strides of nested tensors.
+            dense = not (q.is_nested or k.is_nested or v.is_nested or laid_out[-1].is_nested)
+        except AttributeError:  # no tensors, which the contract refuses by name
+            return None
+        for last in _last if dense else ():
             # Fake tensors are of a class of their own, but what a dispatch mode does to others is not in the guards.
             if (
                 last.now == now
                 and (len(laid_out) == 4 or (last.mask is _no_mask if mask is None else last.mask() is mask))  # one that is gone is None too
-                # Torch's guards end the process over the strides of nested tensors.
-                and not (q.is_nested or k.is_nested or v.is_nested or laid_out[-1].is_nested)
                 and last.fits(*laid_out)
                 and not ((_modes() and _interfered(q)) or forward_ad._current_level >= 0 or _tracing() or stuck())
             ):
@@ -110,6 +113,10 @@ def prepared(
         if len(held) >= MOST:
             held.clear()
         fits = None if dropout or found is None else _guards(*laid_out)
+        held[key] = found, fits
+    elif fits is not None and not fits(*laid_out):
+        # Which tensors ask for gradients is in the guards, and in the key no more than whether this call has any.
+        fits = _guards(*laid_out)
         held[key] = found, fits
     # Zeros have no memory.
     if found is None or not (q.data_ptr() and k.data_ptr() and v.data_ptr()):

@@ -33,7 +33,7 @@ class Few:
 
     name = "cpu"
     __slots__ = (
-        "_alike", "_backward", "_biased", "_call", "_copies", "_dtype", "_limits", "_limits_at", "_many", "_shape", "_work",
+        "_alike", "_backward", "_biased", "_copies", "_dtype", "_limits", "_limits_at", "_many", "_shape", "_work",
         "again", "kind", "trains",
     )  # fmt: skip
 
