@@ -225,22 +225,42 @@ def test_the_warning_names_the_operation_and_the_line_of_the_user() -> None:
     assert [warning.filename for warning in seen] == [__file__]
 
 
-ADDING: dict[str, Callable[[TileMask, torch.Tensor], object]] = {
+ADDING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "scores + mask": lambda mask, scores: scores + mask,
     "mask + scores": lambda mask, scores: mask + scores,
-    "scores += mask": lambda mask, scores: scores.add_(mask),
+    "scores += mask": lambda mask, scores: scores.clone().add_(mask),
     "scores with gradients": lambda mask, scores: scores.clone().requires_grad_() + mask,
-    "a part of it": lambda mask, scores: scores + mask[:, :, :, :7],
-    "scores - mask": lambda mask, scores: torch.sub(scores, mask, alpha=1e4),
-    "mask * least": lambda mask, scores: mask * torch.finfo(torch.float32).min,
-    "mask * tensor": lambda mask, scores: mask * torch.tensor(-1e4),
+    "a part of it": lambda mask, scores: scores[..., :5] + mask[:, :, :, :5],
     "bfloat16": lambda mask, scores: scores.bfloat16() + mask,
 }
 
 
 @pytest.mark.parametrize("use", ADDING.values(), ids=ADDING.keys())
 @pytest.mark.parametrize("inference", [False, True])
-def test_a_mask_of_booleans_is_not_added_to_scores(use: Callable[[TileMask, torch.Tensor], object], inference: bool) -> None:
+def test_a_mask_that_is_added_to_scores_hides_what_it_does_not_show(
+    use: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], inference: bool
+) -> None:
+    with torch.inference_mode(inference):
+        mask, scores = TileMask.padded([3, 7], 7, 7), torch.randn(2, 4, 7, 7)
+        with pytest.warns(TorchwrapWarning, match="add"):
+            found = use(mask, scores)
+        added = torch.zeros(2, 1, 7, 7, dtype=found.dtype).masked_fill(~whole(mask), torch.finfo(found.dtype).min)
+        assert torch.equal(found, use(added, scores))
+
+
+TAKING: dict[str, Callable[[TileMask, torch.Tensor], object]] = {
+    "scores - mask": lambda mask, scores: torch.sub(scores, mask, alpha=1e4),
+    "mask * least": lambda mask, scores: mask * torch.finfo(torch.float32).min,
+    "mask * tensor": lambda mask, scores: mask * torch.tensor(-1e4),
+    "mask + number": lambda mask, scores: mask + 1.0,
+}
+
+
+@pytest.mark.parametrize("use", TAKING.values(), ids=TAKING.keys())
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_of_booleans_is_no_number_that_is_subtracted_or_multiplied(
+    use: Callable[[TileMask, torch.Tensor], object], inference: bool
+) -> None:
     with torch.inference_mode(inference):
         mask, scores = TileMask.padded([3, 7], 7, 7), torch.ones(2, 4, 7, 7)
         with pytest.raises(ConfigError, match="as if it were one of 0 and -inf") as caught:

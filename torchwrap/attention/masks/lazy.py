@@ -27,16 +27,10 @@ Self = TypeVar("Self", bound="LazyMask")
 _aten = torch.ops.aten
 # Operations that hand the mask on as it is; `contiguous` never arrives here, since the strides already are.
 _PASSING = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.lift_fresh.default}
-# Operations by which masks of 0 and -inf are used; one of booleans would give 0 and 1, and nothing would be hidden.
-_ADDING = {
-    _aten.add.Tensor,
-    _aten.add_.Tensor,
-    _aten.add.out,
-    _aten.sub.Tensor,
-    _aten.sub_.Tensor,
-    _aten.sub.out,
-    _aten.rsub.Tensor,
-}
+# Operations by which masks of 0 and the least number are used; one of booleans would give 0 and 1, and nothing would be hidden. Only in a
+# sum with scores is it known what the mask is to be: it is made so.
+_ADDING = {_aten.add.Tensor, _aten.add_.Tensor, _aten.add.out}
+_TAKING = {*_ADDING, _aten.sub.Tensor, _aten.sub_.Tensor, _aten.sub.out, _aten.rsub.Tensor}
 _SCALING = {_aten.mul.Tensor, _aten.mul.Scalar, _aten.mul.out}
 
 
@@ -160,11 +154,14 @@ class LazyMask(torch.Tensor):
         if args and isinstance(args[0], LazyMask) and (passed := _passed(func, args, options)) is not None:
             return passed
         _refuse_writing(func, args, options)
-        _refuse_arithmetic(func, args)
+        scores = _scores(func, args)
+        if scores is None:
+            _refuse_arithmetic(func, args)
         leaves, layout = tree_flatten((args, options))
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, LazyMask):
-                leaves[index] = made_dense(leaf, str(func))
+                seen = made_dense(leaf, str(func))
+                leaves[index] = seen if scores is None else _hiding(seen, scores)
         args, options = tree_unflatten(leaves, layout)
         return func(*args, **options)
 
@@ -195,12 +192,25 @@ def _refuse_writing(func: Any, args: tuple[Any, ...], options: dict[str, Any]) -
             raise _no_writing(str(func))
 
 
+def _scores(func: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
+    """What a mask is added to, if that are scores: models' own attention does so, and finishes calls that began before an undo."""
+    if func not in _ADDING or len(args) < 2:
+        return None
+    other = next((one for one in args[:2] if not isinstance(one, LazyMask)), None)
+    return other if isinstance(other, torch.Tensor) and other.is_floating_point() and other.dim() else None
+
+
+def _hiding(seen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A mask as transformers' eager attention adds it."""
+    return torch.zeros_like(seen, dtype=scores.dtype).masked_fill_(~seen, torch.finfo(scores.dtype).min)
+
+
 def _refuse_arithmetic(func: Any, args: tuple[Any, ...]) -> None:
     # A factor that is a tensor of weights is none of this: hidden ones become 0.
     others = [value for value in args[:2] if not isinstance(value, LazyMask)]
     floating = any(value.is_floating_point() if isinstance(value, torch.Tensor) else isinstance(value, float) for value in others)
     scalar = all(not isinstance(value, torch.Tensor) or value.dim() == 0 for value in others)
-    if floating and (func in _ADDING or (func in _SCALING and scalar)):
+    if floating and (func in _TAKING or (func in _SCALING and scalar)):
         raise ConfigError(
             f"{func} uses a mask of booleans as if it were one of 0 and -inf: it would hide nothing", where="TileMask",
             fix="Use scores.masked_fill(~mask, -math.inf), or leave a model whose code does this out of fast_attention.",
