@@ -247,3 +247,19 @@ def test_keys_are_packed_for_more_than_sixteen_rows(
         pytest.skip("this processor packs for no call")
     monkeypatch.setattr(backend, "_multiplies_halves", lambda: halves)
     assert kernel in CPU.describe(call).split("queries")[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hole_beside_a_bias_hides_a_key_of_no_numbers_from_one_query(dtype: torch.dtype, heads: tuple[int, int], value: float) -> None:
+    q, k, v = (torch.randn(2, count, length, 16, dtype=dtype) for count, length in ((heads[0], 1), (heads[1], 20), (heads[1], 20)))
+    shown, bias = torch.ones(2, 1, 1, 20, dtype=torch.bool), torch.randn(1, heads[0], 1, 20)
+    shown[..., [3, 7]] = False
+    expected, _ = attention(checked(q, k, v, mask=shown, bias=bias))
+    k[0, :, 3] = value
+    call = checked(q, k, v, mask=shown, bias=bias)
+    out, lse = CPU.forward(call)
+    torch.testing.assert_close(out, expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0.02)
+    _, dk, dv, _, _ = CPU.backward(call, out, lse, torch.ones_like(out), None)
+    assert bool(lse.isfinite().all() & dk.isfinite().all() & dv.isfinite().all())

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torchwrap.attention.masks.mask import TileMask
 
 __all__ = [
-    "MOST_WIDTH", "PIECE", "Form", "by_group", "form", "forward", "is_ranges", "limits", "native_library", "native_refuses", "one_bias",
-    "partial", "without_memory",
+    "MOST_WIDTH", "PIECE", "Form", "adds_holes", "by_group", "form", "forward", "is_ranges", "limits", "native_library", "native_refuses",
+    "one_bias", "partial", "without_memory",
 ]  # fmt: skip
 
 PIECE = 2048
@@ -92,6 +92,11 @@ def is_ranges(mask: TileMask) -> bool:
     if mask.dictionary is not None or mask.key_mask is not None:
         return False
     return mask.q_segments is None or mask.spans().exact
+
+
+def adds_holes(call: Call) -> bool:
+    """Whether `one_bias` adds -inf to the scores of hidden keys: those that are no numbers stay so."""
+    return call.bias is not None and call.mask is not None and not is_ranges(call.mask)
 
 
 def forward(call: Call, form: Form) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention.contract import Call, Gradients
-from torchwrap.attention.cpu.decode import MOST_WIDTH, is_ranges, native_library, one_bias, without_memory
+from torchwrap.attention.cpu.decode import MOST_WIDTH, adds_holes, is_ranges, native_library, one_bias, without_memory
 from torchwrap.attention.merge import grad_of_sinks
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def is_few(call: Call) -> bool:
         return False
     if call.group * call.q_length > MOST_FEW or (call.bias is not None and call.bias.requires_grad):
         return False
-    return call.q_length == 1 or call.mask is None or is_ranges(call.mask)
+    return call.mask is None or is_ranges(call.mask) or (call.q_length == 1 and not adds_holes(call))
 
 
 @functools.cache
