@@ -152,6 +152,36 @@ def test_what_nobody_sees_may_hold_anything(dtype: torch.dtype) -> None:
     assert not found[3][:, :, :20].any() and not found[4][:, :, 90:].any()
 
 
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)], ids=["heads", "groups"])
+def test_few_rows_write_gradients_of_every_key_where_it_lies(heads: tuple[int, int], instruction_set: str) -> None:
+    # Of at most 64 rows kernels write gradients of keys straight to the tensors.
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (
+        torch.randn(2, 300 if n else 20, h, 40 + 5 * (n == 2), generator=generator).transpose(1, 2)
+        for n, h in enumerate((*heads, heads[1]))
+    )
+    seen = torch.tensor([[130, 171], [140, 141], [0, 0]], dtype=torch.int32).repeat(7, 1)[None, :20]
+    how: dict[str, Any] = {"scale": 0.2, "instruction_set": instruction_set}
+    out, lse = prefill(q, k, v, seen, **how)
+    grad = torch.ones_like(out)
+    torch.use_deterministic_algorithms(True)  # and memory that is not written to holds no numbers
+    try:
+        assert torch.empty_like(k).isnan().all()
+        _, dk, dv, *_ = gradients(q, k, v, out, lse, grad, None, seen, **how)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    columns = torch.arange(300)
+    shown = (columns >= seen[..., :1]) & (columns < seen[..., 1:])
+    inputs = [tensor.double().requires_grad_() for tensor in (q, k, v)]
+    keys, values = (tensor.repeat_interleave(heads[0] // heads[1], 1) for tensor in inputs[1:])
+    weights = (0.2 * inputs[0] @ keys.transpose(-1, -2)).masked_fill(~shown, -math.inf).softmax(-1).nan_to_num(0.0)
+    expected = torch.autograd.grad((weights @ values).sum(), inputs[1:])
+    for found, wanted in zip((dk, dv), expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+        assert not found[:, :, :130].any() and not found[:, :, 171:].any()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 def test_reference_is_the_same_function(dtype: torch.dtype, tolerance: float) -> None:
     call, _ = make(5, heads=(8, 2), q_length=64, past=333, mask="padded left", extra="sinks", dtype=dtype)

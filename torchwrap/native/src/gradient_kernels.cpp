@@ -192,10 +192,11 @@ template <class T> void no_scores(const Scratch<T> &at, int64_t place, int64_t r
     }
 }
 
-// Returns the columns that some row sees, of which no key is behind `end`.
+// Returns the columns that some row sees, of which no key is behind `end`. With `straight`, the rows of dK and dV that belong to this block, what
+// this pair adds to them is all there is, and goes there.
 template <class T, bool CAPPED>
 Range pair_of_blocks(const PrefillCall &call, const PrefillTask &task, const Scratch<T> &at, int64_t top, int64_t count, int64_t block,
-                     int64_t end, bool only_products, Coming &coming) {
+                     int64_t end, bool only_products, const Rows *straight, Coming &coming) {
     Range span = columns_seen<T>(at.seen + top, count, block);
     Shown shown, *const bits = call.hides() ? &shown : nullptr;
     if (bits && !span.empty()) span = reveal<T>(call, task, top, count, block, at.seen, span, shown);
@@ -221,10 +222,16 @@ Range pair_of_blocks(const PrefillCall &call, const PrefillTask &task, const Scr
     if (span.end > end) span.end = end;
     const int64_t columns = span.end - span.first;
     const auto between = [&] { coming.step(); };
-    add_matrix<T>(at.dv + span.first * at.value_width, grouped<T>(columns), at.value_width, {at.weight_across + span.first, 1, BLOCK},
-                  at.grad_across + top / PACKED<T> * at.value_width, count / PACKED<T>, between);
-    add_matrix<T>(at.dk + span.first * at.width, grouped<T>(columns), at.width, {at.score_across + span.first, 1, BLOCK},
-                  at.q_across + top / PACKED<T> * at.width, count / PACKED<T>, between);
+    const Left<T> weights{at.weight_across + span.first, 1, BLOCK}, of_scores{at.score_across + span.first, 1, BLOCK};
+    const Word<T> *grad = at.grad_across + top / PACKED<T> * at.value_width, *q = at.q_across + top / PACKED<T> * at.width;
+    if (straight) {
+        const auto seen = [&](const Rows &all) { return Rows{all.to + span.first * all.stride, all.stride, columns, all.width}; };
+        put_matrix<T>(seen(straight[0]), at.width, call.scale, of_scores, q, count / PACKED<T>, between);
+        put_matrix<T>(seen(straight[1]), at.value_width, 1, weights, grad, count / PACKED<T>, between);
+    } else {
+        add_matrix<T>(at.dv + span.first * at.value_width, grouped<T>(columns), at.value_width, weights, grad, count / PACKED<T>, between);
+        add_matrix<T>(at.dk + span.first * at.width, grouped<T>(columns), at.width, of_scores, q, count / PACKED<T>, between);
+    }
     add_matrix<T>(at.dq + top * at.width, count, at.width, {(const Word<T> *)(at.score_rows + span.first), BLOCK / PACKED<T>, 1},
                   at.k_across + span.first / PACKED<T> * at.width, up(columns, PACKED<T>) / PACKED<T>, between);
     return span;
@@ -286,13 +293,17 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
         for (; task.bias_progress && next < until; next++)
             task.wait(task.bias_progress, next, task.bias_turn), task.done(task.bias_progress, next);
     };
-    const auto pairs = [&](int64_t block, bool only_products) {
+    const auto pairs = [&](int64_t block, bool only_products, const Rows *straight = nullptr) {
         Keys<T, E>(call.k, call.k_strides, task, block, span).pack_columns(call.width, at.width, at.k_columns);
         Keys<T, E>(call.v, call.v_strides, task, block, span).pack_columns(call.value_width, at.value_width, at.v_columns);
         for (int64_t top = 0; top < rows; top += HEIGHT) {
             const int64_t count = rows - top < HEIGHT ? rows - top : HEIGHT;
-            const Range found = call.softcap > 0 ? pair_of_blocks<T, true>(call, task, at, top, count, block, span.end - block, only_products, coming)
-                                                 : pair_of_blocks<T, false>(call, task, at, top, count, block, span.end - block, only_products, coming);
+            const auto pair = call.softcap > 0 ? pair_of_blocks<T, true> : pair_of_blocks<T, false>;
+            const Range found = pair(call, task, at, top, count, block, span.end - block, only_products, straight, coming);
+            for (int side = 0; straight && side < 2; side++)  // keys that nobody sees
+                for (int64_t n = 0; n < straight[side].rows; n++)
+                    if (found.empty() || n < found.first || n >= found.end)
+                        memset(straight[side].to + n * straight[side].stride, 0, straight[side].width * sizeof(float));
             if (!call.dbias || only_products) continue;
             if (task.bias_progress && !ours) task.wait(task.bias_progress, next, task.bias_turn), ours = true;
             if (found.empty()) continue;
@@ -319,14 +330,23 @@ template <class T, class E> void rows_of(const PrefillCall &call, const PrefillT
         pass(apart ? block / BLOCK : 0);
         Keys<T, E>(call.k, call.k_strides, task, block, span).pack_across(call.width, at.width, at.k_across);
         const int64_t count = call.k_length - block < BLOCK ? call.k_length - block : BLOCK, padded = up(count, 8);
-        memset(at.dk, 0, padded * at.width * sizeof(float)), memset(at.dv, 0, padded * at.value_width * sizeof(float));
-        pairs(block, false);
-        if (ours && apart) task.done(task.bias_progress, next++), ours = false;
-        const int64_t place = task.place * call.k_length + block;
-        const bool first = turn.number == 0, last = turn.number == turn.of - 1;
         auto row = [&](void *tensor, const int64_t *strides) {
             return (E *)tensor + task.batch * strides[0] + task.head * strides[1] + block * strides[2];
         };
+        // Of a few rows, which no other task adds to, sums are not kept: they are the result.
+        const bool alone = std::is_same_v<E, float> && turn.of == 1 && rows <= HEIGHT;
+        if (alone) {
+            const Rows straight[2] = {{(float *)row(call.dk, call.dk_strides), call.dk_strides[2], count, call.width},
+                                      {(float *)row(call.dv, call.dv_strides), call.dv_strides[2], count, call.value_width}};
+            pairs(block, false, straight);
+        } else {
+            memset(at.dk, 0, padded * at.width * sizeof(float)), memset(at.dv, 0, padded * at.value_width * sizeof(float));
+            pairs(block, false);
+        }
+        if (ours && apart) task.done(task.bias_progress, next++), ours = false;
+        if (alone) continue;
+        const int64_t place = task.place * call.k_length + block;
+        const bool first = turn.number == 0, last = turn.number == turn.of - 1;
         if (turn.of > 1) task.wait(task.progress, block / BLOCK, turn.number);
         deliver(at.dk, at.width, call.width, count, call.dk_sums + place * at.width, first, last, call.scale, row(call.dk, call.dk_strides),
                 call.dk_strides[2]);

@@ -135,22 +135,57 @@ template <class T, class Do> INLINE void of_group(int64_t left, Do act) {
     return act(std::integral_constant<int, 4>{});
 }
 
-// `rows` rows (as `grouped`) of `width` numbers (a multiple of W), `width` apart, plus left times right; right: `width` words per step.
-// `between` is called before each group.
-template <class T, class Do> INLINE void add_matrix(float *to, int64_t rows, int64_t width, Left<T> a, const Word<T> *b, int64_t steps, Do between) {
+// The tiles of a product of `rows` rows (as `grouped`) and `width` columns (a multiple of W): `act(R, V, row, column)`, R and V known while compiling.
+template <class T, class Do> INLINE void each_tile(int64_t rows, int64_t width, Do act) {
     constexpr int MOST = VECTORS<T>;
     for (int64_t c = 0; c < width;) {
         const int64_t left = (width - c) / W, vectors = left >= MOST ? MOST : left >= 2 ? 2 : 1;
         for (int64_t r = 0; r < rows; r += ROWS<T>)
             of_group<T>(rows - r, [&](auto group) {
-                between();
-                const Left<T> from{a.base + r * a.row, a.row, a.step};
-                if (vectors == MOST) add_tile<T, MOST, group>(to + r * width + c, width, from, b + c, width, steps);
-                else if (vectors == 2) add_tile<T, 2, group>(to + r * width + c, width, from, b + c, width, steps);
-                else add_tile<T, 1, group>(to + r * width + c, width, from, b + c, width, steps);
+                if (vectors == MOST) act(group, std::integral_constant<int, MOST>{}, r, c);
+                else if (vectors == 2) act(group, std::integral_constant<int, 2>{}, r, c);
+                else act(group, std::integral_constant<int, 1>{}, r, c);
             });
         c += vectors * W;
     }
+}
+
+// `rows` rows of `width` numbers, `width` apart, plus left times right; right: `width` words per step. `between` is called before each tile.
+template <class T, class Do> INLINE void add_matrix(float *to, int64_t rows, int64_t width, Left<T> a, const Word<T> *b, int64_t steps, Do between) {
+    each_tile<T>(rows, width, [&](auto group, auto vectors, int64_t r, int64_t c) {
+        between();
+        add_tile<T, vectors, group>(to + r * width + c, width, {a.base + r * a.row, a.row, a.step}, b + c, width, steps);
+    });
+}
+
+// A product in place of memory, `factor` times, of which `rows` rows and `columns` columns exist.
+template <class T, int V, int R>
+void put_tile(float *to, int64_t stride, int64_t rows, int64_t columns, float factor, Left<T> a, const Word<T> *b, int64_t step, int64_t steps) {
+    Vector sum[R][V];
+    product<T, V, R>(sum, a, b, step, steps);
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int j = 0; j < V; j++) {
+            const Vector found = mul(sum[r][j], all(factor));
+            if (r >= rows || columns <= j * W) continue;
+            if (columns >= (j + 1) * W) store(to + r * stride + j * W, found);
+            else store(to + r * stride + j * W, found, columns - j * W);
+        }
+}
+
+// Rows of a tensor.
+struct Rows {
+    float *to;
+    int64_t stride, rows, width;
+};
+
+// Those rows = `factor` times left times right, as in `add_matrix`, where the product has `padded` columns.
+template <class T, class Do>
+INLINE void put_matrix(const Rows &into, int64_t padded, float factor, Left<T> a, const Word<T> *b, int64_t steps, Do between) {
+    each_tile<T>(grouped<T>(into.rows), padded, [&](auto group, auto vectors, int64_t r, int64_t c) {
+        between();
+        put_tile<T, vectors, group>(into.to + r * into.stride + c, into.stride, into.rows - r, into.width - c, factor,
+                                    {a.base + r * a.row, a.row, a.step}, b + c, padded, steps);
+    });
 }
 
 template <class T> const T NOTHING_THERE[MAX_WIDTH] = {};
