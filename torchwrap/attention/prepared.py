@@ -68,21 +68,20 @@ def prepared(
     global _last
     said = backend.text if type(backend) is Settings else backend
     kinds = type(scale), type(softcap), type(dropout)
+    of_tensor = type(mask) is Tensor  # as it may be written to, its layout is known as that of q, k and v
     if kinds[2] is float and dropout == 0.0:
-        # Of a mask that is a tensor, as it may be written to, the layout is known as that of q, k and v.
-        laid_out = (q, k, v, mask) if type(mask) is Tensor else (q, k, v)
-        now = kinds, scale, softcap, said, name, len(laid_out), _learns(), _threads(), revision()
+        now = kinds, scale, softcap, said, name, of_tensor, _learns(), _threads(), revision()
         try:
             # Torch's guards end the process over the strides of nested tensors.
-            dense = not (q.is_nested or k.is_nested or v.is_nested or laid_out[-1].is_nested)
+            dense = not (q.is_nested or k.is_nested or v.is_nested or (of_tensor and mask.is_nested))  # type: ignore[union-attr]
         except AttributeError:  # no tensors, which the contract refuses by name
             return None
         for last in _last if dense else ():
             # Fake tensors are of a class of their own, but what a dispatch mode does to others is not in the guards.
             if (
                 last.now == now
-                and (len(laid_out) == 4 or (last.mask is _no_mask if mask is None else last.mask() is mask))  # one that is gone is None too
-                and last.fits(*laid_out)
+                and (of_tensor or (last.mask is _no_mask if mask is None else last.mask() is mask))  # one that is gone is None too
+                and (last.fits(q, k, v, mask) if of_tensor else last.fits(q, k, v))
                 and not ((_modes() and _interfered(q)) or forward_ad._current_level >= 0 or _tracing() or stuck())
             ):
                 return last.work if q.data_ptr() and k.data_ptr() and v.data_ptr() else None
@@ -95,6 +94,7 @@ def prepared(
     held, rule = (_plain, None) if mask is None else _of(mask, q)
     if held is None:
         return None
+    laid_out = (q, k, v, mask) if of_tensor else (q, k, v)
     trains = _learns() and (q.requires_grad or k.requires_grad or v.requires_grad)
     try:
         key = (
@@ -124,7 +124,7 @@ def prepared(
     if dropout:
         return cast(Drawing, found).drawn()
     if fits is not None:
-        _last = (_Last(now, _no_mask if mask is None or len(laid_out) == 4 else weakref.ref(mask), fits, found), *_last[: LAST - 1])
+        _last = (_Last(now, _no_mask if mask is None or of_tensor else weakref.ref(mask), fits, found), *_last[: LAST - 1])
     return found
 
 

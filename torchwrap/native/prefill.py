@@ -238,7 +238,7 @@ def in_memory(tensor: Tensor) -> Tensor:
 
 def readable(bias: Tensor) -> Tensor:
     """A bias as the kernels read it, without gradient: its numbers in memory, in float32, a half type, or bool."""
-    bias = in_memory(bias.detach())
+    bias = in_memory(bias.detach() if bias.requires_grad else bias)
     return bias if bias.dtype in _BIAS_DTYPES else bias.float()
 
 
