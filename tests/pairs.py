@@ -13,9 +13,10 @@ __all__ = ["every_two"]
 def every_two(*, one_of: int = 2, **parameters: Mapping[str, object]) -> pytest.MarkDecorator:
     """Parametrise over one of `one_of` combinations of the values, given by their ids: any two values of two parameters are in one.
 
-    Each parameter has `one_of` values at least, and there are three parameters at least.
+    There are three parameters at least. Where one has fewer than `one_of` values, there are as many more combinations.
     """
-    assert len(parameters) > 2 and all(len(values) >= one_of for values in parameters.values())
+    assert len(parameters) > 2
+    one_of = min(one_of, *map(len, parameters.values()))
     numbered = (enumerate(values.items()) for values in parameters.values())
     met = [
         pytest.param(*(value for _, (_, value) in chosen), id="-".join(label for _, (label, _) in chosen))

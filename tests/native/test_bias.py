@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.attention.cases import assert_correct
-from tests.native.test_prefill import SETS, Native, in_both_types, in_every_type
+from tests.native.test_prefill import SETS, TYPES, Native, in_both_types, in_every_type
+from tests.pairs import every_two
 from torchwrap import native
 from torchwrap.attention.contract import Call, checked
 from torchwrap.attention.cpu import prefill
@@ -34,6 +35,7 @@ FORMS: dict[str, tuple[int | str, ...]] = {
     "all but keys": (1, 1, 1, "K"),
     "one of a batch": ("B", 1, 1, "K"),
 }
+LENGTHS = {f"{queries}-{keys}": (queries, keys) for queries, keys in [(1, 1), (3, 40), (49, 49), (64, 64), (129, 513)]}
 SHIFTS: dict[str, tuple[int | str, ...]] = {"all columns": (1, "H", "Q", 1), "one number": (1, 1, 1, 1)}
 
 
@@ -61,10 +63,9 @@ def biased(form: tuple[int | str, ...], dtype: torch.dtype, **given: Any) -> Cal
     return checked(q, k, v, bias=torch.randn([sizes.get(str(size), 1) for size in form]).to(dtype).requires_grad_(), **given)
 
 
-@pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize(("q_length", "kv_length"), [(1, 1), (3, 40), (49, 49), (64, 64), (129, 513)])
-@in_every_type
-def test_every_length_with_a_mask_and_a_bias(q_length: int, kv_length: int, instruction_set: str, dtype: torch.dtype) -> None:
+@every_two(lengths=LENGTHS, instruction_set={name: name for name in SETS}, dtype=TYPES)
+def test_every_length_with_a_mask_and_a_bias(lengths: tuple[int, int], instruction_set: str, dtype: torch.dtype) -> None:
+    q_length, kv_length = lengths
     q, k, v = tensors(3, (6, 2), q_length, kv_length, 32, dtype)
     bias = torch.randn(1, 6, q_length, kv_length).to(dtype).requires_grad_()
     for mask in (TileMask.window(1, q_length, kv_length, 20), torch.rand(3, 1, q_length, kv_length) < 0.4):
@@ -139,9 +140,11 @@ MASKED: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("mask", MASKED)
-@in_both_types
+@every_two(
+    mask={name: name for name in MASKED},
+    instruction_set={name: name for name in SETS},
+    dtype={str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)},
+)
 def test_every_way_to_hide_keys(mask: str, instruction_set: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     seen = MASKED[mask]()

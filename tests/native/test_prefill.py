@@ -55,7 +55,8 @@ def bfloat16(seed: int, **given: Any) -> tuple[Call, str]:
     return make(seed, dtype=torch.bfloat16, **given)
 
 
-in_every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+TYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+in_every_type = pytest.mark.parametrize("dtype", TYPES.values(), ids=TYPES)
 in_both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
