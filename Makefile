@@ -37,7 +37,9 @@ $(STAMP): pyproject.toml setup.py $(wildcard torchwrap/native/src/*) constraints
 	@test -n "$(PYTHON)" || { echo "make: Python 3.10 or newer is needed and none was found; say PYTHON=/path/to/python3" >&2; exit 1; }
 	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(INSTALL) -c constraints.txt 'setuptools>=77'
-	$(INSTALL) -c constraints.txt -e '.[dev]'
+# Unpacking takes one core: the kernels are compiled meanwhile. Without a compiler there are none.
+	$(BIN)/python setup.py -q build_ext --inplace & \
+	TORCHWRAP_NATIVE=0 $(INSTALL) -c constraints.txt -e '.[dev]'; status=$$?; wait; exit $$status
 	$(INSTALL) --no-deps -r requirements/no-deps.txt
 	$(BIN)/python -m pip uninstall -q -y torchvision timm
 	$(INSTALL) --no-deps --upgrade --target $(VENV)/vision -r requirements/vision-no-deps.txt

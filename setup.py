@@ -4,7 +4,7 @@ It is optional: without a compiler the installation succeeds, and torchwrap.nati
 C interface and is loaded through ctypes, so it belongs to no Python version: the wheel is tagged for the platform alone, or for none when
 nothing was compiled. Instruction sets beyond the processor's baseline get files of their own, compiled one beside the other; one
 that the compiler does not know is left out. TORCHWRAP_CXXFLAGS holds more flags for the compiler, as "-O0" for a quick build of slow
-kernels.
+kernels; with TORCHWRAP_NATIVE=0 nothing is compiled, and kernels that an earlier `setup.py build_ext --inplace` left in the tree stay.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class BuildKernels(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
+        if os.environ.get("TORCHWRAP_NATIVE") == "0":
+            raise CompileError("TORCHWRAP_NATIVE=0")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             wanted = {"baseline": [], **(BEYOND_BASELINE if X86 else {})}
             compiled = {name: pool.submit(self.kernels, name, flags) for name, flags in wanted.items()}
