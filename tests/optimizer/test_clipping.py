@@ -42,6 +42,38 @@ def test_clip_grad_norm_of_torch_works_on_gradients_that_wait(dtype: torch.dtype
     assert differences(plain, reference, model, optimizer) == []
 
 
+@pytest.mark.parametrize("options", [{"overlap": False}, {"accumulate": 3}], ids=["after", "accumulated"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_gradients_on_the_disk_stay_scaled_when_a_later_backward_adds_to_them(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    plain, model = pair(dtype)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, gradients="disk", **options, **ADAM)
+    for net, opt in ((plain, reference), (model, optimizer)):
+        for step in range(2):
+            for micro in range(2):
+                loss_of(net, 10 * step + micro).backward()
+                assert nn.utils.clip_grad_norm_(net.parameters(), 0.05) > 0.05
+            loss_of(net, 10 * step + 2).backward()
+            if opt is reference or "accumulate" not in options:  # the third of three is used at once
+                for parameter in net.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad.mul_(0.3 if "accumulate" not in options else 1)
+            opt.step()
+            opt.zero_grad()
+    assert differences(plain, reference, model, optimizer) == []
+
+
+def test_gradients_on_the_disk_are_not_scaled_by_elements() -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, overlap=False, gradients="disk", **ADAM)
+    loss_of(model, 0).backward()
+    gradient = model.head.weight.grad
+    assert gradient is not None
+    with pytest.raises(tw.ConflictError, match="one by one"):
+        gradient.mul_(torch.ones(gradient.shape))
+    optimizer.close()
+
+
 def test_norms_of_gradients_that_were_used_are_told_if_asked_for() -> None:
     plain, model = pair()
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)

@@ -255,11 +255,14 @@ class Gradients:
 
     @torch.no_grad()
     def _add_parked(self, target: Target) -> None:
-        """Add what was parked in earlier backwards; a sum of two has the same bits either way round."""
+        """Add what was parked in earlier backwards, scaled if it was since; a sum of two has the same bits either way round."""
         if self._parked.pop(target, None) is not None:
             self.norms.pop(target, None)
             assert self._store is not None and target.parameter.grad is not None
-            target.parameter.grad.add_(self._store.get(target.name).to(target.parameter.grad.device))
+            before = self._store.get(target.name)
+            if target.standin is not None and target.standin.factor is not None:
+                before.mul_(target.standin.factor)
+            target.parameter.grad.add_(before.to(target.parameter.grad.device))
             self._store.remove(target.name)
 
     # -- for the step ----------------------------------------------------------------------------------------------------------------------

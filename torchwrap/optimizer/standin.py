@@ -90,11 +90,14 @@ def _scale(x: Any, factor: Any) -> Any:
     if not isinstance(x, StandIn):
         with torch._C.DisableTorchFunctionSubclass():
             return x.mul_(factor)
+    if isinstance(factor, torch.Tensor) and factor.numel() != 1:
+        raise _refused(x, "scaling its elements one by one")
     if bool(factor == 1) or x.is_zero():
         return x
     if not x.parked or x.factor is not None:
         raise _refused(x, "scaling it")
-    x.factor = torch.as_tensor(factor).clone()
+    # A number keeps all its digits: as a tensor of the default type it would have those of float32.
+    x.factor = factor.clone() if isinstance(factor, torch.Tensor) else torch.tensor(factor, dtype=torch.float64)
     return x
 
 
