@@ -248,11 +248,54 @@ def test_without_overlap_gradients_stay_and_may_be_changed() -> None:
     assert differences(plain, reference, model, optimizer) == []
 
 
-def test_sparse_gradients_are_refused() -> None:
-    table = nn.Embedding(8192, 32, sparse=True)
-    optimizer = OffloadedOptimizer(table, torch.optim.SGD, lr=0.1)
+class _Looked(nn.Module):
+    def __init__(self, vocabulary: int, *, tied: bool = False) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(vocabulary, 32, sparse=True), nn.Linear(32, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(ids))  # type: ignore[no-any-return]
+
+
+def test_sparse_gradients_are_refused_before_a_backward_has_updated_others() -> None:
+    model = _Looked(8192)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(tw.UnsupportedModelError, match=r"table\.weight is sparse.*sparse=False"):
+        OffloadedOptimizer(model, torch.optim.SGD, lr=0.1)
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, params=model.head.parameters(), lr=0.1)
     with pytest.raises(tw.UnsupportedModelError, match="sparse=False"):
-        table(torch.arange(3)).sum().backward()
+        optimizer.add_param_group({"params": [model.table.weight]})
+    assert len(optimizer.param_groups) == 1
+    assert all(torch.equal(parameter, old) for parameter, old in zip(model.parameters(), before, strict=True))
+    optimizer.close()
+
+
+def test_a_sparse_gradient_that_nobody_could_foresee_is_refused_when_it_comes() -> None:
+    model = _Looked(8192)
+    model.table.requires_grad_(False)
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1)
+    model.table.requires_grad_(True)
+    optimizer.zero_grad()
+    with pytest.raises(tw.UnsupportedModelError, match="sparse=False"):
+        model(torch.arange(3)).sum().backward()
+    optimizer.close()
+
+
+@pytest.mark.parametrize("vocabulary", [8192, 64])
+def test_a_sparse_table_that_is_a_heads_weight_too_and_a_small_one_are_trained(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    plain = _Looked(vocabulary, tied=vocabulary == 8192)
+    model = copy.deepcopy(plain)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1)
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1)
+    for _ in range(2):
+        for net, opt in ((plain, reference), (model, optimizer)):
+            opt.zero_grad()
+            net(torch.arange(3)).square().mean().backward()
+            opt.step()
+    assert differences(plain, reference, model, optimizer) == []
     optimizer.close()
 
 

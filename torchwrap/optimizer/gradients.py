@@ -168,11 +168,7 @@ class Gradients:
             self._add_parked(target)
             return
         if parameter.grad.layout != torch.strided:
-            raise errors.UnsupportedModelError(
-                f"OffloadedOptimizer: the gradient of {target.name} is sparse",
-                where=target.name,
-                fix="Build the embedding with sparse=False.",
-            )
+            raise refused.sparse(target.name)
         following = self._handle is not None and self._handle.backward.running
         last = self._backwards == self.timing.backwards - 1 and (following or self.timing.backwards == 1)
         if self.timing.take and last and (inner or (following and self._comes_in_parts(target))):

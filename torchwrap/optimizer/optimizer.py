@@ -141,7 +141,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as with any optimizer; room for their state is reserved at once."""
         new = param_group["params"] = listed(param_group["params"])
-        self._parameters.check_reachable(new)
+        self._parameters.check_usable(new)
         if hasattr(self, "_works"):
             self._works.check_new(new)
         super().add_param_group(param_group)

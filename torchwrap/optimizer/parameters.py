@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from torchwrap.core import errors
 from torchwrap.core.tensors import data_of, is_placeholder
+from torchwrap.optimizer import refused
 from torchwrap.optimizer.elementwise import Rule, settings_of
 from torchwrap.optimizer.targets import Target, can_stream
 from torchwrap.stream.units import Unit
@@ -39,7 +41,13 @@ class Parameters:
     """
 
     def __init__(self, model: nn.Module, handle: WeightsHandle | None, rule: Rule) -> None:
-        self._names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
+        named = list(model.named_parameters(remove_duplicate=False))
+        self._names = {id(parameter): name for name, parameter in reversed(named)}
+        places = Counter(id(parameter) for _, parameter in named)
+        tables = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+        # A table that is a head's weight too gets a dense gradient.
+        sparse = Counter(id(table.weight) for table in tables if table.sparse)
+        self._sparse = {table for table, count in sparse.items() if count == places[table]}
         self._places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         self._handle, self._rule = handle, rule
         self.targets: list[Target] = []
@@ -88,9 +96,10 @@ class Parameters:
 
     # -- who drives them -----------------------------------------------------------------------------------------------------------------
 
-    def check_reachable(self, parameters: Iterable[Any]) -> None:
+    def check_usable(self, parameters: Iterable[Any]) -> None:
         """Raise `ConflictError` if the weight of one of these, or of a (name, parameter), is away and the handle does not know where;
-        `ConfigError` if one is there twice, which torch would step twice, with a warning."""
+        `ConfigError` if one is there twice, which torch would step twice, with a warning; `UnsupportedModelError` if its gradient will be
+        sparse and its state is to be streamed: a backward that finds out has updated others by then."""
         seen: set[int] = set()
         for number, entry in enumerate(parameters):
             parameter = entry[1] if isinstance(entry, tuple) else entry
@@ -98,9 +107,12 @@ class Parameters:
                 name = self._names.get(id(parameter)) or f"parameter {number}"
                 raise errors.ConfigError(f"OffloadedOptimizer: {name} is twice in one group", where=name, fix="Leave one of the two out.")
             seen.add(id(parameter))
+            piece = self._handle.piece_of(parameter) if self._handle is not None and isinstance(parameter, torch.Tensor) else None
+            if id(parameter) in self._sparse and parameter.requires_grad and can_stream(parameter, piece):
+                raise refused.sparse(self._names[id(parameter)])
             if not isinstance(parameter, torch.Tensor) or not is_placeholder(data_of(parameter)):
                 continue
-            if self._handle is None or self._handle.piece_of(parameter) is None:
+            if piece is None:
                 name = self._names.get(id(parameter)) or f"parameter {number}"
                 raise errors.ConflictError(
                     f"OffloadedOptimizer: the weights of {name} are away, with another part of the model that was wrapped by itself",

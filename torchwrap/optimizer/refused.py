@@ -1,11 +1,11 @@
-"""What is said when a backward or a caller wants gradients, or weights, that an update has used already."""
+"""What is said when a backward or a caller wants gradients, or weights, that an update has used already, and of gradients it cannot use."""
 
 from __future__ import annotations
 
 from torchwrap.core import errors
 from torchwrap.optimizer.targets import Target
 
-__all__ = ["added", "cleared", "replaced"]
+__all__ = ["added", "cleared", "replaced", "sparse"]
 
 
 def cleared(target: Target) -> errors.ConflictError:
@@ -33,4 +33,11 @@ def replaced(target: Target) -> errors.ConflictError:
         f"OffloadedOptimizer: a second backward before step(), and the first has updated weights already, {target.name} among them",
         where=target.name,
         fix="Call step() after each backward, then the next forward. With several backwards per step, pass accumulate=N or overlap=False.",
+    )
+
+
+def sparse(name: str) -> errors.UnsupportedModelError:
+    """A gradient has no elements in order."""
+    return errors.UnsupportedModelError(
+        f"OffloadedOptimizer: the gradient of {name} is sparse", where=name, fix="Build the embedding with sparse=False."
     )
