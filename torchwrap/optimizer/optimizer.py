@@ -188,14 +188,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._check_usable()
         loss: float | None = None
         if closure is None and self._works.step.repeated():
-            return self._committed(None)
+            return self._finished(None)
         if closure is not None:
             with self._works.gradients.deferred(), torch.enable_grad():
                 loss = closure()
         self.steps += self._works.take_step(self.param_groups, scaling_of(self))
-        self._works.watch()
-        self._works.pace.end()
-        return self._committed(loss) if self._durability == "step" else loss
+        return self._finished(loss)
 
     @property  # type: ignore[override]
     def state(self) -> Mapping[torch.Tensor, Any]:
@@ -364,11 +362,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._works.prepare(self.param_groups)
         self._works.run.restore_values()
 
-    def _committed(self, loss: float | None) -> float | None:
-        """`loss`, after a commit; if that fails, the next `step()` is to try it again."""
+    def _finished(self, loss: float | None) -> float | None:
+        """`loss`, after what follows a step; if that fails or is interrupted, the next `step()` is to do it again, and to take none."""
         try:
-            self.commit()
-        except errors.StorageError:
+            self._works.watch()
+            self._works.pace.end()
+            if self._durability == "step":
+                self.commit()
+        except BaseException:
             self._works.step.remember()
             raise
         return loss

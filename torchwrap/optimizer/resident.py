@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 
 from torchwrap.optimizer.elementwise import Rule, scaled, settings_of, step_of
 from torchwrap.optimizer.targets import Target, in_place
+from torchwrap.optimizer.unbroken import Unbroken
 from torchwrap.stream.timeline import Timeline
 
 __all__ = ["Resident"]
@@ -24,12 +27,16 @@ class Resident:
     Args:
         rule: the wrapped class.
         timeline: where its steps are recorded, if anywhere.
+
+    Attributes:
+        stepped: of the step that is being taken, the part of these parameters, once it has begun; it is taken once, see `over`.
     """
 
     def __init__(self, rule: Rule, timeline: Timeline | None = None) -> None:
         self._rule, self._timeline = rule, timeline
         self._whole: torch.optim.Optimizer | None = None
         self._numbers: list[int] = []  # of the groups that have such parameters
+        self.stepped: Unbroken | None = None
 
     def prepare(self, targets: Sequence[Target], groups: Sequence[Mapping[str, Any]]) -> None:
         """Parameters were added, or settings changed; the state stays."""
@@ -41,19 +48,38 @@ class Resident:
             self._whole.state.update(before)
 
     def step(self, targets: Sequence[Target], groups: Sequence[Mapping[str, Any]], scaling: Mapping[str, torch.Tensor]) -> None:
-        """Update them with the gradients that they have and the present settings; `scaling` as `scaling_of` gives it."""
+        """Update them with the gradients that they have and the present settings; `scaling` as `scaling_of` gives it.
+
+        After an interrupt it goes on by itself, and another call only waits for it; an error of the class is raised as torch does.
+        """
         if self._whole is None:
             return
-        for number, group in zip(self._numbers, self._whole.param_groups, strict=True):
-            group.update(settings_of(groups[number]))
+        if self.stepped is None:
+            for number, group in zip(self._numbers, self._whole.param_groups, strict=True):
+                group.update(settings_of(groups[number]))
+            self.stepped = Unbroken(partial(self._step, self._whole, targets, scaling))
+        try:
+            self.stepped.wait()
+        except Exception:
+            self.stepped = None
+            raise
+
+    def _step(self, whole: torch.optim.Optimizer, targets: Sequence[Target], scaling: Mapping[str, torch.Tensor]) -> None:
         began = time.monotonic()
-        with scaled(self._whole, scaling):
-            step_of(self._whole)()
+        with scaled(whole, scaling):
+            step_of(whole)()
         if self._timeline is not None:
             self._timeline.add("update", "in memory", began, time.monotonic(), 0)
         for target in targets:
             if not target.streamed and target.parameter.grad is not None:
                 target.changed = True
+
+    def over(self) -> None:
+        """The step is done or given up, and nothing of it under way: `step` begins another one."""
+        if self.stepped is not None:
+            with suppress(Exception):
+                self.stepped.wait()
+        self.stepped = None
 
     def state(self, target: Target) -> dict[str, Any]:
         """What is kept of one of them; empty before a step."""

@@ -17,6 +17,7 @@ from torchwrap.optimizer.chunks import Update
 from torchwrap.optimizer.elementwise import Rule, settings_of
 from torchwrap.optimizer.gradients import Gradients
 from torchwrap.optimizer.handover import streamed_of
+from torchwrap.optimizer.resident import Resident
 from torchwrap.optimizer.targets import Target
 from torchwrap.optimizer.updates import Job, Updater
 
@@ -30,6 +31,7 @@ class Step:
         targets: all parameters of the optimizer; the list may grow.
         gradients: what became of theirs in backward.
         updater: carries out updates.
+        resident: steps what stays in memory.
         max_grad_norm: clip to this total norm; None: do not.
 
     Attributes:
@@ -37,12 +39,15 @@ class Step:
         scaling: what a `GradScaler` says of the step that is being taken.
     """
 
-    def __init__(self, targets: list[Target], gradients: Gradients, updater: Updater, max_grad_norm: float | None) -> None:
-        self._targets, self._gradients, self._updater, self._max_grad_norm = targets, gradients, updater, max_grad_norm
+    def __init__(
+        self, targets: list[Target], gradients: Gradients, updater: Updater, resident: Resident, max_grad_norm: float | None
+    ) -> None:
+        self._targets, self._gradients, self._updater, self._resident = targets, gradients, updater, resident
+        self._max_grad_norm = max_grad_norm
         self._scale: torch.Tensor | None = None
         self._clipped = False
         self._done: set[Target] = set()  # of a step that failed half-way
-        self._stepped: list[tuple[weakref.ref[torch.Tensor], int]] = []  # gradients of a step whose commit failed, as torch counts writes
+        self._stepped: list[tuple[weakref.ref[torch.Tensor], int]] = []  # gradients of a step whose end failed, as torch counts writes
         self._handed: list[Update] = []  # to the worker, and not known to be over: an interrupt or a hang came before
         self.grad_norm: torch.Tensor | None = None
         self.scaling: Mapping[str, torch.Tensor] = {}
@@ -113,15 +118,16 @@ class Step:
         """It is done, or its gradients are given up."""
         self._gradients.forget()
         self._clipped, self._scale, self.scaling = False, None, {}
-        self._done.clear()
         self._handed.clear()
+        self._done.clear()
+        self._resident.over()
 
     def remember(self) -> None:
-        """The step is over, but its commit failed: `step()` again is to commit, and not to use these gradients twice."""
+        """The step is over, but not what follows it: `step()` again is to do that, and not to use these gradients twice."""
         self._stepped = [(weakref.ref(gradient), gradient._version) for gradient in self._shown()]
 
     def repeated(self) -> bool:
-        """Whether the gradients are still those of a step whose commit failed; to be asked once."""
+        """Whether the gradients are still those that were remembered; to be asked once."""
         before, self._stepped = self._stepped, []
         now = self._shown() if before else []
         same = all(old() is new and version == new._version for (old, version), new in zip(before, now, strict=False))
@@ -139,14 +145,15 @@ class Step:
     def half_done(self) -> bool:
         """Whether some weights are those of after the step, and others those of before."""
         self._settle()
-        return self._gradients.began or bool(self._updater.unfinished or self._done or self._handed)
+        return self._gradients.began or bool(self._updater.unfinished or self._done or self._handed or self._resident.stepped)
 
     @property
     def changed(self) -> bool:
         """Whether the step has updated weights, which cannot be undone, or is about to."""
         given_back = set(self._updater.unfinished)
         under_way = any(update not in given_back for update in self._handed)
-        return self._gradients.began or bool(self._done) or under_way or any(target.torn for target in self._targets)
+        begun = self._gradients.began or bool(self._done or self._resident.stepped)
+        return begun or under_way or any(target.torn for target in self._targets)
 
     def _settle(self) -> None:
         """Wait for what was handed to the worker, by whichever call, and note what of it is done."""
@@ -193,7 +200,7 @@ class Step:
                 )
 
     def _refuse_repetition(self, updates: Sequence[Update]) -> None:
-        if updates or self._gradients.began or self._done:
+        if updates or self._gradients.began or self._done or self._resident.stepped:
             return
         used = next((target for target in self._targets if target.is_taken()), None)
         if used is not None:

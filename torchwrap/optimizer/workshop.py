@@ -111,7 +111,7 @@ class Workshop:
             self.pace: Pace = Pace(handle, self.updater, self.chunks)
             self.gradients: Gradients = Gradients(lambda: parameters.checked(groups()), handle, self.updater, self.timing(asked))
             self._share_freed()
-            self.step: Step = Step(targets, self.gradients, self.updater, max_grad_norm)
+            self.step: Step = Step(targets, self.gradients, self.updater, self.resident, max_grad_norm)
         except BaseException:
             with suppress(AttributeError):  # not made yet
                 self.freed.close()
