@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -114,6 +115,48 @@ def test_adapters_of_a_streamed_base(dtype: str, setting: str) -> None:
     plain, model = (fixture.build().to(DTYPES[dtype]).train() for _ in range(2))
     plain, model = with_adapters(plain).to(DTYPES[dtype]), with_adapters(streamed(model)).to(DTYPES[dtype])
     assert unequal(plain, model, lambda each, number: loss_of(each, fixture.inputs()), SETTINGS[setting], ADAM) == []
+
+
+class _Quantised(nn.Module):
+    """A frozen weight of one byte per element with a scale, and an adapter that is trained."""
+
+    def __init__(self, dtype: torch.dtype, width: int = 256) -> None:
+        super().__init__()
+        self.weight = nn.Parameter((torch.randn(width, width) * 8).to(dtype), requires_grad=False)
+        self.scale = nn.Parameter(torch.full((width,), 0.01), requires_grad=False)
+        self.adapter = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + nn.functional.linear(x, self.weight.to(x.dtype) * self.scale[:, None]) + self.adapter(x)
+
+
+@pytest.mark.parametrize("offload", [{"params": "disk"}, {}, None], ids=["disk", "resident", "plain"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
+def test_adapters_over_quantised_weights(dtype: torch.dtype, offload: dict[str, Any] | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(_Quantised(dtype) for _ in range(3))).train()
+    model, again = copy.deepcopy(plain), copy.deepcopy(plain)
+    if offload is not None:
+        model, again = (tw.offload(each, units=("0", "1", "2"), **offload) for each in (model, again))
+    x = torch.linspace(-1, 1, 1024).view(4, 256)
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-2, path=tmp_path / "run")
+
+    def step(net: nn.Module, opt: torch.optim.Optimizer) -> None:
+        opt.zero_grad()
+        net(x).square().mean().backward()
+        opt.step()
+
+    step(plain, reference)
+    step(model, optimizer)
+    optimizer.commit()
+    assert differences(plain, reference, model, optimizer) == []
+    optimizer.close()
+    optimizer = tw.OffloadedOptimizer(again, torch.optim.AdamW, lr=1e-2, path=tmp_path / "run")
+    step(plain, reference)
+    step(again, optimizer)
+    assert differences(plain, reference, again, optimizer) == []
+    optimizer.close()
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,9 @@ class Parameters:
             target.layout = self._layout(target.parameter, groups[target.group])
 
     def _layout(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
+        counts = parameter.is_floating_point() or parameter.is_complex()
+        if not parameter.requires_grad and (not counts or parameter.element_size() == 1):
+            return {}  # integers and float8 hold a quantised weight, never get a gradient, and no class could step them
         return dict(self._rule.layout(settings_of(group), parameter.dtype, parameter.device))
 
     def checked(self, groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
