@@ -195,6 +195,20 @@ def test_other_norms_of_a_gradient_on_the_disk_are_refused() -> None:
     optimizer.close()
 
 
+@pytest.mark.parametrize("given_up", [False, True], ids=["waiting", "given-up"])
+def test_closing_gives_all_gradients_up_if_some_wait_on_the_disk(given_up: bool, recwarn: pytest.WarningsRecorder) -> None:
+    _, model = pair()
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, gradients="disk", accumulate=2, **ADAM)
+    loss_of(model, 0).backward()
+    assert model.norm.weight.grad is not None
+    if given_up:
+        optimizer.zero_grad()
+    optimizer.close()
+    assert [parameter for parameter in model.parameters() if parameter.grad is not None] == []
+    told = [str(warning.message) for warning in recwarn if "gradients wait on the disk" in str(warning.message)]
+    assert len(told) == (0 if given_up else 1)
+
+
 @pytest.mark.parametrize("to_none", [True, False], ids=["none", "zero"])
 def test_a_gradient_on_the_disk_is_given_up_through_the_model(to_none: bool) -> None:
     plain, model = pair()

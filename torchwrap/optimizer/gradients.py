@@ -9,7 +9,9 @@ clipping by total norm works on what is parked.
 from __future__ import annotations
 
 import functools
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -369,12 +371,23 @@ class Gradients:
         self.allow_calls()
 
     def close(self) -> None:
-        """Take the hooks off, and the stand-ins: whoever trains the model next begins with no gradients."""
+        """Take the hooks off, and the stand-ins: whoever trains the model next begins with no gradients.
+
+        Where some of a step to come are on the disk, those in memory go with them: a step with these alone would be another one.
+        """
+        waiting = any(target.is_taken() for target in self._parked) and self.settings is None
         for target, hooks in self._hooks.items():
             for hook in hooks:
                 hook.remove()
-            if target.is_taken():
+            if target.is_taken() or waiting:
                 target.parameter.grad = None
+        if waiting and threading.main_thread().is_alive():  # else the interpreter exits, and nobody uses them any more
+            warnings.warn(
+                "OffloadedOptimizer: closed while gradients wait on the disk for the step: all of them are given up. Call step() before "
+                "close() to use them, or zero_grad() if they are not needed.",
+                errors.TorchwrapWarning,
+                stacklevel=4,
+            )
         self._hooks.clear()
         if self._handle is not None and self in self._handle.backward.listeners:
             self._handle.backward.listeners.remove(self)
