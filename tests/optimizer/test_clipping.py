@@ -195,6 +195,39 @@ def test_other_norms_of_a_gradient_on_the_disk_are_refused() -> None:
     optimizer.close()
 
 
+@pytest.mark.parametrize("options", [{"overlap": False}, {"accumulate": 2}], ids=["after", "accumulated"])
+def test_a_gradient_that_cannot_be_read_again_is_not_left_out_in_silence(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model = pair()
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, gradients="disk", **options, **ADAM)
+    loss_of(model, 0).backward()
+    store = optimizer._works.gradients._store
+    assert store is not None
+    real = store.get
+
+    def failing(name: str) -> torch.Tensor:
+        if name == "blocks.1.up.weight":
+            raise tw.StorageError("the disk is gone")
+        return real(name)
+
+    monkeypatch.setattr(store, "get", failing)
+    with pytest.raises(tw.StorageError, match="gone"):
+        loss_of(model, 1).backward()
+    with pytest.raises((tw.ConflictError, tw.StorageError)):
+        optimizer.step()
+    monkeypatch.undo()
+    if "accumulate" in options:  # the head's gradient has been used
+        optimizer.close()
+        return
+    optimizer.zero_grad()
+    for net, opt in ((plain, reference), (model, optimizer)):
+        for micro in range(2):
+            loss_of(net, micro).backward()
+        opt.step()
+    assert differences(plain, reference, model, optimizer) == []
+    optimizer.close()
+
+
 @pytest.mark.parametrize("given_up", [False, True], ids=["waiting", "given-up"])
 def test_closing_gives_all_gradients_up_if_some_wait_on_the_disk(given_up: bool, recwarn: pytest.WarningsRecorder) -> None:
     _, model = pair()

@@ -254,13 +254,14 @@ class Gradients:
     @torch.no_grad()
     def _add_parked(self, target: Target) -> None:
         """Add what was parked in earlier backwards, scaled if it was since; a sum of two has the same bits either way round."""
-        if self._parked.pop(target, None) is not None:
-            self.norms.pop(target, None)
+        if target in self._parked:
             assert self._store is not None and target.parameter.grad is not None
             before = self._store.get(target.name)
             if target.standin is not None and target.standin.factor is not None:
                 before.mul_(target.standin.factor)
             target.parameter.grad.add_(before.to(target.parameter.grad.device))
+            del self._parked[target]  # not before it is added: a step without it would go on in silence
+            self.norms.pop(target, None)
             self._store.remove(target.name)
 
     # -- for the step ----------------------------------------------------------------------------------------------------------------------
