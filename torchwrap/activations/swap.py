@@ -27,6 +27,7 @@ from torchwrap.activations.records import Entry, Record, Use, bytes_over
 from torchwrap.activations.tiers import Place, Tier
 from torchwrap.core import errors
 from torchwrap.storage.checksum import memory_of, sum64
+from torchwrap.storage.condition import Condition
 from torchwrap.storage.patience import LOOK_S, Patience
 from torchwrap.stream.timeline import Timeline
 
@@ -52,7 +53,7 @@ class Swap:
     def __init__(self, tier: Callable[[], Tier], device: torch.device, timeout_s: float, timeline: Timeline | None) -> None:
         self._make, self._device, self._timeout_s, self._timeline = tier, device, timeout_s, timeline
         self._tier: Tier | None = None
-        self._state = threading.Condition(threading.RLock())
+        self._state = Condition()
         self._jobs: SimpleQueue[tuple[weakref.ref[Record], str] | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
         self._unwritten = 0

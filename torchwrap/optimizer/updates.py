@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from torchwrap.core import errors
 from torchwrap.optimizer.chunks import Chunk, Chunks, Update
+from torchwrap.storage.condition import Condition
 from torchwrap.storage.heap import FreedBlocks
 from torchwrap.storage.patience import LOOK_S, Patience
 from torchwrap.storage.pool import Buffer
@@ -67,17 +68,17 @@ class Updater:
         self, chunks: Chunks, engine: Engine | None, timeout_s: float, timeline: Timeline | None = None, freed: FreedBlocks | None = None
     ) -> None:
         self._chunks, self._engine, self._timeout_s, self._timeline, self._freed = chunks, engine, timeout_s, timeline, freed
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._jobs: deque[Job] = deque()
+        self._begun: set[Job] = set()  # and not over
         self._writes: deque[_Step] = deque()
         self._free: list[dict[str, Buffer]] = []
         self._made = 0
         self._alive = 0  # chunks whose buffers are in use
-        self._pending = 0  # updates handed in and not over
-        self._bytes = 0  # of their gradients
-        self._aside = 0
+        self._kept_from = self._aside = self._lent = 0
         self._moved = time.monotonic()
         self._threads: list[threading.Thread] = []
+        self._claims = (threading.Lock(), threading.Lock())  # of the worker and the writer
         self._stopped = False
         self._error: errors.TorchwrapError | None = None
         self._pid = os.getpid()
@@ -94,16 +95,15 @@ class Updater:
             if self._error is not None:
                 self.unfinished += job.updates
                 return
-            self._pending += len(job.updates)
-            self._count(sum(update.gradient_nbytes for update in job.updates))
             if self._engine is not None:
                 self._engine.expect_update(job.pieces)
-            self._jobs.append(job)
-            if not self._threads:
-                for work, name in ((self._work, "torchwrap-update"), (self._write_all, "torchwrap-write")):
-                    thread = threading.Thread(target=work, name=name, daemon=True)
-                    self._threads.append(thread)
-                    thread.start()
+            for number in range(len(self._threads), 2):
+                name = ("torchwrap-update", "torchwrap-write")[number]
+                thread = threading.Thread(target=self._serve, args=(number,), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            self._jobs.append(job)  # the one thing that counts: an interrupt comes before it or after it
+            self._share()
             self._changed.notify_all()
 
     def wait(self) -> None:
@@ -112,7 +112,7 @@ class Updater:
         Raises:
             StorageError: nothing moved for `timeout_s` seconds.
         """
-        self._wait_while(lambda: bool(self._pending or self._alive))
+        self._wait_while(lambda: bool(self._jobs or self._begun or self._alive))
 
     def wait_for_room(self, nbytes: int) -> None:
         """Return when the gradients that wait take no more than `nbytes`, or after an error."""
@@ -121,14 +121,14 @@ class Updater:
     def set_aside(self, nbytes: int) -> None:
         """So much of what gradients may take is for one that is being made: no freed tensors are kept there until it is handed in."""
         with self._changed:
-            more, self._aside = nbytes - self._aside, nbytes
-            self.lend(more)
+            self._aside = nbytes
+            self._share()
 
-    def lend(self, nbytes: int) -> None:
-        """Keep so much less of freed tensors, see `FreedBlocks.lend`; any thread may call it."""
+    def keep_less(self, nbytes: int) -> None:
+        """Keep so much less of freed tensors than where no gradient waits, see `FreedBlocks.lend`."""
         with self._changed:
-            if self._freed is not None and nbytes:
-                self._freed.lend(nbytes)
+            self._kept_from = nbytes
+            self._share()
 
     def check(self) -> None:
         """Raise the error of an update that failed, once; updates handed in later are carried out again."""
@@ -163,6 +163,7 @@ class Updater:
             return
         begin, patience = time.monotonic(), Patience(self._timeout_s)
         with self._changed:
+            self._changed.notify_all()  # of what an interrupt kept from being told
             waits = busy()
             while busy():
                 left = patience.left(self._moved)
@@ -176,6 +177,11 @@ class Updater:
             self.waited_s += end - begin
         if waits and self._timeline is not None:
             self._timeline.add("stall", "optimizer", begin, end, 0)
+
+    def _serve(self, number: int) -> None:
+        """The whole of a thread. An interrupt may have had a second one started; it ends at once."""
+        if self._claims[number].acquire(blocking=False):
+            (self._work, self._write_all)[number]()
 
     # -- worker ------------------------------------------------------------------------------------------------------------------------
 
@@ -201,7 +207,8 @@ class Updater:
         while True:
             with self._changed:
                 if self._jobs:
-                    return self._jobs.popleft()
+                    self._begun.add(job := self._jobs.popleft())
+                    return job
                 if not ahead:
                     if self._stopped:
                         return None
@@ -255,7 +262,7 @@ class Updater:
         while True:
             with self._changed:
                 while not self._writes:
-                    if self._stopped and not self._pending:
+                    if self._stopped and not (self._jobs or self._begun):
                         return
                     self._changed.wait(1.0 if self._stopped else None)
                 step = self._writes.popleft()
@@ -274,23 +281,32 @@ class Updater:
             if job.failed:  # by another of its updates, which counted this one among the unfinished
                 self.unfinished.remove(update)
                 return
-            self._count(-update.gradient_nbytes)
-            update.gradient = None
+            gradient, update.gradient = update.gradient, None
             job.updates.remove(update)
             last = not job.updates
+            self._share()
+        del gradient  # when its memory may be kept
         if last:
             self._let_go(job)
         with self._changed:
-            self._pending -= 1
+            if last:
+                self._begun.discard(job)
             self._moved = time.monotonic()
             self._changed.notify_all()
 
     # -- both --------------------------------------------------------------------------------------------------------------------------
 
-    def _count(self, nbytes: int) -> None:
-        """So many bytes of gradients more, or less, are there; to be called before they are freed."""
-        self._bytes += nbytes
-        self.lend(nbytes)
+    @property
+    def _bytes(self) -> int:
+        """Of gradients that wait."""
+        return sum(update.gradient_nbytes for job in [*self._jobs, *self._begun] for update in list(job.updates))
+
+    def _share(self) -> None:
+        """Keep freed tensors where gradients may be and are not; any thread may call it, before gradients are freed."""
+        lent = self._kept_from + self._aside + self._bytes
+        if self._freed is not None and lent != self._lent:
+            more, self._lent = lent - self._lent, lent
+            self._freed.lend(more)
 
     def _let_go(self, job: Job) -> None:
         with self._changed:
@@ -304,6 +320,7 @@ class Updater:
             if self._error is None:
                 self._error = _typed(error, update)
             failed = [*([] if job.failed else [job]), *self._jobs]
+            self._begun.update(self._jobs)
             self._jobs.clear()
             for each in failed:
                 each.failed = True
@@ -312,8 +329,8 @@ class Updater:
             with suppress(errors.TorchwrapError):
                 self._let_go(each)
         with self._changed:
-            self._pending -= sum(len(each.updates) for each in failed)
-            self._count(-sum(left.gradient_nbytes for each in failed for left in each.updates))
+            self._begun -= {job, *failed}
+            self._share()
             self._moved = time.monotonic()
             self._changed.notify_all()
 

@@ -126,8 +126,8 @@ class Workshop:
     def _share_freed(self) -> None:
         """Gradients that wait for the worker count as kept; where others wait, or on the disk, as much is kept as may wait here."""
         timing = self.gradients.timing
-        before, self._unused = self._unused, 0 if timing.take and timing.backwards == 1 else self._beside
-        self.updater.lend(self._unused - before)
+        self._unused = 0 if timing.take and timing.backwards == 1 else self._beside
+        self.updater.keep_less(self._unused)
 
     def _kept(self) -> tuple[int, int]:
         """Bytes of freed tensors to keep where gradients may wait, and beside them; no chunk is larger than the largest weight.

@@ -24,6 +24,7 @@ import numpy
 from torchwrap.core.errors import CorruptDataError, StorageError, TorchwrapWarning
 from torchwrap.storage.backend import Backend, Request, Source, Stats, reading, run
 from torchwrap.storage.checksum import Part, crc32, crc32_join, sum64
+from torchwrap.storage.condition import Condition
 from torchwrap.storage.patience import LOOK_S, Patience
 from torchwrap.storage.pool import Buffer, allocate
 from torchwrap.storage.priority import give_way
@@ -119,7 +120,7 @@ class Pool:
         self.mode: Mode = mode
         self.stats: Stats = stats
         self.background: bool = background
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._queue: deque[tuple[Ticket, Piece]] = deque()
         self._active: dict[int, tuple[Ticket, Piece]] = {}
         self._landed: deque[tuple[Ticket, Piece]] = deque()
@@ -349,7 +350,7 @@ class _Tally:
         self._sums: dict[tuple[int, int], int] = {}
         self._codes: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
 
-    def add(self, piece: Piece, ranges: Sequence[tuple[int, int, int]], lock: threading.Condition) -> None:
+    def add(self, piece: Piece, ranges: Sequence[tuple[int, int, int]], lock: Condition) -> None:
         """Take parts of a request into account, all or (when interrupted) none: (index of the part, low, high), as file positions."""
         found = []
         for index, low, high in ranges:

@@ -24,6 +24,7 @@ import torch
 
 from torchwrap.core import errors
 from torchwrap.storage import aio
+from torchwrap.storage.condition import Condition
 from torchwrap.stream.arena import Arena
 from torchwrap.stream.pieces import read_piece
 from torchwrap.stream.planner import ResidencyPlan
@@ -297,7 +298,7 @@ class Engine(UpdatedWindow):
             return
         self._pid = os.getpid()
         self._lock, self.turns = threading.RLock(), None
-        self.state = threading.Condition(threading.RLock())
+        self.state = Condition()
         self._updating.clear()
         self._due.clear()
         for fetch in self._fetches.values():

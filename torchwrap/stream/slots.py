@@ -17,6 +17,7 @@ import torch
 from torchwrap.core import errors
 from torchwrap.core.tensors import data_of
 from torchwrap.storage import aio
+from torchwrap.storage.condition import Condition
 from torchwrap.stream.arena import Arena, Slot
 from torchwrap.stream.layout import Layout, Region, lay_out
 from torchwrap.stream.pieces import learn, part_of
@@ -114,7 +115,7 @@ class Slots:
         self.arena: Arena = arena
         self.reader: aio.Reader = reader
         self.timeline: Timeline | None = timeline
-        self.state: threading.Condition = threading.Condition(threading.RLock())
+        self.state: Condition = Condition()
         self._verify, self._timeout_s = verify, timeout_s
         self._layouts: dict[int, Layout] = {}
         self._slots: list[Slot] = []
