@@ -21,17 +21,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import torchwrap as tw
 from torchwrap.demo.weights import smollm2
 
-TOKENS, FRACTION = 128, 0.4
+FRACTION = 0.4
 SETTINGS: dict[str, Any] = {"lr": 2e-5, "weight_decay": 0.01, "fused": True}
 
 
-def batches(tokenizer: Any, first: int, last: int) -> Iterator[torch.Tensor]:
+def batches(tokenizer: Any, tokens: int, first: int, last: int) -> Iterator[torch.Tensor]:
     """(1, T) token ids of consecutive pieces of the text, one for each step."""
     data = os.environ.get("TORCHWRAP_DATA")
     text = (Path(data) / "wikitext-2" / "valid.txt").read_text() if data else "\n".join(topics.values())
-    ids = tokenizer(text[: 8 * TOKENS * last], return_tensors="pt").input_ids
+    ids = tokenizer(text[: 8 * tokens * last], return_tensors="pt").input_ids
     for step in range(first, last):
-        yield ids[:, step * TOKENS : (step + 1) * TOKENS]
+        yield ids[:, step * tokens : (step + 1) * tokens]
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, data: Iterable[torch.Tensor]) -> list[float]:
@@ -53,19 +53,19 @@ def resident(field: str) -> int:
 
 arguments = argparse.ArgumentParser(description=__doc__)
 arguments.add_argument("--steps", type=int, default=3)
+arguments.add_argument("--tokens", type=int, default=128, help="of a step")
 arguments.add_argument("--run", type=Path, default=Path("finetune-smollm2"), help="folder of the run")
 arguments.add_argument("--resume", action="store_true", help="go on with the run in the folder")
 given = arguments.parse_args()
 if not given.resume:
     shutil.rmtree(given.run, ignore_errors=True)
 
-folder = smollm2()
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder := smollm2())
 model = tw.offload.from_pretrained(folder, dtype=torch.float32, params="disk").train()
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, after loading
 before, whole = resident("VmRSS"), 16 * model.num_parameters()  # weight, gradient and two moments of AdamW, four bytes each
 optimizer = tw.OffloadedOptimizer(model, torch.optim.AdamW, path=given.run, durability="step", chunk="4MiB", **SETTINGS)
-for ids in batches(tokenizer, optimizer.steps, given.steps):
+for ids in batches(tokenizer, given.tokens, optimizer.steps, given.steps):
     (loss,) = train(model, optimizer, [ids])
     print(f"step {optimizer.steps}: loss {loss:.4f}, memory of training {resident('VmHWM') - before:,} bytes of {whole:,}", flush=True)
 small = resident("VmHWM") - before < FRACTION * whole
@@ -73,7 +73,7 @@ trained = {name: value.clone() for name, value in model.state_dict().items()}
 optimizer.close()
 
 plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-train(plain, torch.optim.AdamW(plain.parameters(), **SETTINGS), batches(tokenizer, 0, given.steps))
+train(plain, torch.optim.AdamW(plain.parameters(), **SETTINGS), batches(tokenizer, given.tokens, 0, given.steps))
 equal = all(torch.equal(value, trained[name]) for name, value in plain.state_dict().items())
 print(f"outputs equal: {equal}" if small else f"more than {FRACTION:.0%} of the memory was used")
 sys.exit(not (equal and small))

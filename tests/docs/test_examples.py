@@ -64,7 +64,7 @@ def test_example_runs_and_its_check_holds(script: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fine_tuning_that_was_killed_goes_on(tmp_path: Path) -> None:
     skip_without_packages(KILLED)
-    command = [sys.executable, str(ROOT / "examples" / f"{KILLED}.py"), "--steps"]
+    command = [sys.executable, str(ROOT / "examples" / f"{KILLED}.py"), "--tokens", "32", "--steps"]
     with subprocess.Popen([*command, "100"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         first = child.stdout.readline()
