@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
+from pathlib import Path
+
 import pytest
 
 from tests.contract.processes import fresh_process
+from tests.sharing import made_once
 
 PROGRAM = """
     import os, signal, subprocess, time
@@ -54,13 +58,44 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "overlap"),
-    [
-        ("GenerationStore", "write", True),
-        ("GenerationStore", "write", False),
-        ("backend.Backend", "pread", True),
-    ],
-)
-def test_a_stopped_process_is_no_hanging_disk(owner: str, name: str, overlap: bool) -> None:
-    fresh_process(PROGRAM.format(owner=owner, name=name, overlap=overlap))
+CASES = {
+    "a write beside the backward": {"owner": "GenerationStore", "name": "write", "overlap": True},
+    "a write in the step": {"owner": "GenerationStore", "name": "write", "overlap": False},
+    "a read": {"owner": "backend.Backend", "name": "pread", "overlap": True},
+}
+# Each in a fork of one process that has imported everything, all at the same time, since most of it is waiting.
+IN_FORKS = """
+    import os, traceback
+    from pathlib import Path
+    import torchwrap as tw
+    tw.offload, tw.OffloadedOptimizer
+    made = []
+    for file, program in {programs!r}.items():
+        if not (child := os.fork()):
+            try:
+                exec(program, {{"torch": torch}})
+                said = "right"
+            except BaseException:
+                said = traceback.format_exc()
+            Path(file).write_text(said)
+            os._exit(0)
+        made.append(child)
+    for child in made:
+        os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what came of each case."""
+
+    def make(folder: Path) -> None:
+        programs = {str(folder / case): textwrap.dedent(PROGRAM.format(**fields)) for case, fields in CASES.items()}
+        fresh_process(IN_FORKS.format(programs=programs))
+
+    return made_once(tmp_path_factory, "stopped", make)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stopped_process_is_no_hanging_disk(case: str, said: Path) -> None:
+    assert (said / case).read_text() == "right"
