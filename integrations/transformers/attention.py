@@ -273,9 +273,7 @@ def attention_forward(
     chosen = [name for name in OWN_KEYS if kwargs.get(name) is not None]
     if own is None and chosen:
         if service.sequence is not None:
-            raise UnsupportedModelError(
-                "it chooses its keys itself, in its part of a divided sequence", where=fqn, fix="Leave sp_group out."
-            )
+            raise UnsupportedModelError("it chooses its keys itself, in its part of a sequence", where=fqn, fix="Leave sp_group out.")
         taken = inspect.signature(_own_function(module, "eager")).parameters
         if ignored := [name for name in chosen if name not in taken]:
             raise UnsupportedModelError(
@@ -283,6 +281,9 @@ def attention_forward(
             )
         service.leave(fqn, f"it chooses its keys itself ({', '.join(chosen)})", "Nothing has to be done.")
         own = "eager"
+    if own is None and attention_mask is not None and not isinstance(attention_mask, Tensor):  # a BlockMask
+        service.leave(fqn, "its mask is one of FlexAttention", "Give a mask that is a tensor, of two or four dimensions.")
+        own = "flex_attention"
     if own is not None:
         given = dict(
             dropout=dropout, scaling=scaling, is_causal=is_causal, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux,

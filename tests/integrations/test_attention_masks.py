@@ -123,3 +123,21 @@ def test_a_module_that_does_not_say_whether_it_is_causal_is_what_its_own_functio
     given = case.inputs()
     ours = tw.fast_attention(case.build())
     torch.testing.assert_close(ours(**given)[0], case.build()(**given)[0], atol=1e-5, rtol=0)
+
+
+def test_a_mask_of_flex_attention_goes_to_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    given, seen, model = inputs("llama")["input_ids"], [], tw.fast_attention(built("llama"))
+
+    def flex(module: Any, query: torch.Tensor, key: Any, value: Any, attention_mask: Any, **_: Any) -> tuple[torch.Tensor, None]:
+        seen.append(attention_mask)
+        return query.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", flex)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 2, None, LENGTH, LENGTH, device="cpu")
+    with torch.no_grad(), pytest.warns(tw.TorchwrapWarning, match="FlexAttention"):
+        model(input_ids=given, attention_mask=mask)
+    assert seen == [mask] * 3
+    assert not tw.handle_of(model, "fast_attention").stats()["served"]
