@@ -22,7 +22,7 @@ from tests import torchvision_ops
 torchvision_ops.ensure()
 
 FORWARDS = 200
-STEPS = 300
+STEPS = 500
 CYCLES = 200
 WARM_UP = 40
 
@@ -88,7 +88,7 @@ def cycles(folder: str) -> dict[str, Any]:
 
 
 def steps(folder: str) -> dict[str, Any]:
-    """Growth over 300 training steps of one offloaded model."""
+    """Growth over 500 training steps of one offloaded model."""
     model = small_model(3).train()
     ids = torch.arange(8).unsqueeze(0)
     tw.offload(model, device_memory="1600KiB", params="disk", path=folder)
