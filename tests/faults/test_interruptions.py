@@ -82,6 +82,8 @@ PLACES = {
     "submit": "torchwrap.storage.aio.Reader.submit",
     "before-compute": "torchwrap.stream.arena.HostArena.before_compute",
     "bind": "torchwrap.stream.window.bind",
+    "shown": "torchwrap.stream.window.version_of",
+    "counted": "torchwrap.stream.window.references",
     "unchanged": "torchwrap.storage.spillfile.SpillFile.check_unchanged",
     "hooks": "torch.autograd.graph.saved_tensors_hooks.__enter__",
 }

@@ -83,15 +83,15 @@ class Window(RoutedSlots):
             for (piece, _), view in zip(self.layout(unit).places, views, strict=True):
                 if piece.index not in late:
                     bind(piece.parameter, view)
+            fetch.versions = [version_of(piece.parameter) for piece, _ in self.layout(unit).places]
+            fetch.stored = {piece.index: piece.version for piece, _ in self.layout(unit).places}
+            fetch.references = references(fetch.slot.device)
+            fetch.awaited, fetch.taken = set(), set()
         except BaseException:
             self._hide(unit)
             self._discard(fetch)
             raise
         fetch.users = 1
-        fetch.versions = [version_of(piece.parameter) for piece, _ in self.layout(unit).places]
-        fetch.stored = {piece.index: piece.version for piece, _ in self.layout(unit).places}
-        fetch.references = references(fetch.slot.device)
-        fetch.awaited, fetch.taken = set(), set()
 
     def _hide(self, unit: Unit) -> None:
         places = self.layout(unit).places
