@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,10 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
         if not folder.exists():
             unfinished = base / f"{name}.{os.getpid()}"
             unfinished.mkdir()
-            make(unfinished)
+            try:
+                make(unfinished)
+            except BaseException:
+                shutil.rmtree(unfinished)
+                raise
             unfinished.rename(folder)
     return folder
