@@ -4,7 +4,7 @@ A mask is handed over as the interval of columns that each query sees, so causal
 hidden tiles cost nothing, and nothing is merged. Holes, segments that return and dictionaries are handed over as they are, for the kernel
 to make bits of, and a bias as it lies in memory. In float32 that takes 0.3 to 0.75 of the time of torch's kernel; in bfloat16 a third, and
 torch's backward adds gradients up in it, over heads of a group and blocks of rows and keys, with 2 to 6 times the errors of the definition
-(docs/figures.md). float16 is widened to float32 block by block. Dropout is the hash of
+(docs/tried.md). float16 is widened to float32 block by block. Dropout is the hash of
 `torchwrap.attention.dropout`, worked out again for the gradients.
 """
 
