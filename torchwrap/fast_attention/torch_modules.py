@@ -53,7 +53,8 @@ def route(model: nn.Module, service: Service, taken: set[int]) -> AttentionRoute
             found.places.append((fqn, module, MultiheadLayer(fqn, service)))
             found.attends.append(fqn)
         elif forward is nn.TransformerEncoderLayer.forward:
-            found.places.append((fqn, module, EncoderLayer(fqn, service)))
+            step = getattr(module._sa_block, "__func__", None)
+            found.places.append((fqn, module, EncoderLayer(fqn, service, added=step is not nn.TransformerEncoderLayer._sa_block)))
         elif forward is nn.TransformerEncoder.forward:
             found.places.append((fqn, module, StackLayer(fqn, service)))
         elif "scaled_dot_product_attention" in (names := getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())):
@@ -115,10 +116,9 @@ class MultiheadLayer(_Replacing):
         mask, bias = _masks(module, q.shape, k.shape, given)
         dropout = module.dropout if module.training else 0.0
         out = self.service.attend(self.fqn, q, k, v, mask=mask, bias=bias, dropout=dropout)
-        out = F.linear(out.transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
-        if flat:
-            return out.squeeze(0), None
-        return (out if module.batch_first else out.transpose(0, 1)), None
+        rows = out.transpose(1, 2) if flat or module.batch_first else out.permute(2, 0, 1, 3)
+        out = F.linear(rows.flatten(2), module.out_proj.weight, module.out_proj.bias)
+        return (out.squeeze(0) if flat else out), None
 
 
 def _not_served(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> tuple[str, str] | None:
@@ -202,7 +202,8 @@ def _masks(
             conditions.update(key_conditions(~padding) if read else {"key_mask": ~padding})
         else:
             bias = padding[:, None, None, :]
-    if mask is not None and given["is_causal"]:  # torch's own contract: with the hint the mask is a causal one
+    # torch's own contract: with the hint the mask is a causal one. One that learns has a gradient, which a rule has not.
+    if mask is not None and given["is_causal"] and not mask.requires_grad:
         conditions["right"] = 0
         mask = None
     if mask is not None:
@@ -220,7 +221,17 @@ def _masks(
 
 
 class EncoderLayer(_Replacing):
-    """`nn.TransformerEncoderLayer.forward` step by step, never as one native function."""
+    """`nn.TransformerEncoderLayer.forward` step by step, never as one native function.
+
+    Args:
+        fqn: name of the module.
+        service: who computes attention.
+        added: whether the step around attention is a user's code, which knows masks of floats only.
+    """
+
+    def __init__(self, fqn: str, service: Service, *, added: bool) -> None:
+        super().__init__(fqn, service)
+        self.added: bool = added
 
     def replace(self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `nn.TransformerEncoderLayer.forward`."""
@@ -229,11 +240,13 @@ class EncoderLayer(_Replacing):
         x = given["src"]
         if x.is_nested or not any(isinstance(layer, MultiheadLayer) for layer in layers_of(module.self_attn)):
             return call(*args, **kwargs)
-        masks = given["src_mask"], given["src_key_padding_mask"], given["is_causal"]
+        mask, padding = given["src_mask"], given["src_key_padding_mask"]
+        if self.added:
+            mask, padding = _added(mask, x.dtype), _added(padding, x.dtype)
         if module.norm_first:
-            x = x + module._sa_block(module.norm1(x), *masks)
+            x = x + module._sa_block(module.norm1(x), mask, padding, is_causal=given["is_causal"])
             return x + module._ff_block(module.norm2(x))
-        x = module.norm1(x + module._sa_block(x, *masks))
+        x = module.norm1(x + module._sa_block(x, mask, padding, is_causal=given["is_causal"]))
         return module.norm2(x + module._ff_block(x))
 
 
@@ -244,18 +257,29 @@ class StackLayer(_Replacing):
         """As `nn.TransformerEncoder.forward`."""
         assert isinstance(module, nn.TransformerEncoder)
         given = self._named(nn.TransformerEncoder.forward, args, kwargs)
-        x, mask = given["src"], given["mask"]
+        x, masks, causal = given["src"], [given["mask"], given["src_key_padding_mask"]], given["is_causal"]
         if x.is_nested:
             return call(*args, **kwargs)
-        causal = mask is not None and (bool(given["is_causal"]) if given["is_causal"] is not None else _is_causal(mask))
-        for layer in module.layers:
-            x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=given["src_key_padding_mask"])
+        if causal is None:
+            causal = masks[0] is not None and _is_causal(masks[0])
+        written = [not any(isinstance(one, EncoderLayer) for one in layers_of(layer)) for layer in module.layers]
+        added = [_added(mask, x.dtype) for mask in masks] if any(written) else masks
+        for layer, own in zip(module.layers, written, strict=True):
+            mask, padding = added if own else masks
+            x = layer(x, src_mask=mask, is_causal=causal is True, src_key_padding_mask=padding)
         return x if module.norm is None else module.norm(x)
+
+
+def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as torch hands it to code inside its layers, which users may have written: of floats, to be added to scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
 def _is_causal(mask: Tensor) -> bool:
     """Is it the mask of `nn.Transformer.generate_square_subsequent_mask`, as torch looks for when it is not told?"""
-    if mask.dim() != 2 or mask.shape[0] != mask.shape[1]:
+    if mask.dim() != 2 or mask.shape[0] != mask.shape[1] or not _is_mask(mask):
         return False
     future = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu(1)
     if mask.dtype == torch.bool:
