@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -111,6 +112,9 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "widths": ((x(B, 4, T, E), x(B, 4, T, E + 1), x(B, 4, T, E)), {}),
     "mask": ((x(B, 4, T, E), x(B, 4, T, E), x(B, 4, T, E)), {"attn_mask": torch.zeros(3, 5)}),
     "dtypes": ((x(B, 4, T, E), x(B, 4, T, E).half(), x(B, 4, T, E)), {}),
+    "batches of as many places": ((x(3, 2, 4, T, E), x(2, 3, 4, T, E), x(2, 3, 4, T, E)), {}),
+    "batches of keys and values": ((x(3, 2, 4, T, E), x(3, 2, 4, T, E), x(2, 3, 4, T, E)), {}),
+    "mask with a batch": ((x(4, T, E), x(4, T, E), x(4, T, E)), {"attn_mask": torch.ones(1, 1, T, T).bool()}),
 }
 
 
@@ -139,6 +143,26 @@ def test_what_torch_alone_takes_is_its_own_and_recorded(args: Any, options: Any)
         found = F.scaled_dot_product_attention(*args, **options)
     assert torch.equal(found, F.scaled_dot_product_attention(*args, **options))
     assert sum(handle.stats()["left"].values()) == 1 and not handle.stats()["served"]
+
+
+@pytest.mark.parametrize("mask", [None, (T,), (3, 1, T, T), (2, 1, 1, 1, T)], ids=str)
+@pytest.mark.parametrize(
+    ("queries", "keys"), [((1,), (3,)), ((3,), (1,)), ((3, 1), (1, 3)), ((1, 1), (2, 3)), ((2, 3), (3,)), ((2, 3), (2, 3))], ids=str
+)
+def test_leading_dimensions_are_broadcast_as_torch_does(queries: tuple[int, ...], keys: tuple[int, ...], mask: Any) -> None:
+    q, k, v = (x(*lead, 4, T, E, seed=seed) for seed, lead in enumerate((queries, keys, keys)))
+    added = None if mask is None else x(*mask)
+    try:
+        expected: Any = F.scaled_dot_product_attention(q, k, v, added)
+    except RuntimeError as error:
+        expected = error
+    with warnings.catch_warnings(), tw.fast_attention.scope():
+        warnings.simplefilter("ignore", tw.TorchwrapWarning)
+        if isinstance(expected, Exception):
+            with pytest.raises(RuntimeError):
+                F.scaled_dot_product_attention(q, k, v, added)
+        else:
+            torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, added), expected)
 
 
 def test_the_functional_form_is_at_hand() -> None:

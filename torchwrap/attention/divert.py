@@ -151,14 +151,17 @@ def _attend(
         return own("it is given a mask and is_causal", "Give one of them.")
     if not query.dim() == key.dim() == value.dim() or (not enable_gqa and key.shape[-3] not in (1, query.shape[-3])):
         return own(*_BROADCAST)
-    lead = query.shape[:-3]
+    lead: Sequence[int] = query.shape[:-3]
+    q, k, v = query, key, value
+    mask: TileMask | Tensor | None = attn_mask
     try:
-        q, k, v = (x if x.dim() == 4 else x.flatten(0, -4) if x.dim() > 4 else x[None] for x in (query, key, value))
-        rows = max(q.shape[0], k.shape[0])
-        q, k, v = (x if x.shape[0] == rows else x.expand(rows, -1, -1, -1) for x in (q, k, v))
-        mask: TileMask | Tensor | None = attn_mask
-        if attn_mask is not None and attn_mask.dim() > 4:
-            mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
+        if not lead == key.shape[:-3] == value.shape[:-3]:
+            lead = torch.broadcast_shapes(lead, key.shape[:-3], value.shape[:-3])
+            q, k, v = (x.expand(*lead, *x.shape[-3:]) for x in (query, key, value))
+        if len(lead) != 1:
+            q, k, v = (x.flatten(0, -4) if lead else x[None] for x in (q, k, v))
+            if attn_mask is not None and attn_mask.dim() > 3:
+                mask = attn_mask.expand(*lead, *attn_mask.shape[-3:]).flatten(0, -4)
     except RuntimeError:
         return own(*_BROADCAST)
     if is_causal:
@@ -167,6 +170,4 @@ def _attend(
         out = service.attend(where, q, k, v, mask=mask, scale=scale, dropout=dropout_p)
     except ConfigError:
         return own(*_BROADCAST)
-    if query.dim() == 4 and lead[0] == rows:
-        return out
-    return out.reshape(*(lead or (() if query.dim() == 3 and rows == 1 else (rows,))), *out.shape[1:])
+    return out if len(lead) == 1 else out.reshape(*lead, *out.shape[1:])
