@@ -69,6 +69,15 @@ def test_a_bias_that_learns_dropout_and_compiled_code_have_them_too() -> None:
     assert all(grad.isfinite().all() for grad in gradients("auto", True))  # draws another seed
 
 
+def test_autocast_around_the_backward_alone_rounds_nothing() -> None:
+    given, gradients = leaves(torch.float32, 20), []
+    for around in (False, True):
+        out = attend(*given, mask=hiding(20, LEAST))
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            gradients.append(torch.autograd.grad(out.square().sum(), given))
+    assert all(map(torch.equal, *gradients))
+
+
 def test_what_has_no_gradient_is_not_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = leaves(torch.float32, 20)
     monkeypatch.setattr(drowned, "_add", lambda *given: pytest.fail("rows of padding have no gradient here"))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.attention import drowned
+from torchwrap.attention.autocast import exact_dtypes
 from torchwrap.attention.contract import Call, Prepared
 from torchwrap.attention.cpu import decode, prefill
 from torchwrap.attention.cpu.backend import Composed
@@ -179,7 +180,8 @@ class Many:
             assert out is not None and mask is not None
             drawn = torch.tensor(seed, device="cpu") if self._numbers["dropout"] else None
             call = Call(q=q, k=k, v=v, bias=mask[(None,) * (4 - mask.dim())], seed=drawn, **self._numbers)
-            return drowned.backward(Composed(), call, out, lse, grad_out, grad_lse)[:3]
+            with exact_dtypes(q):
+                return drowned.backward(Composed(), call, out, lse, grad_out, grad_lse)[:3]
         return self._backward(q, k, v, out, lse, grad_out, grad_lse, bias, shown, seed)
 
 
