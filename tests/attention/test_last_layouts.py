@@ -223,3 +223,12 @@ def test_another_bias_is_not_taken_for_the_last(other: str, rows: int) -> None:
     found = attend(q, k, v, bias=changed)
     torch.testing.assert_close(found, wanted(q, k, v, bias=whole))
     assert found.requires_grad == (other == "learned")
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_a_bias_of_zeros_without_memory_is_not_the_layout_of_one_with(rows: int) -> None:
+    q, k, v = tensors(20, rows)
+    shape = q.shape[0], q.shape[1], rows, 20
+    attend(q, k, v, bias=torch._efficientzerotensor((20,)).expand(shape))
+    bias = torch.randn(20).expand(shape)
+    torch.testing.assert_close(attend(q, k, v, bias=bias), wanted(q, k, v, bias=bias))

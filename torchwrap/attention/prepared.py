@@ -174,6 +174,7 @@ def _of(mask: Any, q: Tensor) -> tuple[dict[Any, _Held] | None, object]:
     """
     if type(mask) is Tensor:
         known = mask.is_cpu and not (mask.requires_grad or mask.is_neg()) and mask.layout == torch.strided and not mask.is_nested
+        known = known and not mask._is_zerotensor()  # which is read as a copy, laid out otherwise
         return (_plain, (mask.shape, mask.stride(), mask.dtype)) if known else (None, None)
     found = getattr(mask, "_found", None)
     if found is None or mask.device.type != "cpu":
