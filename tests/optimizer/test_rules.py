@@ -41,6 +41,12 @@ class Broken(Backend):
         return super().pwrite(fd, source, offset)
 
 
+def test_optimizer_that_is_made_already_is_told_the_form() -> None:
+    _, model = pair()
+    with pytest.raises(tw.ConfigError, match=r"object of class AdamW is no optimizer class .*\(model, torch\.optim\.AdamW, lr="):
+        OffloadedOptimizer(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["LBFGS", "Adafactor", "Muon", "SparseAdam"])
 def test_classes_that_are_not_elementwise_are_refused_by_name(name: str) -> None:
     _, model = pair()

@@ -149,3 +149,20 @@ def test_bad_tags_are_refused(value: dict[str, Any]) -> None:
 
 def test_every_option_of_the_library_is_documented() -> None:
     assert all(field.metadata["doc"].endswith(".") for field in fields(tw.Trace))
+
+
+def test_unknown_field_of_a_config_object_names_the_closest() -> None:
+    with pytest.raises(ConfigError, match=r"Offload has no field 'device_memry'\. Did you mean 'device_memory'\?"):
+        tw.Offload(device_memry="1GiB")  # type: ignore[call-arg]
+
+
+def test_wrong_type_names_the_values_that_are_accepted() -> None:
+    with pytest.raises(ConfigError, match=r"'four' is of type str \(at Superpipeline\.k\)\. Expected int or 'auto'\."):
+        tw.Superpipeline(k="four")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"3 is of type int \(at Sample\.names\)\. Expected tuple\[str, \.\.\.\]\."):
+        Sample(names=3)  # type: ignore[arg-type]
+
+
+def test_size_that_is_none_is_told_an_example() -> None:
+    with pytest.raises(ConfigError, match=r"1\.5 is not a size .*\. For example '1\.5GiB'\."):
+        tw.Offload(device_memory=1.5)  # type: ignore[arg-type]

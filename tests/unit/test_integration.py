@@ -108,10 +108,15 @@ def test_third_party_integration_is_found_and_warns_once_outside_its_versions(mo
         subject._entry_points.cache_clear()
 
 
-def test_missing_and_unknown_folders_are_typed_errors(tmp_path: Path) -> None:
-    for folder in (tmp_path / "missing", tmp_path):
-        with pytest.raises(UnsupportedModelError, match=str(folder)):
-            integration_for_folder(folder)
+def test_missing_and_unknown_folders_are_typed_errors_that_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"{tmp_path / 'missing'}.*snapshot_download"):
+        integration_for_folder(tmp_path / "missing")
+    with pytest.raises(UnsupportedModelError, match=rf"the folder is empty\) \(at {tmp_path}\)"):
+        integration_for_folder(tmp_path)
+    for name in ("b.txt", "a-model"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UnsupportedModelError, match=rf"in it: a-model, b\.txt\) \(at {tmp_path}\)"):
+        integration_for_folder(tmp_path)
 
 
 def test_looking_for_an_integration_imports_no_framework() -> None:

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, TypeVar, Union, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, Union, overload
 
 import torch
 
@@ -59,7 +59,7 @@ def parse_size(value: int | str, *, field: str = "size") -> int:
         size = int(Fraction(match[1]) * _UNITS[match[2].lower()])
     if not 0 <= size < 2**63:
         shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-        raise ConfigError(f"{shown} is not a size", where=field, fix=f"Accepted: {_ACCEPTED}.")
+        raise ConfigError(f"{shown} is not a size", where=field, fix=f"Accepted: {_ACCEPTED}. For example '1.5GiB'.")
     return size
 
 
@@ -141,6 +141,17 @@ class Config:
     version: ClassVar[int] = 1
     migrations: ClassVar[dict[int, Callable[[dict[str, Any]], dict[str, Any]]]] = {}
 
+    if not TYPE_CHECKING:  # checkers know the fields by `__init__`
+
+        def __new__(cls, *_, **values):
+            known = [field.name for field in dataclasses.fields(cls)]
+            for name in values:
+                if name not in known:
+                    close = difflib.get_close_matches(name, known, n=1)
+                    fix = f"Did you mean {close[0]!r}?" if close else f"Fields: {', '.join(known) or 'none'}."
+                    raise ConfigError(f"{cls.__name__} has no field {name!r}", fix=fix)
+            return super().__new__(cls)
+
     def __post_init__(self) -> None:
         hints = _hints(type(self))
         for field in dataclasses.fields(self):
@@ -188,22 +199,10 @@ class Config:
             if step not in cls.migrations:
                 raise ConfigError(f"{cls.technique} config of version {step} has no migration to version {step + 1}")
             values = cls.migrations[step](dict(values))
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                raise unknown_field(cls, name)
         try:
             return cls(**{name: _from_json(value) for name, value in values.items()})
         except TypeError as error:
             raise ConfigError(f"{cls.__name__} is incomplete: {error}") from error
-
-
-def unknown_field(cls: type[Config], name: str) -> ConfigError:
-    """The error for a field that does not exist, with the closest one that does."""
-    known = [field.name for field in dataclasses.fields(cls)]
-    close = difflib.get_close_matches(name, known, n=1)
-    fix = f"Did you mean {close[0]!r}?" if close else f"Fields: {', '.join(known) or 'none'}."
-    return ConfigError(f"{cls.__name__} has no field {name!r}", fix=fix)
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -222,8 +221,7 @@ def _check(value: object, rules: Any, hint: Any, where: str) -> None:
         fix = f"Use one of {', '.join(map(repr, choices))}." + (f" Did you mean {close[0]!r}?" if close else "")
         raise ConfigError(f"{value!r} is not accepted", where=where, fix=fix)
     if choices is None and not rules.get("size") and not _accepts(hint, value):
-        shown = getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
-        raise ConfigError(f"{value!r} is a {type(value).__name__}", where=where, fix=f"Expected {shown}.")
+        raise ConfigError(f"{value!r} is of type {type(value).__name__}", where=where, fix=f"Expected {_named(hint)}.")
     low, high = rules.get("low"), rules.get("high")
     if isinstance(value, int | float) and not isinstance(value, bool) and (
         (low is not None and value < low) or (high is not None and value > high)
@@ -231,6 +229,18 @@ def _check(value: object, rules: Any, hint: Any, where: str) -> None:
         unit = f" {rules['unit']}" if rules.get("unit") else ""
         allowed = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
         raise ConfigError(f"{value!r}{unit} is out of range", where=where, fix=f"Allowed: {allowed}{unit}.")
+
+
+def _named(hint: Any) -> str:
+    """An annotation for people: `int or 'auto'`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_named, arguments))
+    if origin is Literal:
+        return " or ".join(map(repr, arguments))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not arguments else str(hint).replace("typing.", "")
 
 
 def _accepts(hint: Any, value: object) -> bool:

@@ -253,14 +253,20 @@ def integration_for_folder(folder: str | Path) -> Integration:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise UnsupportedModelError("there is no such checkpoint folder", where=str(path))
+        raise UnsupportedModelError(
+            "there is no such checkpoint folder",
+            where=str(path),
+            fix="Give a folder; huggingface_hub.snapshot_download(name) downloads a model of the hub and returns its folder.",
+        )
     asked = []
     for integration in known_integrations():
         if integration.opens(path):
             return _gate(integration)
         asked.append(integration.name)
+    names = sorted(entry.name for entry in path.iterdir())
+    held = f"in it: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "the folder is empty"
     raise UnsupportedModelError(
-        f"no integration can build the model in this folder (asked: {', '.join(asked) or 'none installed'})",
+        f"no integration can build the model in this folder (asked: {', '.join(asked) or 'none installed'}; {held})",
         where=str(path),
         fix="Build the model yourself and apply the technique to it, or install the framework that saved it.",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar, ov
 from torch import nn
 
 from torchwrap.core import BUILT_IN
-from torchwrap.core.config import Config, unknown_field
+from torchwrap.core.config import Config
 from torchwrap.core.decorate import decorate_class, decorate_factory
-from torchwrap.core.errors import ConfigError, NotAppliedError
+from torchwrap.core.errors import ConfigError, NotAppliedError, UnsupportedModelError
 from torchwrap.core.integration import Integration
 from torchwrap.core.layer import Layer
 
@@ -36,6 +37,7 @@ Place = tuple[str, nn.Module, Layer]
 """(name of the module, the module, the layer on it)."""
 
 _GROUP = "torchwrap.techniques"
+_ABSENT: Any = object()
 
 
 @dataclass(kw_only=True)
@@ -148,7 +150,7 @@ class Technique(Generic[C]):
     def __call__(self, target: Callable[P, R], config: C | None = None, /, **options: object) -> Callable[P, R]: ...
     @overload
     def __call__(self, /, **options: object) -> Callable[[R], R]: ...
-    def __call__(self, target: Any = None, config: C | None = None, /, **options: object) -> Any:
+    def __call__(self, target: Any = _ABSENT, config: C | None = None, /, **options: object) -> Any:
         """Apply to a module, decorate a class or a factory, or make a decorator.
 
         Args:
@@ -158,16 +160,17 @@ class Technique(Generic[C]):
 
         Raises:
             ConfigError: a field is unknown or out of range, or both forms of settings are given.
-            TypeError: `target` is none of these.
+            UnsupportedModelError: `target` is the name or the folder of a model.
+            TypeError: `target` is none of these; `None` is none of them.
         """
         if isinstance(target, Config):
             if config is not None:
                 raise ConfigError(f"{self.name} got two configs")
-            target, config = None, target
+            target, config = _ABSENT, target
         from torchwrap.core.transaction import apply  # it needs the registry below
 
         settings = self._settings(config, options)
-        if target is None:
+        if target is _ABSENT:
             return lambda thing: self(thing, settings)
         if isinstance(target, nn.Module):
             return apply(target, settings)
@@ -177,19 +180,22 @@ class Technique(Generic[C]):
             return decorate_class(target, settings, apply)
         if callable(target):
             return decorate_factory(target, settings, apply)
+        if isinstance(target, (str, os.PathLike)):
+            load = f", or torchwrap.{self.name}.from_pretrained({os.fspath(target)!r})" if hasattr(self, "from_pretrained") else ""
+            raise UnsupportedModelError(f"{self.name} takes a model, not its name", where=repr(target), fix=f"Load the model first{load}.")
         raise TypeError(f"{self.name} takes a module, a module class or a function that makes one, not a {type(target).__name__}")
 
     def _settings(self, config: C | None, options: dict[str, object]) -> C:
         if config is None:
-            known = {entry.name for entry in fields(self.config_class)}
-            for name in options:
-                if name not in known:
-                    raise unknown_field(self.config_class, name)
             return self.config_class(**options)
         if options:
             raise ConfigError(f"{self.name} got a config and the fields {', '.join(options)}", fix="Give one or the other.")
         if not isinstance(config, self.config_class):
-            raise ConfigError(f"{self.name} takes a {self.config_class.__name__}, not a {type(config).__name__}")
+            known = ", ".join(f"{entry.name}=..." for entry in fields(self.config_class)[:2])
+            raise ConfigError(
+                f"{self.name} takes an object of class {self.config_class.__name__}, not of class {type(config).__name__}",
+                fix=f"Give settings by their names: {self.name}(model, {known}).",
+            )
         return config
 
     if not TYPE_CHECKING:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from torch import nn
@@ -21,7 +22,7 @@ from torchwrap.core.integration import integration_for
 from torchwrap.core.layer import Layer, suspended
 from torchwrap.core.order import check_foreign, check_pair, foreign_mechanisms
 from torchwrap.core.swap import attach, check_swappable, detach, layers_of, owners_of
-from torchwrap.core.technique import Applied, Place, Prepared, Technique, technique_named
+from torchwrap.core.technique import Applied, Place, Prepared, Technique, technique_named, techniques
 
 if TYPE_CHECKING:
     from torchwrap.core.plan import Plan
@@ -129,14 +130,20 @@ def _present(root: nn.Module) -> dict[str, str]:
             found.setdefault(layer.name, f"applied to a module around {fqn or 'this one'}")
     for fqn, module in root.named_modules():
         for name, record in records_of(module).items():
-            found[name] = f"{record.config}" + (f" on {fqn}" if fqn else "")
+            found[name] = _set_in(record.config) + (f" on {fqn}" if fqn else "")
     return found
+
+
+def _set_in(config: Config) -> str:
+    """The config without what is at its default."""
+    values = {field.name: getattr(config, field.name) for field in fields(config) if getattr(config, field.name) != field.default}
+    return f"{type(config).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
 
 def _check_new(name: str, config: Config, present: dict[str, str]) -> None:
     if name in present:
         raise ConflictError(
-            f"{name} is there already: {present[name]}; asked for now: {config}",
+            f"{name} is there already: {present[name]}; asked for now: {_set_in(config)}",
             fix=f"Undo the first one: torchwrap.unwrap(model, {name!r}).",
         )
     for other in present:
@@ -207,11 +214,21 @@ def _as_configs(configs: Config | Sequence[Config] | Plan) -> list[Config]:
     inside = getattr(configs, "configs", None)  # a Plan
     if inside is not None and not isinstance(configs, Config):
         return list(inside)
-    listed = [configs] if isinstance(configs, Config) else list(configs)  # type: ignore[arg-type]
+    listed: list[Any] = list(configs) if isinstance(configs, Iterable) and not isinstance(configs, str) else [configs]
     for config in listed:
         if not isinstance(config, Config):
-            raise ConfigError(f"{config!r} is not a config", fix="Give config objects, such as torchwrap.Trace().")
+            raise _no_config(config)
     return listed
+
+
+def _no_config(given: object) -> ConfigError:
+    """The error for what stands where a config should, with the one that was probably meant."""
+    if isinstance(given, type) and issubclass(given, Config):
+        return ConfigError(f"the class {given.__name__} is not a config", fix=f"Give an object of it: {given.__name__}().")
+    name = given.name if isinstance(given, Technique) else given
+    if isinstance(name, str) and name in techniques():
+        return ConfigError(f"{given!r} is not a config", fix=f"Give {technique_named(name).config_class.__name__}(), with its settings.")
+    return ConfigError(f"{given!r} is not a config", fix="Give config objects, such as torchwrap.Trace().")
 
 
 class _Quiet(ExitStack):

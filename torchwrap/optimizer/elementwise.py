@@ -64,8 +64,11 @@ class Rule:
 
     def __init__(self, cls: type[torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            given = f"an object of class {type(cls).__name__}" if isinstance(cls, torch.optim.Optimizer) else repr(cls)
             raise errors.ConfigError(
-                f"OffloadedOptimizer: {cls!r} is no optimizer class", where="optimizer", fix="Pass the class: torch.optim.AdamW."
+                f"OffloadedOptimizer: {given} is no optimizer class",
+                where="optimizer",
+                fix="Pass the class and its settings: OffloadedOptimizer(model, torch.optim.AdamW, lr=1e-3).",
             )
         reason = _NOT_ELEMENTWISE.get(cls.__name__)
         if reason is not None:

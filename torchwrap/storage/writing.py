@@ -72,7 +72,7 @@ class DataWriter:
         available = free_bytes(fd)
         if nbytes > available:
             raise DiskFullError(
-                f"{nbytes} bytes are needed, {available} are free",
+                f"{nbytes:,} bytes are needed, {available:,} are free",
                 needed=nbytes,
                 available=available,
                 where=str(self._file.path.parent),
