@@ -247,7 +247,7 @@ def test_the_shipped_order_of_cards(
         x, one = (torch.empty(1, 2, rows, 64, device="cuda", dtype=torch.float16) for rows in (64, 1))
     window = TileMask.window(1, 64, 64, 9)
     calls = Call(q=x, k=x, v=x, scale=1.0), Call(q=x, k=x, v=x, mask=window, scale=1.0), Call(q=one, k=x, v=x, scale=1.0)
-    found = [table.first_choices(given, "forward") for given in calls]
+    found = [table.first_choices(given) for given in calls]
     table._row.cache_clear()
     assert [names[0] for names in found] == [dense, masked, decode]
     assert all(names[-1] == "eager" and ("cuda_mma" not in names[:1]) for names in found)

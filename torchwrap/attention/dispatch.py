@@ -238,8 +238,8 @@ def _listed(call: Call, settings: Settings, doing: Doing) -> tuple[tuple[str, ..
         lists = store.lists  # held, so that a list made of figures that are old by then is dropped with the others
         found = lists.get(kind := kind_of(call, doing))
         if found is None:
-            found = lists[kind] = _corrected(first_choices(call, doing), store, kind)
-    names, known = (first_choices(call, doing), _NOTHING) if found is None else found
+            found = lists[kind] = _corrected(first_choices(call), store, kind)
+    names, known = (first_choices(call), _NOTHING) if found is None else found
     (batch, heads, rows, _), columns = call.q.shape, call.k.shape[2]
     # Most calls are so small that no mask of theirs is large, whoever makes it.
     if 8 * batch * heads * rows * columns > MASK_BYTES and _mask_bytes(backend(names[0]), call) > MASK_BYTES:

@@ -91,7 +91,7 @@ def prepared(
         return None
     if kinds not in _NUMBERS or not 0.0 <= dropout < 1.0:
         return None
-    held, rule = (_plain, None) if mask is None else _of(mask, q)
+    held, rule = (_plain, None) if mask is None else _of(mask)
     if held is None:
         return None
     laid_out = (q, k, v, mask) if of_tensor else (q, k, v)
@@ -166,7 +166,7 @@ _NEW: Any = object(), None
 _NUMBERS = {(scale, softcap, float) for scale in (float, type(None)) for softcap in (float, type(None))}
 
 
-def _of(mask: Any, q: Tensor) -> tuple[dict[Any, _Held] | None, object]:
+def _of(mask: Any) -> tuple[dict[Any, _Held] | None, object]:
     """Where it is kept what was prepared for a mask, and the mask's part of the key.
 
     A rule without tensors is the same as any other that says so, since masks are made anew for each step. Of a tensor only the layout is

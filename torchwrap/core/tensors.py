@@ -32,7 +32,6 @@ __all__ = [
     "placeholder",
     "references",
     "set_holder",
-    "storage_bytes",
     "storage_key",
     "tensor_bytes",
     "tensors",
@@ -148,15 +147,6 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     """Bytes the tensor's elements take when present, whatever is present now; of a sparse one, those that it keeps and their indices."""
     parts = _SPARSE_PARTS.get(tensor.layout)
     return sum(getattr(tensor, part)().nbytes for part in parts) if parts else tensor.numel() * tensor.element_size()
-
-
-def storage_bytes(model: nn.Module) -> int:
-    """Bytes of all distinct storages behind parameters and buffers, as they are now (placeholders count one element)."""
-    seen: dict[tuple[str, int], int] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "meta":
-            seen[storage_key(tensor)] = held_bytes(tensor)
-    return sum(seen.values())
 
 
 def tied_groups(model: nn.Module) -> list[list[str]]:

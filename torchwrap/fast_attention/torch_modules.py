@@ -113,7 +113,7 @@ class MultiheadLayer(_Replacing):
             return call(*args, **kwargs)  # torch says what is wrong with it
         flat = query.dim() == 2
         q, k, v = _projected(module, query, key, value)
-        mask, bias = _masks(module, q.shape, k.shape, given)
+        mask, bias = _masks(q.shape, k.shape, given)
         dropout = module.dropout if module.training else 0.0
         out = self.service.attend(self.fqn, q, k, v, mask=mask, bias=bias, dropout=dropout)
         rows = out.transpose(1, 2) if flat or module.batch_first else out.permute(2, 0, 1, 3)
@@ -181,9 +181,7 @@ def _projected(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value:
     return heads[0], heads[1], heads[2]
 
 
-def _masks(
-    module: nn.MultiheadAttention, q_shape: torch.Size, k_shape: torch.Size, given: dict[str, Any]
-) -> tuple[TileMask | Tensor | None, Tensor | None]:
+def _masks(q_shape: torch.Size, k_shape: torch.Size, given: dict[str, Any]) -> tuple[TileMask | Tensor | None, Tensor | None]:
     """What hides keys and what is added to scores; torch's boolean masks say what is hidden, ours what is seen."""
     batch, heads, rows, columns = *q_shape[:3], k_shape[2]
     mask, padding = given["attn_mask"], given["key_padding_mask"]

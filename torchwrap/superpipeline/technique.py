@@ -103,7 +103,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
                 where="store",
                 fix='Use store="disk", or leave it out.',
             )
-        division = _into_blocks(model, find_units(model, blocks_of(model, config, integration), split_above=1 << 62, pin=config.pin))
+        division = _into_blocks(find_units(model, blocks_of(model, config, integration), split_above=1 << 62, pin=config.pin))
         if not division.units:
             raise errors.UnsupportedModelError(
                 f"superpipeline: {type(model).__name__} has no blocks to stream",
@@ -170,7 +170,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
         return handle
 
 
-def _into_blocks(model: nn.Module, found: UnitMap) -> UnitMap:
+def _into_blocks(found: UnitMap) -> UnitMap:
     """The division with whole blocks as the only units: experts go with their block, everything else stays."""
     blocks = [unit for unit in found.units if unit.kind == "block" and unit.parent is None]
     by_index = {unit.index: unit for unit in blocks}

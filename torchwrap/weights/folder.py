@@ -123,8 +123,7 @@ def _show_placeholders(model: nn.Module, homes: dict[str, Home], folder: Path) -
                 where=str(home.file.path),
                 fix="Restore the checkpoint, or pass dtype=.",
             )
-        made = nn.Parameter(placeholder(parameter.shape, parameter.dtype, "cpu"), requires_grad=parameter.requires_grad)
-        return made
+        return nn.Parameter(placeholder(parameter.shape, parameter.dtype, "cpu"), requires_grad=parameter.requires_grad)
 
     map_parameters(model, replace)
     for name, _ in model.named_buffers():

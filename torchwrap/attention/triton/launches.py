@@ -138,16 +138,16 @@ def backward(
     grad_q, grad_k, grad_v = torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v)
     given = {"grad_out": grad_out, "lse": lse, "delta": delta, **_strides("g", grad_out)}
 
-    def step(kind: Pass, kernel: Any, programs: int, blocks: Blocks, **results: Any) -> None:
+    def step(kernel: Any, programs: int, blocks: Blocks, **results: Any) -> None:
         arguments = {**_common(call, card, blocks), **conditions.arguments(call, blocks.queries, blocks.keys), **given, **results}
         steps.append(Launch(kernel=kernel, grid=(programs,), arguments=arguments, warps=blocks.warps, stages=blocks.stages))
 
     blocks = _blocks("keys", call, card, wanted, call.q_length)
     programs = math.ceil(call.kv_length / blocks.keys) * call.batch * call.kv_heads
-    step("keys", keys_kernel, programs, blocks, grad_k=grad_k, grad_v=grad_v, **_strides("dk", grad_k), **_strides("dv", grad_v))
+    step(keys_kernel, programs, blocks, grad_k=grad_k, grad_v=grad_v, **_strides("dk", grad_k), **_strides("dv", grad_v))
     blocks = _blocks("queries", call, card, wanted, call.q_length)
     programs = math.ceil(call.q_length / blocks.queries) * call.batch * call.heads
-    step("queries", queries_kernel, programs, blocks, grad_q=grad_q, **_strides("dq", grad_q))
+    step(queries_kernel, programs, blocks, grad_q=grad_q, **_strides("dq", grad_q))
     grad_bias = None
     if call.bias is not None and call.bias.requires_grad:
         owners, heads, length, _ = call.bias.shape
@@ -155,7 +155,7 @@ def backward(
         grad_bias = call.q.new_empty(owners, heads, length, call.kv_length, dtype=torch.float32)
         tiles = math.ceil(call.kv_length / blocks.keys) * (math.ceil(length / blocks.queries))
         step(
-            "bias", bias_kernel, tiles * owners * heads, blocks, grad_bias=grad_bias, batch=call.batch, owners=owners,
+            bias_kernel, tiles * owners * heads, blocks, grad_bias=grad_bias, batch=call.batch, owners=owners,
             shared_heads=call.heads // heads, ONE_ROW=length == 1,
         )  # fmt: skip
     return steps, delta, (grad_q, grad_k, grad_v, grad_bias)

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 
 from torchwrap.attention.contract import Call
-from torchwrap.attention.tuning.kinds import Doing
 
 __all__ = ["CANDIDATES", "MASK_BYTES", "Work", "first_choices", "work_of"]
 
@@ -46,7 +45,7 @@ _CUDA: tuple[tuple[tuple[int, int], dict[Work, tuple[str, ...]]], ...] = (
 )
 
 
-def first_choices(call: Call, doing: Doing) -> tuple[str, ...]:
+def first_choices(call: Call) -> tuple[str, ...]:
     """Names of back ends, best first by the table; all of those that might compute such a call."""
     device = call.q.device
     if device.type == "cuda":
