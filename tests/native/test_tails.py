@@ -126,3 +126,14 @@ def test_weights_below_the_least_number_are_zero_and_the_largest_is_one(instruct
     hidden = Hidden(shown=torch.tensor([True, False, False]).view(1, 1, 1, 3))
     alone, _ = prefill(q * 0.1, k, v / 3, scale=1.0, hidden=hidden, instruction_set=instruction_set)
     assert torch.equal(alone, v[:, :, :1] / 3)
+
+
+@pytest.mark.parametrize("instruction_set", SETS)
+def test_every_byte_but_zero_of_a_mask_shows_a_key(instruction_set: str) -> None:
+    q, k, v = (torch.randn(1, 2, length, 16) for length in (9, 49, 49))
+    said = torch.randint(0, 3, (1, 1, 9, 49), dtype=torch.uint8) * 2
+    found, same = (
+        prefill(q, k, v, scale=0.25, hidden=Hidden(shown=shown.expand(1, 2, 9, 49)), instruction_set=instruction_set)
+        for shown in (said.view(torch.bool), said != 0)
+    )
+    assert torch.equal(found[0], same[0]) and torch.equal(found[1], same[1])

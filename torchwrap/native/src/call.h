@@ -76,7 +76,7 @@ extern "C" struct PrefillCall {
     const void *bias;            // (B, G * H, Q, S), or null: added to the scores after the cap; strides of 0 where a number serves many
     void *dbias;                 // the same for its gradient, of zeros; or null. Sums of many numbers are float64: one chain of 4096 loses too much
     // What hides keys one by one. Each of it may be null; a key is seen if all that is there shows it.
-    const uint8_t *shown;                    // (B, G * H, Q, S): 0 or 1
+    const uint8_t *shown;                    // (B, G * H, Q, S): 0 hides
     const int32_t *q_segments, *k_segments;  // (B, Q), (B, S): only tokens of equal number see each other
     const int32_t *codes;                    // (B, G * H, down, across): numbers of tiles
     const uint8_t *tiles;                    // (N, tile_rows, tile_columns / 8): a bit for each key, the leftmost lowest

@@ -86,7 +86,8 @@ INLINE Vector if_shown(Vector x, uint32_t bits, Vector otherwise) {
 INLINE uint32_t word_of(const uint8_t *bytes, int64_t stride, int64_t count) {
     uint32_t word = 0;
 #if defined(__AVX2__)
-    if (stride == 1 && count == 32) return (uint32_t)_mm256_movemask_epi8(_mm256_slli_epi16(_mm256_loadu_si256((const __m256i *)bytes), 7));
+    if (stride == 1 && count == 32)
+        return ~(uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *)bytes), _mm256_setzero_si256()));
 #endif
     for (int64_t i = 0; i < count; i++) word |= (uint32_t)(bytes[i * stride] != 0) << i;
     return word;
