@@ -3,8 +3,10 @@
 //
 // With P = exp(S - lse) and delta = sum(dO * O) - dlse of each row: dV = P^T dO, dS = P * (dO V^T - delta), dQ = scale * dS K,
 // dK = scale * dS^T Q; dropout multiplies P in dV, and dO V^T, with the same factors. Keys go in blocks of BLOCK, rows in blocks of HEIGHT. Of a pair of blocks, tiles of ROWS x COLUMNS
-// of S and dO V^T are computed in registers, turned into P and dS and stored in the type of the tensors; three products then add to dV, dK and
-// dQ. What hides keys is the interval of columns that each row sees, or bits (masks.h): tiles that no row sees are left out, those that rows
+// of S and dO V^T are computed in registers, turned into P and dS and stored in the type of the products; three products of these
+// then make dV, dK and dQ. Sums of dQ are kept for the task, those of dV and dK for the block of keys, and join what other tasks have found for
+// it; in float32, where at most HEIGHT rows see the block, products of dV and dK are the gradients and go straight to the tensors.
+// What hides keys is the interval of columns that each row sees, or bits (masks.h): tiles that no row sees are left out, those that rows
 // see in part are compared. The gradient of a bias is the sum of dS over all that share its numbers; tasks add to it in turn.
 // Memory traffic of a pair of blocks stays in the second-level cache; keys and values are packed once for each task.
 //
