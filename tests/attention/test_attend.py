@@ -167,6 +167,17 @@ def test_rows_of_padding_give_zero_and_take_no_gradient() -> None:
     assert not q.grad[1, :, :150].any() and not k.grad[1, :, :150].any() and q.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "eager"])
+def test_rows_that_a_bias_hides_take_no_gradient_of_lse(backend: str) -> None:
+    q, k, v, bias = (torch.randn(1, 2, 20, width, requires_grad=True) for width in (16, 16, 16, 20))
+    hidden = torch.zeros(20, 20).index_fill_(0, torch.tensor([3]), -math.inf)
+    for given in ({"mask": hidden}, {"bias": bias + hidden} if backend != "sdpa" else {"bias": hidden}):
+        out, lse = attend(q, k, v, backend=backend, return_lse=True, **given)
+        wanted = (q, k, v, bias) if given.get("bias", hidden) is not hidden else (q, k, v)
+        grads = torch.autograd.grad((out, lse), wanted, (torch.ones_like(out), torch.ones_like(lse)))
+        assert all(bool(grad.isfinite().all()) for grad in grads) and not grads[0][:, :, 3].any()
+
+
 def test_a_window_as_long_as_the_keys_is_causal() -> None:
     q, k, v = inputs(1, (4, 2), 130, 130)
     near(attend(q, k, v, mask=TileMask.window(1, 130, 130, 130)), attend(q, k, v, mask=TileMask.causal(1, 130, 130)))

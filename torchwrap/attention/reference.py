@@ -53,10 +53,13 @@ def attention(call: Call, dtype: torch.dtype | None = None, first_row: int = 0) 
     if call.sinks is not None:
         sink = call.sinks.to(wide)[:, None, None].expand(call.batch, -1, call.q_length, 1)
         scores = torch.cat([scores, sink], -1)
-    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], -math.inf)
+    dead = (scores.detach() == -math.inf).all(-1, keepdim=True)
+    # The logarithm of no sum at all has a gradient that is no number.
+    scores = scores.masked_fill(dead, 0.0)
+    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else scores.new_zeros(scores.shape[:-1])
+    lse = lse.masked_fill(dead[..., 0], -math.inf)
     # Not exp(scores - lse): beside -3e38, which hides keys in many models, lse has no room for the logarithm of their number.
-    dead = (lse == -math.inf)[..., None]
-    weights = torch.softmax(scores.masked_fill(dead, 0.0), -1).masked_fill(dead, 0.0)[..., : call.kv_length]
+    weights = torch.softmax(scores, -1).masked_fill(dead, 0.0)[..., : call.kv_length]
     if call.seed is not None:
         heads = torch.arange(call.batch * call.heads, device=call.q.device).view(call.batch, call.heads)
         rows = first_row, first_row + call.q_length
