@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchwrap.storage import memory_available, memory_limit, memory_usage
-from torchwrap.storage.limits import is_limited
+from torchwrap.storage.limits import group_usage, is_limited
 
 MIB = 1 << 20
 V1_NONE = "9223372036854771712"
@@ -90,6 +90,17 @@ def test_the_tightest_group_counts_not_the_smallest_limit(tmp_path: Path) -> Non
     root = tree(tmp_path, {**MEMINFO, **V2, **files})
     assert memory_available(root=root) == 10 * MIB
     assert memory_usage(root=root) == 990 * MIB
+
+
+def test_usage_of_the_group_is_not_that_of_a_machine_with_less_left(tmp_path: Path) -> None:
+    base = "sys/fs/cgroup/outer/inner/"
+    root = tree(tmp_path, {**MEMINFO, **V2, base + "memory.max": 12_000 * MIB, base + "memory.current": 300 * MIB})
+    assert memory_available(root=root) == 8192 * MIB
+    assert group_usage(root=root) == 300 * MIB
+
+
+def test_without_a_limited_group_there_is_no_usage_of_one(tmp_path: Path) -> None:
+    assert group_usage(root=tree(tmp_path, {**MEMINFO, **V2})) is None
 
 
 def test_unknown_system_has_no_answer(tmp_path: Path) -> None:

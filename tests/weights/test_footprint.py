@@ -11,6 +11,8 @@ from torch import nn
 
 import torchwrap as tw
 from torchwrap.stream.settings import state_bytes
+from torchwrap.weights import budget
+from torchwrap.weights.budget import process_bytes
 from torchwrap.weights.footprint import Footprint, waiting
 
 MASTER = "master_weights(AdamW)"
@@ -37,6 +39,25 @@ def test_state_is_found_by_a_step(optimizer: int | str, dtype: torch.dtype, expe
 def test_what_cannot_be_planned_for_is_refused(optimizer: int | str) -> None:
     with pytest.raises(tw.ConfigError, match=r"\(at optimizer\)"):
         tw.Offload(goal="train", optimizer=optimizer)
+
+
+@pytest.mark.parametrize("width", [1024, 96], ids=["large", "small"])
+def test_weights_that_left_are_no_part_of_what_was_there_before(width: int) -> None:
+    """Nor do they go on taking memory as holes in the C library's heap, which is where small ones lie."""
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range((48 << 20) // (4 * width * width))))
+    before, streamed = process_bytes(), sum(parameter.nbytes for parameter in model.parameters())
+    tw.offload(model, params="disk", units=tuple(str(number) for number in range(len(model))))
+    handle = tw.handle_of(model, "offload")
+    assert handle.baseline_bytes < before - 0.7 * streamed
+    tw.unwrap(model)
+
+
+@pytest.mark.parametrize("group", [1 << 30, 1 << 60], ids=["a part", "others too"])
+def test_memory_of_the_process_is_not_that_of_others_in_its_group(monkeypatch: pytest.MonkeyPatch, group: int) -> None:
+    monkeypatch.setattr(budget, "is_limited", lambda: True)
+    monkeypatch.setattr(budget, "group_usage", lambda: group)
+    monkeypatch.setattr(budget, "_status", lambda field: 2 << 30)
+    assert process_bytes() == min(group, 2 << 30)
 
 
 def wide(dtype: torch.dtype) -> nn.Sequential:

@@ -17,7 +17,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 
-__all__ = ["FreedBlocks", "keep_heap_small", "refusal"]
+__all__ = ["FreedBlocks", "give_back", "keep_heap_small", "refusal"]
 
 _M_MMAP_THRESHOLD = -3  # <malloc.h>
 _THRESHOLD = 256 << 10  # chosen: what is smaller costs little either way
@@ -43,6 +43,16 @@ def keep_heap_small() -> bool:
     with suppress(AttributeError, OSError):
         return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _THRESHOLD))
     return False
+
+
+def give_back() -> None:
+    """Return freed memory inside the C library's heap to the system, once; what is in use stays. Does nothing without glibc.
+
+    Weights below 32 MiB lie there, and holes that they left are not used for blocks taken from the system one by one (measured: 130 MiB
+    of a T5 of 350 MiB stayed after its weights had gone).
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def refusal() -> str:

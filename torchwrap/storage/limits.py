@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["is_limited", "memory_available", "memory_limit", "memory_usage"]
+__all__ = ["group_usage", "is_limited", "memory_available", "memory_limit", "memory_usage"]
 
 # Version 1 writes "no limit" as the largest number of whole pages; nothing real is near 4 EiB.
 _NO_LIMIT = 1 << 62
@@ -60,6 +60,12 @@ def is_limited(*, root: Path = _ROOT) -> bool:
 def memory_usage(*, root: Path = _ROOT) -> int:
     """Bytes in use, without file cache, in the group whose limit leaves the least room; of the machine when no group has a limit."""
     return _tightest(root)[1]
+
+
+def group_usage(*, root: Path = _ROOT) -> int | None:
+    """Bytes in use, without file cache, in the innermost group that has a limit; `None` where no group has one."""
+    limited = (pair for pair in _groups(root) if _group_limit(*pair) is not None)
+    return next((_group_usage(folder, dialect) for folder, dialect in limited), None)
 
 
 def memory_available(*, root: Path = _ROOT) -> int | None:

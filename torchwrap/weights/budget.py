@@ -14,7 +14,7 @@ from torchwrap.core import errors
 from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration
 from torchwrap.core.tensors import data_of, held_bytes, is_placeholder, storage_key
-from torchwrap.storage.limits import is_limited, memory_available, memory_usage
+from torchwrap.storage.limits import group_usage, is_limited, memory_available
 from torchwrap.stream.settings import Streaming
 from torchwrap.weights.training import Training
 
@@ -117,8 +117,12 @@ def working_bytes(model: nn.Module, integration: Integration, *, batch: int, tok
 
 
 def process_bytes() -> int:
-    """Memory in use by this process as limits count it: that of its control group without file cache, else its resident set."""
-    return memory_usage() if is_limited() else _status("VmRSS")
+    """Memory in use by this process as limits count it: that of its control group without file cache, else its resident set.
+
+    The former leaves out libraries that others loaded first. Where it is more than the latter, others are in the group too.
+    """
+    resident, group = _status("VmRSS"), group_usage() if is_limited() else None
+    return resident if group is None else min(resident, group)
 
 
 def _private_bytes(model: nn.Module) -> int:

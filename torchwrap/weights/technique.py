@@ -20,6 +20,7 @@ from torchwrap.activations.layers import ActivationLayer, RecomputeLayer
 from torchwrap.core import errors
 from torchwrap.core.technique import Handle, Place, Prepared, Technique
 from torchwrap.storage import aio
+from torchwrap.storage.heap import give_back
 from torchwrap.storage.limits import memory_available
 from torchwrap.stream.arena import arena_for
 from torchwrap.stream.engine import Engine
@@ -93,7 +94,7 @@ class StreamingTechnique(Technique[S], Generic[S]):
                 store=placed.store,
                 device=device,
                 origin=blueprint.origin,
-                baseline_bytes=process_bytes(),
+                baseline_bytes=0,
                 activation=Working(blueprint.integration, model, blueprint.scratch, blueprint.rehearsal),
                 mapped=blueprint.homes is not None,
                 notes=prepared.notes,
@@ -114,6 +115,8 @@ class StreamingTechnique(Technique[S], Generic[S]):
         for unit in blueprint.division.units:
             unit.module = None  # layers know their modules; the handle must not keep parts of a model alive that the user replaces
         model.__dict__.pop(SOURCES, None)
+        give_back()
+        handle.baseline_bytes = process_bytes()  # only now: what has left is no part of it
         return handle
 
     @torch.inference_mode(False)
