@@ -11,6 +11,7 @@ Dynamo skips, each layer call in one that it does not look into, and the module'
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import nn
 
-__all__ = ["CallState", "Layer", "Placement", "held_back", "run", "suspended"]
+__all__ = ["CallState", "Layer", "Placement", "held_back", "run", "runs_inside", "suspended"]
 
 # torch 2.13: what Dynamo does with the frames that this thread calls now; None outside compiled functions, also without Dynamo loaded.
 # There is no public question for it (it is in torch 2.6 and later); see test_layers_stay_hidden_when_dynamo_gives_up.
@@ -224,6 +225,19 @@ def _nest(
     except BaseException as error:
         tell_failed(layer, module, error)
         raise
+
+
+def runs_inside(engine: object) -> bool:
+    """Whether this thread is in a call that layers with this `engine` are around. Cost: a walk up the Python stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _nest.__code__ or frame.f_code is _nest_untraced.__code__:
+            around = frame.f_locals
+            passed = around["layers"][: around["depth"]] if "depth" in around else [entry[0] for entry in around.get("entered", ())]
+            if any(getattr(layer, "engine", None) is engine for layer in passed):
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def tell_failed(layer: Layer, module: nn.Module, error: BaseException) -> None:

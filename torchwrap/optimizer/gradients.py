@@ -355,10 +355,10 @@ class Gradients:
 
     def forget(self) -> None:
         """The step is over, or its gradients are given up."""
-        for target in self._parked:
+        while self._parked:
+            target, _ = self._parked.popitem()
             if self._store is not None:
                 self._store.remove(target.name)
-        self._parked.clear()
         self._used.clear()
         self._given.clear()
         self._versions.clear()

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -118,8 +117,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         folder = None if path is None else Path(path).expanduser()
         site = Site(None if self._durability == "none" else folder, folder, parse_size(chunk, field="chunk"))
         self._asked = asked_for(overlap, max_grad_norm, accumulate, gradients)
-        self._may_take = self._asked.take
-        self._max_grad_norm = max_grad_norm
+        self._may_take, self._max_grad_norm = self._asked.take, max_grad_norm
         self._works = works = Workshop(self._rule, self._parameters, self._handle, site, self._asked, max_grad_norm, _groups_of(self))
         self._shut = weakref.finalize(self, works.close_unasked)
         try:
@@ -157,6 +155,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Raises:
             ConflictError: weights have been updated with them already, by a backward or by a `step()` that failed half-way.
         """
+        self._conclude()
         if self._works.step.changed:
             raise errors.ConflictError(
                 "OffloadedOptimizer: gradients cannot be given up, weights were updated with them already",
@@ -186,13 +185,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             StorageError: reading or writing failed. Call again to go on where it stopped; the message says if that cannot be.
         """
         self._check_usable()
-        loss: float | None = None
         if closure is None and self._works.step.repeated():
             return self._finished(None)
+        self._conclude()
+        loss: float | None = None
         if closure is not None:
             with self._works.gradients.deferred(), torch.enable_grad():
                 loss = closure()
-        self.steps += self._works.take_step(self.param_groups, scaling_of(self))
+        count = self._works.take_step(self.param_groups, scaling_of(self))
+        self._works.step.remember(self.steps + count)
         return self._finished(loss)
 
     @property  # type: ignore[override]
@@ -212,12 +213,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             raise errors.ConflictError("OffloadedOptimizer: state cannot be assigned", where="state", fix="Use load_state_dict().")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over settings and state of the wrapped class, from this class or from a plain optimizer.
+        """Take over settings and state of the wrapped class, from this class or from a plain optimizer; no copy of the whole is made.
 
         Raises:
             ValueError: other groups than this optimizer's, in torch's words. ConfigError: another class's; nothing is changed.
-
-        Cost: values are written one by one; no copy of the whole is made.
         """
         self._check_usable()
         self._refuse_half_done("load_state_dict")
@@ -261,9 +260,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._asked.backwards if accumulate is None else accumulate,
             self._asked.where if gradients is None else gradients,
         )
-        asked = replace(asked, norms=norms)
         check_arguments(None, None, asked.backwards, asked.where, "save", self._works.site.chunk)
-        self._works.retime(asked)
+        self._works.retime(asked := replace(asked, norms=norms))
         self._asked = asked
 
     @property
@@ -309,12 +307,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._check_usable()
         if self._handle is not None:
             self._handle.backward.settle()
-        self._works.updater.wait()
-        self._works.updater.take_unfinished()
-        with nullcontext() if self._handle is None else self._handle.lock:
-            self._works.store.rollback()
-            self._works.step.over()
-            self._restore()
+        self._works.undo(self._restore)
         self.zero_grad()
 
     def close(self) -> None:
@@ -363,22 +356,26 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._works.run.restore_values()
 
     def _finished(self, loss: float | None) -> float | None:
-        """`loss`, after what follows a step; if that fails or is interrupted, the next `step()` is to do it again, and to take none."""
-        try:
-            self._works.watch()
-            self._works.pace.end()
-            if self._durability == "step":
-                self.commit()
-        except BaseException:
-            self._works.step.remember()
-            raise
+        """`loss`, after what follows a step; if that fails or is interrupted, the next `step()` does it again, and takes none."""
+        self.steps = self._works.step.ended(self.steps)
+        self._works.watch()
+        self._works.pace.end()
+        if self._durability == "step":
+            self._works.commit(self.param_groups, self.steps)
+        self._works.step.forget()
         return loss
+
+    def _conclude(self) -> None:
+        """A step that was taken, and interrupted or failed behind that, is over: its gradients are not those of the next."""
+        self.steps = self._works.step.ended(self.steps)
+        self._works.step.forget()
 
     def _check_usable(self) -> None:
         if not self._shut.alive:
             raise errors.StorageError("OffloadedOptimizer: this optimizer was closed", fix="Make a new one, with the same path= to go on.")
 
     def _refuse_half_done(self, what: str) -> None:
+        self._conclude()
         if self._works.step.half_done:
             raise errors.ConflictError(
                 f"OffloadedOptimizer: {what}() in the middle of a step",

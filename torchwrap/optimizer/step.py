@@ -7,7 +7,9 @@ that failed half-way is finished by the next call: what was updated is not updat
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torchwrap.optimizer.gradients import Gradients
 from torchwrap.optimizer.handover import streamed_of
 from torchwrap.optimizer.resident import Resident
 from torchwrap.optimizer.targets import Target
+from torchwrap.optimizer.unbroken import Unbroken
 from torchwrap.optimizer.updates import Job, Updater
 
 __all__ = ["Step"]
@@ -36,6 +39,7 @@ class Step:
 
     Attributes:
         grad_norm: before clipping, of the last step that clipped; a tensor of no dimension.
+        counted: steps taken, this one included, when it is over but for what follows it; else None.
         scaling: what a `GradScaler` says of the step that is being taken.
     """
 
@@ -45,9 +49,11 @@ class Step:
         self._targets, self._gradients, self._updater, self._resident = targets, gradients, updater, resident
         self._max_grad_norm = max_grad_norm
         self._scale: torch.Tensor | None = None
-        self._clipped = False
+        self._undoing = False
+        self._clipping: Unbroken | None = None  # once it has begun
         self._done: set[Target] = set()  # of a step that failed half-way
-        self._stepped: list[tuple[weakref.ref[torch.Tensor], int]] = []  # gradients of a step whose end failed, as torch counts writes
+        self._stepped: list[tuple[weakref.ref[torch.Tensor], int]] = []  # gradients that were used, as torch counts writes
+        self.counted: int | None = None
         self._handed: list[Update] = []  # to the worker, and not known to be over: an interrupt or a hang came before
         self.grad_norm: torch.Tensor | None = None
         self.scaling: Mapping[str, torch.Tensor] = {}
@@ -59,6 +65,12 @@ class Step:
             ConflictError: gradients or settings were changed after they had been used, or there is nothing to do a second time.
             StorageError: an update during backward failed.
         """
+        if self._undoing:
+            raise errors.ConflictError(
+                "OffloadedOptimizer: step() after a rollback() that was cut short: some weights are those of the commit, others not",
+                where="step",
+                fix="Call rollback() again, or close() and load model and a new optimizer from a checkpoint.",
+            )
         streamed = [target for target in self._targets if target.streamed]
         self._gradients.check_untouched()
         self._settle()
@@ -115,23 +127,49 @@ class Step:
                 gradient.div_(self.scaling["grad_scale"])
 
     def over(self) -> None:
-        """It is done, or its gradients are given up."""
+        """It is done, or its gradients are given up. Calling it again does nothing."""
+        if self._clipping is not None:
+            with suppress(Exception):
+                self._clipping.wait()
         self._gradients.forget()
-        self._clipped, self._scale, self.scaling = False, None, {}
+        self._clipping, self._scale, self.scaling = None, None, {}
         self._handed.clear()
         self._done.clear()
         self._resident.over()
 
-    def remember(self) -> None:
+    def remember(self, steps: int) -> None:
         """The step is over, but not what follows it: `step()` again is to do that, and not to use these gradients twice."""
         self._stepped = [(weakref.ref(gradient), gradient._version) for gradient in self._shown()]
+        self.counted = steps
+
+    def ended(self, steps: int) -> int:
+        """Steps taken, `steps` of them before; nothing of one that is over is under way after this."""
+        if self.counted is None:
+            return steps
+        self.over()
+        return self.counted
+
+    def undo(self, restore: Callable[[], None]) -> None:
+        """Give it up, and have `restore` bring all weights and state back; until that is done, nothing may use them."""
+        self._undoing = True
+        self.over()
+        self.forget()
+        self._gradients.refuse_calls()
+        restore()
+        self._undoing = False
+        self._gradients.allow_calls()
+
+    def forget(self) -> None:
+        """What follows it is over as well, or was given up."""
+        self.counted, self._stepped = None, []
 
     def repeated(self) -> bool:
-        """Whether the gradients are still those that were remembered; to be asked once."""
-        before, self._stepped = self._stepped, []
-        now = self._shown() if before else []
-        same = all(old() is new and version == new._version for (old, version), new in zip(before, now, strict=False))
-        return bool(now) and len(before) == len(now) and same
+        """Whether there are gradients, and they are still those that were remembered."""
+        if self.counted is None:
+            return False
+        now = self._shown()
+        same = all(old() is new and version == new._version for (old, version), new in zip(self._stepped, now, strict=False))
+        return bool(now) and len(self._stepped) == len(now) and same
 
     def _shown(self) -> list[torch.Tensor]:
         return [target.parameter.grad for target in self._targets if target.parameter.grad is not None]
@@ -145,11 +183,15 @@ class Step:
     def half_done(self) -> bool:
         """Whether some weights are those of after the step, and others those of before."""
         self._settle()
+        if self._undoing or self.counted is not None:
+            return self._undoing
         return self._gradients.began or bool(self._updater.unfinished or self._done or self._handed or self._resident.stepped)
 
     @property
     def changed(self) -> bool:
         """Whether the step has updated weights, which cannot be undone, or is about to."""
+        if self._undoing or self.counted is not None:
+            return self._undoing
         given_back = set(self._updater.unfinished)
         under_way = any(update not in given_back for update in self._handed)
         begun = self._gradients.began or bool(self._done or self._resident.stepped)
@@ -162,29 +204,38 @@ class Step:
         self._handed = [update for update in self._handed if not update.done]
 
     def _clip(self) -> None:
-        """Scale all gradients as `clip_grad_norm_` does; once for each step, also if that is repeated after an error."""
-        if self._max_grad_norm is None or self._clipped:
+        """Scale all gradients as `clip_grad_norm_` does; once for each step, also if that is repeated after an error or an interrupt."""
+        if self._max_grad_norm is None:
             return
-        if (scaled := self._gradients.scaled()) is not None:
-            raise errors.ConflictError(
-                f"OffloadedOptimizer: the gradient of {scaled.name} was clipped already, and would be clipped again with max_grad_norm=",
-                where=scaled.name,
-                fix="Clip in one place: leave max_grad_norm= out here, or do not call clip_grad_norm_ (transformers: max_grad_norm=0).",
-            )
+        if self._clipping is None:
+            if (scaled := self._gradients.scaled()) is not None:
+                raise errors.ConflictError(
+                    f"OffloadedOptimizer: the gradient of {scaled.name} was clipped already, and would be clipped again with "
+                    "max_grad_norm=",
+                    where=scaled.name,
+                    fix="Clip in one place: leave max_grad_norm= out here, or do not call clip_grad_norm_ (transformers: max_grad_norm=0).",
+                )
+            self._clipping = Unbroken(partial(self._clip_to, self._max_grad_norm))
+        try:
+            self._clipping.wait()
+        except Exception:
+            self._clipping = None
+            raise
+
+    def _clip_to(self, most: float) -> None:
         # In the order of `model.parameters()`, which loops give to torch's function, and not of groups: sums have other last bits.
         ordered = sorted(self._targets, key=lambda target: target.place)
         trained = [t for t in ordered if t.parameter.grad is not None or self._gradients.is_parked(t)]
         present = [t.parameter for t in trained if not self._gradients.is_parked(t)]
         if len(present) == len(trained):
-            self.grad_norm = torch.nn.utils.clip_grad_norm_(present, self._max_grad_norm)
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(present, most)
         else:
             norms = self._gradients.norms
             # The norm of a norm is itself: torch's function does the rest, in its order.
             each = [norms[t] if t in norms else t.gradient_norm() for t in trained]
             self.grad_norm = torch.nn.utils.get_total_norm(each)
-            torch.nn.utils.clip_grads_with_norm_(present, self._max_grad_norm, self.grad_norm)
-            self._scale = torch.clamp(self._max_grad_norm / (self.grad_norm + 1e-6), max=1.0)
-        self._clipped = True
+            torch.nn.utils.clip_grads_with_norm_(present, most, self.grad_norm)
+            self._scale = torch.clamp(most / (self.grad_norm + 1e-6), max=1.0)
 
     def _check_settings(self, groups: Sequence[Mapping[str, Any]]) -> None:
         for number, (old, group) in enumerate(zip(self._gradients.settings or (), groups, strict=False)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -212,7 +212,7 @@ class Workshop:
         self.gradients.watch(self.parameters.streamed, [t for t in self.parameters.targets if not t.streamed])
 
     def take_step(self, groups: Sequence[Mapping[str, Any]], scaling: Mapping[str, torch.Tensor]) -> bool:
-        """Do what is left of a step.
+        """Do what is left of a step; `Step.over` is to follow.
 
         Args:
             groups: of the optimizer.
@@ -232,9 +232,22 @@ class Workshop:
         self.step.carry_out(updates)
         self.resident.step(self.parameters.targets, groups, scaling)
         self.step.divide(self._rule, groups)
-        skipped = self.step.skipped
-        self.step.over()
-        return not skipped
+        return not self.step.skipped
+
+    def undo(self, restore: Callable[[], None]) -> None:
+        """Go back to the last commit; `restore` gives settings, weights and state their values. One that is cut short is to be repeated.
+
+        Raises:
+            StorageError: nothing was committed, or what `restore` raises.
+        """
+        self.updater.wait()
+        self.updater.take_unfinished()
+        with nullcontext() if self._handle is None else self._handle.lock:
+            if self._handle is not None and self._handle.engine is not None:  # what one that was cut short withheld
+                self._handle.engine.end_update([t.piece for t in self.parameters.targets if t.piece is not None and t.away])
+                self._handle.engine.recover()
+            self.store.rollback()
+            self.step.undo(restore)
 
     def commit(self, groups: Sequence[Mapping[str, Any]], steps: int) -> None:
         """See `Run.commit`."""

@@ -90,6 +90,7 @@ class Backward:
         self._since: dict[int, float] = {}  # of open units, if that is recorded
         self._open: list[Unit] = []  # units whose nodes are running: a block, and the expert inside it
         self._run: Run | None = None
+        self._closing: int | None = None  # thread that cleans up after it
         self._begun = threading.Lock()
         self._uses: dict[int, int] = {}  # since the forward after the last backward began, by unit
         self._apart: set[int] = set()  # units used where reentrant checkpointing builds no graph
@@ -156,7 +157,7 @@ class Backward:
     def settle(self) -> None:
         """Clean up after a backward that an exception ended. Cheap when there is none."""
         run = self._run
-        if run is not None and run.over:
+        if run is not None and run.over and self._closing in (None, threading.get_ident()):
             self._close(run, RuntimeError("the backward was ended by an exception before all of its nodes had run"))
 
     def _hook(self, output: Any, fn: Callable[[torch.Tensor], None]) -> None:
@@ -231,20 +232,22 @@ class Backward:
         with self._begun:
             if self._run is not run:
                 return
-            self._run = None
-            self._old = True
-            left, self._open = self._open, ([] if error is not None else self._open)
-            if error is not None:
+            self._closing = threading.get_ident()
+        try:
+            if error is None:
+                self._leave(None)
+            else:
+                self._open.clear()
                 self._since.clear()
-        if error is None:
-            self._leave(None)
-        elif self._engine is not None:
-            for unit in left:
-                self._engine.unhold(unit)
-        if self.clock is not None:
-            self.clock.backward_ended(error)
-        for listener in self.listeners:
-            listener.backward_done(error)
+                if self._engine is not None:
+                    self._engine.recover()
+            if self.clock is not None:
+                self.clock.backward_ended(error)
+            for listener in self.listeners:
+                listener.backward_done(error)
+            self._old, self._run = True, None  # last: what an interrupt kept from being done, `settle` does
+        finally:
+            self._closing = None
 
 
 def is_nested() -> bool:
@@ -290,6 +293,7 @@ class _End:
         self._run, self._ended = run, ended
 
     def __call__(self) -> None:
+        self._run.over = True  # also if what follows raises, and a traceback keeps this alive
         self._ended(self._run)
 
     def __del__(self) -> None:

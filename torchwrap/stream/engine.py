@@ -23,20 +23,21 @@ from contextlib import contextmanager
 import torch
 
 from torchwrap.core import errors
+from torchwrap.core.layer import runs_inside
 from torchwrap.storage import aio
 from torchwrap.storage.condition import Condition
+from torchwrap.stream.abandoned import AbandonedWindow
 from torchwrap.stream.arena import Arena
 from torchwrap.stream.pieces import read_piece
 from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.turns import Turns
 from torchwrap.stream.units import Piece, Unit
-from torchwrap.stream.updated import UpdatedWindow
 
 __all__ = ["Engine"]
 
 
-class Engine(UpdatedWindow):
+class Engine(AbandonedWindow):
     """Streams the units of one model through the slots of one arena.
 
     Args:
@@ -218,6 +219,33 @@ class Engine(UpdatedWindow):
                 brought.users = 0
                 self._retire(brought)
             raise
+
+    # -- after an error ----------------------------------------------------------------------------------------------------------
+
+    def ended_by(self, error: BaseException) -> None:
+        """An error ended the outermost use of the model in this thread, which still has the lock and has let go of what it knew of."""
+        left = any(fetch.users for fetch in list(self._fetches.values()))
+        if (left or not isinstance(error, Exception)) and self.turns is None and self._lock._is_owned():  # type: ignore[attr-defined]
+            self.abandon()
+
+    def count_slots(self) -> None:
+        """Find a slot again that an interrupt outside of a call left nowhere. The caller has the lock, and no use of its own."""
+        with self.state:
+            if self.turns is None and len(self._free) + len(self._fetches) < len(self._slots):
+                self.abandon()
+
+    def recover(self) -> None:
+        """An error ended a backward somewhere: no unit is held any more, and what it left of recomputed units is let go of."""
+        mine = self._lock._is_owned()  # type: ignore[attr-defined]
+        try:
+            if self.turns is None and not (mine and runs_inside(self)) and (mine or self._lock.acquire(blocking=False)):
+                self.abandon()
+            else:  # forwards use the slots
+                with self.state:
+                    self._end_holds(self._fetches.values())
+        finally:
+            while not mine and self._lock._is_owned():  # type: ignore[attr-defined]
+                self._lock.release()
 
     # -- ends --------------------------------------------------------------------------------------------------------------------
 

@@ -6,14 +6,16 @@ call. They are essential: disabling them would leave the placeholders, and chang
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from torchwrap.core import errors
-from torchwrap.core.layer import CallState, Layer
+from torchwrap.core.layer import CallState, Layer, runs_inside
 from torchwrap.core.tensors import bind
 from torchwrap.storage.heap import FreedBlocks
 from torchwrap.stream.pieces import check_untouched
@@ -47,6 +49,46 @@ class WeightsLayer(Layer):
         assert self.owner is not None
         return self.owner
 
+    @property
+    def engine(self) -> object:
+        """By which `core.layer.runs_inside` knows the layers of one model."""
+        return None if self.owner is None else self.owner.engine or self.owner
+
+    def _unlock(self, lock: threading.RLock, error: BaseException) -> None:
+        """The outermost call in this thread is over: let go of the model's lock, and of all that an interrupt left of the call."""
+        engine = self.handle.engine
+        try:
+            if engine is not None:
+                engine.ended_by(error)
+        finally:
+            while lock._is_owned():  # type: ignore[attr-defined]
+                lock.release()
+
+
+class _Pass:
+    """A call of the whole model: what has to be ended with it.
+
+    Attributes:
+        lock: the model's, as it was when the call began.
+        outermost: this thread did not have it before.
+        locked: this call took it.
+        guard: watches for misplaced weights, if anything does.
+    """
+
+    __slots__ = ("guard", "lock", "locked", "outermost")
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self.lock, self.outermost = lock, not lock._is_owned()  # type: ignore[attr-defined]
+        self.locked = False
+        self.guard: AbsentUseGuard | None = None
+
+    def unwatch(self) -> bool:
+        """End the watching; whether the call was watched."""
+        watched = self.guard is not None and self.guard in _get_current_dispatch_mode_stack()
+        if watched and self.guard is not None:
+            self.guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        return watched
+
 
 class RootLayer(WeightsLayer):
     """Holds the model's lock for a whole forward, counts passes, and watches the first one in each mode."""
@@ -57,56 +99,68 @@ class RootLayer(WeightsLayer):
             handle.engine.check_process()
             refuse_transforms("")
         handle.backward.settle()
-        handle.lock.acquire()
+        if handle.lock._is_owned() and not runs_inside(self.engine):  # type: ignore[attr-defined]
+            while (left := self._calls.pop()) is not None:  # by an interrupt just behind the end of this function
+                self._cut(left, module, KeyboardInterrupt())
+        running = _Pass(handle.lock)
         try:
+            running.locked = running.lock.acquire()
+            if handle.engine is not None and running.outermost:
+                handle.engine.count_slots()
             if handle.stepping:
                 handle.refuse_mixture()
             handle.hide_lent()
             handle.handed.check(handle.pieces)
-            guard = None
             if module.training in handle.unwatched and can_watch():
-                guard = AbsentUseGuard((piece for piece in handle.pieces if not piece.resident), handle.units, module)
-                guard.__enter__()  # type: ignore[no-untyped-call]
+                running.guard = AbsentUseGuard((piece for piece in handle.pieces if not piece.resident), handle.units, module)
+                running.guard.__enter__()  # type: ignore[no-untyped-call]
             if torch.is_grad_enabled():
                 handle.activations.pass_begins()
             handle.backward.pass_begins()
-            self._calls.push(guard)
             handle.pass_begun(module)
-        except BaseException:
-            handle.lock.release()
+            self._calls.push(running)
+        except BaseException as error:
+            self._cut(running, module, error)
             raise
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         handle = self.handle
-        guard: AbsentUseGuard | None = self._calls.peek()
-        if guard is not None and guard.error is not None:
-            raise guard.error  # the model swallowed it and went on computing with NaN
-        if self._leave():
+        running: _Pass = self._calls.peek()
+        if running.guard is not None and running.guard.error is not None:
+            raise running.guard.error  # the model swallowed it and went on computing with NaN
+        handle.backward.pass_ends()
+        if running.unwatch():
             handle.unwatched.discard(module.training)
         handle.passes += 1
-        try:
-            handle.pass_ended(module, whole=True)
-        finally:
-            handle.lock.release()
+        handle.pass_ended(module, whole=True)
         if torch.is_grad_enabled():
             handle.backward.watch_root(output)
+        running.locked = False
+        running.lock.release()
+        self._calls.pop()
         return output
 
     def failed(self, module: nn.Module, error: BaseException) -> None:
-        self._leave()
-        try:
-            self.handle.pass_ended(module, whole=False)
-        finally:
-            self.handle.lock.release()
+        running: _Pass | None = self._calls.pop()
+        if running is not None:
+            self._cut(running, module, error)
 
-    def _leave(self) -> bool:
-        """End the call; whether it was watched."""
-        self.handle.backward.pass_ends()
-        guard: AbsentUseGuard | None = self._calls.pop()
-        if guard is not None:
-            guard.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        return guard is not None
+    def _cut(self, running: _Pass, module: nn.Module, error: BaseException) -> None:
+        """An error ended the call, perhaps while it began or ended."""
+        handle = self.handle
+        try:
+            handle.backward.pass_ends()
+            running.unwatch()
+            if handle.meter is not None and running.outermost:
+                handle.meter.pass_cut()
+            elif running.locked:
+                handle.pass_ended(module, whole=False)
+        finally:
+            if running.outermost:
+                self._unlock(running.lock, error)
+            elif running.locked:
+                running.lock.release()
 
 
 class UnitLayer(WeightsLayer):
@@ -135,15 +189,16 @@ class UnitLayer(WeightsLayer):
         meter = self._meter()
         if meter is not None:
             meter.fetching(self.unit)
-        engine.acquire(unit, roomy=roomy, whole=torch.is_grad_enabled())
+        scope = _Scope(self.handle, unit)
         try:
-            scope = _Scope(self.handle, unit)
-        except BaseException:
-            engine.release(unit)
+            engine.acquire(unit, roomy=roomy, whole=torch.is_grad_enabled())
+            scope.begin()
+            if meter is not None:
+                meter.computing(self.unit, alone=roomy and not engine.arena.separate)
+            self._calls.push(scope)
+        except BaseException as error:
+            self._cut(scope, error)
             raise
-        self._calls.push(scope)
-        if meter is not None:
-            meter.computing(self.unit, alone=roomy and not engine.arena.separate)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -173,7 +228,15 @@ class UnitLayer(WeightsLayer):
     def failed(self, module: nn.Module, error: BaseException) -> None:
         scope: _Scope | None = self._calls.pop()
         if scope is not None:
+            self._cut(scope, error)
+
+    def _cut(self, scope: _Scope, error: BaseException) -> None:
+        """An error ended the use, perhaps while it began or ended."""
+        try:
             scope.close(None)
+        finally:
+            if scope.outermost:
+                self._unlock(scope.lock, error)
 
 
 class RowLayer(WeightsLayer):
@@ -246,18 +309,25 @@ def _called_with(
 class _Scope:
     """One use of a unit: autocast's cache off, saved weights replaced by notes, and the release at the end."""
 
-    __slots__ = ("_cache", "_engine", "_hooks", "_open", "unit")
+    __slots__ = ("_cache", "_engine", "_handle", "_hooks", "_open", "lock", "outermost", "unit")
 
     def __init__(self, handle: WeightsHandle, unit: Unit) -> None:
         assert handle.engine is not None
-        self._engine, self.unit = handle.engine, unit
+        self._handle, self._engine, self.unit = handle, handle.engine, unit
+        self.lock: threading.RLock = handle.engine.lock
+        self.outermost: bool = not self.lock._is_owned()  # type: ignore[attr-defined]
+        self._open = self._cache = False
+        self._hooks: saving_for | None = None
+
+    def begin(self) -> None:
+        """The unit was acquired."""
+        handle, unit = self._handle, self.unit
         self._open = True
         # With its cache on, autocast keeps a cast copy of every weight until the region ends: all the memory that streaming saves. It
         # is needed only where a weight is used again in the region: one copy then collects the gradients of all uses, in its own type.
         self._cache = torch.is_autocast_cache_enabled() and not (handle.keeps_casts and unit.kind in ("block", "expert"))
         if self._cache:
             torch.set_autocast_cache_enabled(False)
-        self._hooks = None
         if torch.is_grad_enabled():
             self._hooks = saving_for(handle)
             self._hooks.__enter__()
@@ -266,11 +336,11 @@ class _Scope:
         """End the use, once; a weight that the unit's own module wrote to, if there is one."""
         if not self._open:
             return None
-        self._open = False
         if self._hooks is not None:
             self._hooks.__exit__()
         if self._cache:
             torch.set_autocast_cache_enabled(True)
+        self._open = False
         return self._engine.release(self.unit, training)
 
 

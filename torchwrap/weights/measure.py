@@ -135,6 +135,12 @@ class Meter:
         self._most = max(1, len(self._uses)) if backward else 0
         return True
 
+    def pass_cut(self) -> None:
+        """An error ended the outermost pass, perhaps before it had begun here."""
+        if self._depth:
+            self._depth = 1
+            self.pass_ended(whole=False)
+
     # -- backward ------------------------------------------------------------------------------------------------------------------
 
     def backward_begun(self) -> None:

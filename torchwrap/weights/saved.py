@@ -37,7 +37,8 @@ class saving_for(torch.autograd.graph.saved_tensors_hooks):
             super().__enter__()
 
     def __exit__(self, *args: object) -> None:
-        if self._needed:
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True) if self._needed else None
+        if top is not None and top[0] is self.pack_hook:  # else an interrupt came before they were there, or when they were gone
             super().__exit__(*args)
 
 

@@ -76,15 +76,21 @@ def refuse_calls(handle: WeightsHandle, who: object) -> None:
     if who in handle.stepping:
         return
     lock = handle.lock
-    if not lock.acquire(timeout=handle.config.io_timeout_s):
-        raise errors.ConflictError(
-            f"OffloadedOptimizer: weights are to change, and a call of the model has been running for {handle.config.io_timeout_s:g} s in "
-            "another thread",
-            where="forward",
-            fix="Let calls in other threads end before backward() and step().",
-        )
-    handle.stepping.add(who)
-    lock.release()
+    mine = lock._is_owned()  # type: ignore[attr-defined]
+    try:
+        if not lock.acquire(timeout=handle.config.io_timeout_s):
+            raise errors.ConflictError(
+                "OffloadedOptimizer: weights are to change, and a call of the model has been running for "
+                f"{handle.config.io_timeout_s:g} s in another thread",
+                where="forward",
+                fix="Let calls in other threads end before backward() and step().",
+            )
+        handle.stepping.add(who)
+        if mine:
+            lock.release()
+    finally:
+        if not mine and lock._is_owned():  # type: ignore[attr-defined]
+            lock.release()  # also where an interrupt came just behind `acquire`
 
 
 def warn_of_mixture(what: str, fix: str, stacklevel: int) -> None:
