@@ -5,7 +5,9 @@ before the clock counts. Contenders take turns, each after a prefill of its own.
 
 Memory: a fresh child per contender and length; how far one forward of a padded batch takes the resident set above that of the loaded model
 after a short call (the kernel's high-water mark, set back before). Only the last logits are computed and no cache is kept: both are the
-same for all, and would hide what attention takes.
+same for all, and would hide what attention takes. The C library gives large blocks back to the system as soon as they are freed: what it
+kept otherwise was up to a quarter of the figure, and another in each run. `nothing` is the same model with its queries for attention's
+result: what all contenders take beside attention.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ __all__ = ["CONTENDERS", "TITLE", "measure_model"]
 
 TITLE = "attention[SmolLM2]"
 CONTENDERS = ("torchwrap", "sdpa", "eager")
+NOTHING = "nothing"
 MEMORY = ((2, 1024), (2, 8192))
 """Sequences, tokens; half of each but the first is padding."""
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 
 
 def measure_model(
@@ -46,7 +50,7 @@ def measure_model(
 
     Returns:
         `tokens_per_s` and `prefill_s` per contender, `decode_ratio` and `prefill_ratio` of each rival to ours (above 1: ours is faster),
-        `equal_tokens`; `memory`: added bytes by batch and contender, and ours over sdpa's.
+        `equal_tokens`; `memory`: added bytes by batch and contender, without attention as well, and ours over sdpa's.
     """
     declare_torchvision_operators()
     threads = torch.get_num_threads()
@@ -58,7 +62,7 @@ def measure_model(
     memory: dict[str, dict[str, float]] = {}
     for batch, length in MEMORY:
         # Eager attention at the greater length would take several times the memory of small machines for nothing new.
-        names = CONTENDERS if length <= 1024 else CONTENDERS[:2]
+        names = (*(CONTENDERS if length <= 1024 else CONTENDERS[:2]), NOTHING)
         found: dict[str, float] = {name: _memory(name, batch, length) for name in names}
         found["ours_over_sdpa"] = found["torchwrap"] / found["sdpa"]
         memory[f"{batch} x {length}, padded"] = found
@@ -115,9 +119,18 @@ def _model(name: str, dtype: torch.dtype) -> Any:
     import torchwrap
     from torchwrap.demo.weights import smollm2
 
+    if name == NOTHING:
+        _register_nothing()
     form = "sdpa" if name == "torchwrap" else name
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=dtype, attn_implementation=form).eval()
     return torchwrap.fast_attention(model) if name == "torchwrap" else model
+
+
+def _register_nothing() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NOTHING, lambda module, q, k, v, *rest, **options: (q.transpose(1, 2), None))
+    AttentionMaskInterface.register(NOTHING, lambda *rest, **options: None)
 
 
 def _prompt(length: int) -> torch.Tensor:
@@ -136,10 +149,11 @@ def _prompt(length: int) -> torch.Tensor:
 
 
 def _memory(name: str, batch: int, length: int) -> float:
-    """Median of three children at a short length: what the allocator keeps differs by a tenth from one to the next."""
+    """Median of three children at a short length, where a page more or less is a part of the figure."""
     command = [sys.executable, "-m", "benchmarks.model_attention", name, str(batch), str(length)]
+    environment = {"HF_HUB_OFFLINE": "1", **GIVES_BACK}
     repeats = 3 if length <= 1024 else 1
-    found = [run_child(command, folder=ROOT, environment={"HF_HUB_OFFLINE": "1"}, timeout_s=900).check() for _ in range(repeats)]
+    found = [run_child(command, folder=ROOT, environment=environment, timeout_s=900).check() for _ in range(repeats)]
     return median(float(child.data["added_bytes"]) for child in found)
 
 
