@@ -111,6 +111,10 @@ def test_third_party_integration_is_found_and_warns_once_outside_its_versions(mo
 def test_missing_and_unknown_folders_are_typed_errors_that_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"{tmp_path / 'missing'}.*snapshot_download"):
         integration_for_folder(tmp_path / "missing")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UnsupportedModelError, match=rf"a file and no folder.*Give its folder: '{tmp_path}'"):
+        integration_for_folder(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UnsupportedModelError, match=rf"the folder is empty\) \(at {tmp_path}\)"):
         integration_for_folder(tmp_path)
     for name in ("b.txt", "a-model"):

@@ -177,6 +177,32 @@ def test_configs_that_are_no_configs_are_refused_with_what_was_meant(configs: An
         tw.apply(Net(), configs)
 
 
+def test_model_and_config_the_wrong_way_round_are_told_apart() -> None:
+    with pytest.raises(tw.UnsupportedModelError, match=r"Trace is no nn\.Module"):
+        tw.apply(tw.Trace(), Net())  # type: ignore[type-var, arg-type]
+
+
+def test_dry_run_refuses_what_is_no_config_as_the_application_does() -> None:
+    with pytest.raises(tw.ConfigError, match=r"'offload' is not a config.*Offload\(\)"):
+        tw.check(Net(), configs="offload")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("named", ["trace", tw.Trace, tw.Trace(), tw.trace], ids=["name", "class", "config", "technique"])
+def test_technique_is_named_in_any_form(named: Any) -> None:
+    model = tw.trace(Net())
+    with tw.disabled(model, named):
+        model(X)
+    assert tw.handle_of(model, named).stats()[""]["calls"] == 0
+    assert tw.wrappers_of(tw.unwrap(model, named)) == {}
+
+
+@pytest.mark.parametrize("asked", [tw.unwrap, tw.handle_of, lambda model, name: tw.disabled(model, name).__enter__()])
+def test_what_names_no_technique_is_refused_with_the_form(asked: Any) -> None:
+    model = tw.trace(Net())
+    with pytest.raises(tw.ConfigError, match=r"3 names no technique.*'trace'"):
+        asked(model, 3)
+
+
 @pytest.mark.parametrize("kind", ["module", "tuple", "dict"])
 def test_factory_results_are_wrapped(kind: str) -> None:
     @tw.trace

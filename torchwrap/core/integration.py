@@ -252,6 +252,8 @@ def integration_for_folder(folder: str | Path) -> Integration:
         UnsupportedModelError: none can; the message lists those that were asked.
     """
     path = Path(folder)
+    if path.is_file():
+        raise UnsupportedModelError("this is a file and no folder", where=str(path), fix=f"Give its folder: {str(path.parent)!r}.")
     if not path.is_dir():
         raise UnsupportedModelError(
             "there is no such checkpoint folder",

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torchwrap.core.config import Config, format_bytes
 from torchwrap.core.order import PHASE_NAMES, foreign_mechanisms
 from torchwrap.core.swap import is_dormant, original_class
-from torchwrap.core.technique import Applied, Place, Technique, technique_named
+from torchwrap.core.technique import Applied, Place, Technique, as_configs, technique_named
 from torchwrap.core.tensors import storage_key, tensor_bytes
 from torchwrap.core.transaction import disabled, inner_model, prepare_all, records_of, skipped_of, wrappers_of
 
@@ -162,11 +162,13 @@ def check(model: nn.Module, inputs: Any = None, *, configs: Config | Sequence[Co
         model: wrapped or not, or its outer wrapper.
         inputs: as for `describe`; FLOPs of the model as it is are counted.
         configs: a config or several.
+
+    Raises:
+        ConfigError: one of them is no config.
     """
     root = inner_model(model)
     report = Report(rows=[_model_row(root, list(records_of(root).values()))], foreign=_foreign(root))
-    wanted = [configs] if isinstance(configs, Config) else list(configs)
-    prepared = prepare_all(root, wanted, on_error=lambda config, error: report.problems.append(f"{config.technique}: {error}"))
+    prepared = prepare_all(root, as_configs(configs), on_error=lambda config, error: report.problems.append(f"{config.technique}: {error}"))
     for technique, plan in prepared:
         report.rows += plan.rows or [_row(technique, plan.config, plan.layers, plan.notes)]
     if inputs is not None:

@@ -11,7 +11,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, ParamSpec, TypeVar, overload
 
@@ -25,9 +25,22 @@ from torchwrap.core.integration import Integration
 from torchwrap.core.layer import Layer
 
 if TYPE_CHECKING:
+    from torchwrap.core.plan import Plan
     from torchwrap.core.report import Row
 
-__all__ = ["Applied", "Handle", "Place", "Prepared", "Technique", "register", "technique_named", "techniques"]
+__all__ = [
+    "Applied",
+    "Handle",
+    "Named",
+    "Place",
+    "Prepared",
+    "Technique",
+    "as_configs",
+    "name_of",
+    "register",
+    "technique_named",
+    "techniques",
+]
 
 C = TypeVar("C", bound=Config)
 M = TypeVar("M", bound=nn.Module)
@@ -214,6 +227,9 @@ class Technique(Generic[C]):
         return (technique_named, (self.name,))
 
 
+Named = str | type[Config] | Config | Technique[Any]
+"""What names a technique: its name, its config class, a config, or itself."""
+
 _registry: dict[str, Technique[Any]] = {}
 
 T = TypeVar("T", bound=Technique[Any])
@@ -256,3 +272,44 @@ def technique_named(name: str) -> Technique[Any]:
             fix=f"Did you mean {close[0]!r}?" if close else f"Install the package that has it. Known: {', '.join(techniques())}.",
         )
     return _registry[name]
+
+
+def name_of(named: object) -> str:
+    """The name of a technique that is given by its name, as itself, by its config class or by a config.
+
+    Raises:
+        ConfigError: this names none.
+    """
+    if isinstance(named, str):
+        return named
+    if isinstance(named, Technique):
+        return named.name
+    if isinstance(named, Config) or (isinstance(named, type) and issubclass(named, Config)):
+        return named.technique
+    raise ConfigError(f"{named!r} names no technique", fix=f"Give a name: {', '.join(map(repr, techniques()))}.")
+
+
+def as_configs(configs: Config | Sequence[Config] | Plan) -> list[Config]:
+    """Configs as a list, from one, several or a plan.
+
+    Raises:
+        ConfigError: one of them is something else; the message has what was probably meant.
+    """
+    inside = getattr(configs, "configs", None)  # a Plan
+    if inside is not None and not isinstance(configs, Config):
+        return list(inside)
+    listed: list[Any] = list(configs) if isinstance(configs, Iterable) and not isinstance(configs, str) else [configs]
+    for config in listed:
+        if not isinstance(config, Config):
+            raise _no_config(config)
+    return listed
+
+
+def _no_config(given: object) -> ConfigError:
+    """The error for what stands where a config should, with the one that was probably meant."""
+    if isinstance(given, type) and issubclass(given, Config):
+        return ConfigError(f"the class {given.__name__} is not a config", fix=f"Give an object of it: {given.__name__}().")
+    name = given.name if isinstance(given, Technique) else given
+    if isinstance(name, str) and name in techniques():
+        return ConfigError(f"{given!r} is not a config", fix=f"Give {technique_named(name).config_class.__name__}(), with its settings.")
+    return ConfigError(f"{given!r} is not a config", fix="Give config objects, such as torchwrap.Trace().")

@@ -17,12 +17,12 @@ from torch import nn
 
 from torchwrap.core.config import Config
 from torchwrap.core.decorate import drop_pending, undecorate_class
-from torchwrap.core.errors import ConfigError, ConflictError, NotAppliedError, TorchwrapError, UnsupportedModelError
+from torchwrap.core.errors import ConflictError, NotAppliedError, TorchwrapError, UnsupportedModelError
 from torchwrap.core.integration import integration_for
 from torchwrap.core.layer import Layer, suspended
 from torchwrap.core.order import check_foreign, check_pair, foreign_mechanisms
 from torchwrap.core.swap import attach, check_swappable, detach, layers_of, owners_of
-from torchwrap.core.technique import Applied, Place, Prepared, Technique, technique_named, techniques
+from torchwrap.core.technique import Applied, Named, Place, Prepared, Technique, as_configs, name_of, technique_named
 
 if TYPE_CHECKING:
     from torchwrap.core.plan import Plan
@@ -185,7 +185,8 @@ def apply(model: M, configs: Config | Sequence[Config] | Plan, *, strict: bool =
         >>> list(tw.wrappers_of(model))
         ['trace']
     """
-    wanted = _as_configs(configs)
+    root = inner_model(model)
+    wanted = as_configs(configs)
     skipped: dict[str, str] = {}
 
     def skip(config: Config, error: TorchwrapError) -> None:
@@ -193,7 +194,6 @@ def apply(model: M, configs: Config | Sequence[Config] | Plan, *, strict: bool =
             raise error
         skipped[config.technique] = str(error)
 
-    root = inner_model(model)
     done: list[str] = []
     with _lock, _Quiet(root) as quiet:
         prepared = prepare_all(root, wanted, outer=model, on_error=None if strict else skip)
@@ -208,27 +208,6 @@ def apply(model: M, configs: Config | Sequence[Config] | Plan, *, strict: bool =
         if skipped:
             root.__dict__[_SKIPPED] = {**skipped_of(root), **skipped}
     return model
-
-
-def _as_configs(configs: Config | Sequence[Config] | Plan) -> list[Config]:
-    inside = getattr(configs, "configs", None)  # a Plan
-    if inside is not None and not isinstance(configs, Config):
-        return list(inside)
-    listed: list[Any] = list(configs) if isinstance(configs, Iterable) and not isinstance(configs, str) else [configs]
-    for config in listed:
-        if not isinstance(config, Config):
-            raise _no_config(config)
-    return listed
-
-
-def _no_config(given: object) -> ConfigError:
-    """The error for what stands where a config should, with the one that was probably meant."""
-    if isinstance(given, type) and issubclass(given, Config):
-        return ConfigError(f"the class {given.__name__} is not a config", fix=f"Give an object of it: {given.__name__}().")
-    name = given.name if isinstance(given, Technique) else given
-    if isinstance(name, str) and name in techniques():
-        return ConfigError(f"{given!r} is not a config", fix=f"Give {technique_named(name).config_class.__name__}(), with its settings.")
-    return ConfigError(f"{given!r} is not a config", fix="Give config objects, such as torchwrap.Trace().")
 
 
 class _Quiet(ExitStack):
@@ -289,20 +268,20 @@ def _take_off(root: nn.Module, name: str) -> None:
 
 
 @overload
-def unwrap(model: type[M], name: str | type[Config] | None = None) -> type[M]: ...
+def unwrap(model: type[M], name: Named | None = None) -> type[M]: ...
 @overload
-def unwrap(model: M, name: str | type[Config] | None = None) -> M: ...
-def unwrap(model: Any, name: str | type[Config] | None = None) -> Any:
+def unwrap(model: M, name: Named | None = None) -> M: ...
+def unwrap(model: Any, name: Named | None = None) -> Any:
     """Undo one technique, or all, and return the model. Techniques may be undone in any order.
 
     Args:
         model: a model, its outer wrapper, or a decorated class (whose future instances are then plain).
-        name: a technique's name or config class; `None` undoes all, and nothing if none is applied.
+        name: a technique's name, or the technique, its config class or a config; `None` undoes all, and nothing if none is applied.
 
     Raises:
         NotAppliedError: the technique is not applied; the message lists what is.
     """
-    wanted = name.technique if isinstance(name, type) else name
+    wanted = None if name is None else name_of(name)
     if isinstance(model, type):
         undecorate_class(model, wanted)
         return model
@@ -334,7 +313,7 @@ def _not_applied(root: nn.Module, name: str) -> NotAppliedError:
 @contextmanager
 def applied(model: M, configs: Config | Sequence[Config] | Plan) -> Iterator[M]:
     """Techniques for the length of a `with` block, or of a function it decorates; undone on exit, also on error."""
-    wanted = _as_configs(configs)
+    wanted = as_configs(configs)
     apply(model, wanted)
     try:
         yield model
@@ -351,13 +330,13 @@ def wrappers_of(model: nn.Module) -> dict[str, Config]:
     return {name: records[name].config for name in names}
 
 
-def handle_of(model: nn.Module, name: str | type[Config]) -> Any:
+def handle_of(model: nn.Module, name: Named) -> Any:
     """The live object of an applied technique (`stats()`, `predict()`, `explain()`, `trim()`).
 
     Raises:
         NotAppliedError: it is not applied; the message lists what is.
     """
-    wanted = name.technique if isinstance(name, type) else name
+    wanted = name_of(name)
     root = inner_model(model)
     if wanted not in records_of(root):
         raise _not_applied(root, wanted)
@@ -365,21 +344,21 @@ def handle_of(model: nn.Module, name: str | type[Config]) -> Any:
 
 
 @contextmanager
-def disabled(model: M, *names: str) -> Iterator[M]:
+def disabled(model: M, *names: Named) -> Iterator[M]:
     """The model's own behaviour in this thread for the length of the block; no weights move, and other threads see no change.
 
     Args:
         model: a model with techniques on it.
-        *names: techniques to pass over; none means all. Layers that make weights present go on working.
+        *names: techniques to pass over, named as for `unwrap`; none means all. Layers that make weights present go on working.
 
     Raises:
         NotAppliedError: a name is not applied anywhere in the model.
     """
-    root = inner_model(model)
+    root, wanted = inner_model(model), [name_of(name) for name in names]
     records = [(name, record) for module in root.modules() for name, record in records_of(module).items()]
-    for name in names:
+    for name in wanted:
         if name not in {known for known, _ in records}:
             raise _not_applied(root, name)
-    layers = tuple(layer for name, record in records if not names or name in names for _, _, layer in record.places)
+    layers = tuple(layer for name, record in records if not wanted or name in wanted for _, _, layer in record.places)
     with suspended(layers):
         yield model

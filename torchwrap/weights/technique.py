@@ -164,7 +164,9 @@ class StreamingTechnique(Technique[S], Generic[S]):
             path = Path(folder)
         except TypeError as error:
             raise errors.ConfigError(
-                f"{self.name}: {folder!r} is no path", where="folder", fix="Name the folder of a checkpoint."
+                f"{self.name}: an object of class {type(folder).__name__} is no path",
+                where="folder",
+                fix=f"Name the folder of a checkpoint. A model that is there already: {self.name}(model).",
             ) from error
         return open_folder(path, self._settings(config, options), dtype)
 
