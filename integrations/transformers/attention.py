@@ -268,8 +268,8 @@ def attention_forward(
     if own is None and stands is None:
         own = _of_nobody(module.config, kwargs)
         if own == "eager" and attention_mask is None:  # to which no mask means that everything is seen
-            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-            attention_mask, key, value = without_mask(query, key, value, bool(causal), sliding_window)
+            seen = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            attention_mask, key, value = without_mask(query, key, value, bool(seen), sliding_window)
     chosen = [name for name in OWN_KEYS if kwargs.get(name) is not None]
     if own is None and chosen:
         if service.sequence is not None:
@@ -291,27 +291,24 @@ def attention_forward(
         )  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         function = _own_function(module, own)
-        return function(module, query, key, value, _for_own(attention_mask, own, query), **given, **kwargs)
+        return function(module, query, key, value, _for_own(attention_mask, own, query, fqn), **given, **kwargs)
+    causal = bool(_is_causal(module, layer) if is_causal is None else is_causal)
     if (lengths := kwargs.get("cu_seq_lens_q")) is not None:
         if service.sequence is not None:
             raise UnsupportedModelError("it has packed sequences in divided ones", where=fqn, fix="Leave sp_group out.")
-        causal = _is_causal(module, layer) if is_causal is None else is_causal
         shape = (query.shape[0], query.shape[2], key.shape[2])
-        attention_mask = packed_mask(attention_mask, lengths, kwargs.get("cu_seq_lens_k"), shape, bool(causal), sliding_window)
+        attention_mask = packed_mask(attention_mask, lengths, kwargs.get("cu_seq_lens_k"), shape, causal, sliding_window)
     if service.sequence is not None:
         if attention_mask is None and _is_causal(module, layer):
             tokens = query.shape[2] * service.sequence.size
             attention_mask = TileMask(1, tokens, tokens, right=0, left=None if sliding_window is None else sliding_window - 1)
     elif attention_mask is None:
-        causal = _is_causal(module, layer) if is_causal is None else is_causal
-        attention_mask, key, value = without_mask(query, key, value, bool(causal), sliding_window)
+        attention_mask, key, value = without_mask(query, key, value, causal, sliding_window)
     else:
         attention_mask = user_mask(attention_mask, query.shape[2])
         if attention_mask.shape[-1] > key.shape[2]:
-            columns = (0, key.shape[2])
-            attention_mask = (
-                attention_mask.sub(columns=columns) if isinstance(attention_mask, TileMask) else attention_mask[..., : key.shape[2]]
-            )
+            kept = key.shape[2]
+            attention_mask = attention_mask.sub(columns=(0, kept)) if isinstance(attention_mask, TileMask) else attention_mask[..., :kept]
     if query.shape[0] != key.shape[0]:  # learned queries shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
     options: dict[str, Any] = dict(mask=attention_mask, scale=scaling, softcap=softcap, sinks=s_aux, bias=position_bias, dropout=dropout)
@@ -386,10 +383,13 @@ def _own_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, T
     return function
 
 
-def _for_own(mask: Tensor | None, name: str, query: Tensor) -> Tensor | None:
+def _for_own(mask: Tensor | None, name: str, query: Tensor, where: str) -> Tensor | None:
     """A mask of ours as transformers' functions want it: additive for eager, boolean for the others."""
     if not isinstance(mask, TileMask):
         return mask
+    if name == "flex_attention":  # which adds a tensor to scores, whatever it says, and writes beyond its memory on CPUs (torch 2.13)
+        reason = "a call of a model with FlexAttention cannot end without the technique it began with"
+        raise UnsupportedModelError(reason, where=where, fix="Disable it before.")
     visible = mask.rectangles((0, mask.shape[2]), (0, mask.shape[3]))
     if name != "eager":
         return visible

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -55,3 +56,15 @@ def test_a_padded_call_ends_with_the_models_own_attention(name: str, implementat
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert all(map(torch.equal, called(model, name), expected))
+
+
+def test_a_call_of_a_model_with_flex_attention_is_not_left_midway() -> None:
+    """Its mask is none that FlexAttention reads: as a tensor it would be added to the scores."""
+    model = tw.fast_attention(own("llama", "flex_attention"))
+    layers = [one for one in model.modules() if "Attention" in type(one).__name__]
+    with ExitStack() as inside:
+        handle = layers[1].register_forward_pre_hook(lambda *_: inside.enter_context(tw.disabled(model, "fast_attention")) and None)
+        with pytest.raises(tw.UnsupportedModelError, match="FlexAttention"):
+            called(model, "llama")
+    handle.remove()
+    called(model, "llama")
