@@ -52,15 +52,23 @@ class DiffusersIntegration(Integration):
                     f"{type(processor).__name__} computes attention by something else than torch's scaled_dot_product_attention"
                     + (f" (attention back end {backend.value!r})" if backend is not None else ""),
                     where=fqn,
-                    fix='Call model.set_attention_backend("native") first.'
-                    if backend is not None
-                    else "Call model.set_attn_processor(AttnProcessor2_0()) first, from diffusers.models.attention_processor.",
+                    fix='Call model.set_attention_backend("native") first.' if backend is not None else _instead(type(processor).__name__),
                 )
             found.places.append((fqn, module, FunctionLayer(fqn, service)))
             found.attends.append(fqn)
         if found.attends:
             found.notes.append(f"{len(found.attends)} modules with attention processors")
         return found
+
+
+def _instead(name: str) -> str:
+    """What to do about a processor of this name; another one is recommended only where it computes the same."""
+    from diffusers.models import attention_processor
+
+    other = name.removeprefix("Sliced").removeprefix("XFormers") + "2_0"
+    if hasattr(attention_processor, other):
+        return f"Call model.set_attn_processor({other}()) first, from diffusers.models.attention_processor."
+    return "Apply fast_attention to parts of the model that have none of it."
 
 
 integration: DiffusersIntegration = DiffusersIntegration()

@@ -121,6 +121,22 @@ def test_a_processor_that_computes_attention_itself_is_refused_by_name() -> None
     assert tw.wrappers_of(model) == {}
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("AttnProcessor", "AttnProcessor2_0"), ("SlicedAttnProcessor", "AttnProcessor2_0"),
+        ("AttnAddedKVProcessor", "AttnAddedKVProcessor2_0"), ("SanaLinearAttnProcessor2_0", None),
+    ],
+)  # fmt: skip
+def test_only_a_processor_that_computes_the_same_is_recommended(name: str, other: str | None) -> None:
+    processors = pytest.importorskip("diffusers.models.attention_processor")
+    model, _ = unet()
+    model.set_attn_processor(getattr(processors, name)(*[2] * name.startswith("Sliced")))
+    with pytest.raises(tw.UnsupportedModelError) as caught:
+        tw.fast_attention(model)
+    assert f"set_attn_processor({other}())" in caught.value.fix if other else "set_attn_processor" not in caught.value.fix
+
+
 def timm_swin() -> nn.Module:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
