@@ -44,6 +44,18 @@ def test_expected_bytes_are_near_those_that_autograd_saves(changes: dict[str, An
         assert one.input_bytes == other.input_bytes == TOKENS * 64 * 4
 
 
+@pytest.mark.parametrize("mode", ["keep", "recompute", "disk", "auto"])
+def test_layers_in_a_row_keep_what_they_save_whatever_becomes_of_blocks(mode: Any) -> None:
+    """There is no block to compute again: ten layers keep their inputs and outputs, which is most of a step's memory."""
+    layers = [layer for _ in range(10) for layer in (torch.nn.Linear(576, 576), torch.nn.GELU())]
+    model = tw.offload(torch.nn.Sequential(*layers), activations=mode, goal="train", params="disk")
+    handle = tw.handle_of(model, "offload")
+    few, many = (handle.predict_training(batch=1, tokens=rows) for rows in (64, 1064))
+    saved = 10 * 2 * 1000 * 576 * 4
+    assert saved < many.working_bytes - few.working_bytes < saved + 1000 * (2 * 65536 + 2 * 4 * 576)
+    assert many.swapped_bytes == 0
+
+
 def test_bytes_beyond_a_step_that_recomputes() -> None:
     uses = [Cost(unit, 100, 10, 0.0) for unit in range(5)]
     every = range(5)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,14 +45,14 @@ def test_what_cannot_be_planned_for_is_refused(optimizer: int | str) -> None:
         tw.Offload(goal="train", optimizer=optimizer)
 
 
-@pytest.mark.parametrize("width", [1024, 96], ids=["large", "small"])
+@pytest.mark.parametrize("width", [1024, 192], ids=["large", "small"])
 def test_weights_that_left_are_no_part_of_what_was_there_before(width: int) -> None:
     """Nor do they go on taking memory as holes in the C library's heap, which is where small ones lie."""
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range((48 << 20) // (4 * width * width))))
     before, streamed = process_bytes(), sum(parameter.nbytes for parameter in model.parameters())
     tw.offload(model, params="disk", units=tuple(str(number) for number in range(len(model))))
     handle = tw.handle_of(model, "offload")
-    assert handle.baseline_bytes < before - 0.7 * streamed
+    assert handle.baseline_bytes < before - 0.6 * streamed
     tw.unwrap(model)
 
 
@@ -58,6 +62,28 @@ def test_memory_of_the_process_is_not_that_of_others_in_its_group(monkeypatch: p
     monkeypatch.setattr(budget, "group_usage", lambda: group)
     monkeypatch.setattr(budget, "_status", lambda field: 2 << 30)
     assert process_bytes() == min(group, 2 << 30)
+
+
+def test_what_torch_loads_for_its_first_optimizer_counts_as_there(tmp_path: Path) -> None:
+    """In a process of its own, for this happens once in each."""
+    code = """
+import sys, torch, torchwrap as tw
+from torchwrap.weights.budget import process_bytes
+def model():
+    made = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(2)))
+    return tw.offload(made, params="disk", units=("0", "1"))
+opened = model()
+before = process_bytes()
+assert "torch._dynamo" not in sys.modules
+first = tw.handle_of(opened, "offload")
+known = first.baseline_bytes
+tw.OffloadedOptimizer(opened, torch.optim.AdamW, lr=1e-3)
+print(first.baseline_bytes - known, process_bytes() - before)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=os.environ)
+    counted, grown = map(int, said.stdout.split())
+    assert grown > 32 << 20
+    assert abs(counted - grown) < 0.25 * grown
 
 
 def wide(dtype: torch.dtype) -> nn.Sequential:

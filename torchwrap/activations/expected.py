@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torchwrap.activations.choose import Choice, Cost, peak_bytes
 from torchwrap.stream.units import Unit
 
-__all__ = ["MODES", "expected_costs", "in_words", "over_recomputed", "recomputes_itself", "swapped_bytes"]
+__all__ = ["MODES", "choice_for", "expected_costs", "in_words", "over_recomputed", "recomputes_itself", "swapped_bytes"]
 
 MODES: Mapping[str | None, Choice] = {"keep": "keep", "host": "swap", "disk": "swap"}
 """What becomes of every block with these settings; with the others it is recomputed, "auto" before the first step included."""
@@ -27,7 +27,14 @@ _EXPERTS = 2  # of a mixture that see a token (chosen: usual, and not to be seen
 
 
 def expected_costs(units: Sequence[Unit], rows: int) -> list[Cost]:
-    """What each block is expected to save of `rows` tokens (of all sequences together), in order of use; times are unknown, 0."""
+    """What each block is expected to save of `rows` tokens (of all sequences together), in order of use; times are unknown, 0.
+
+    Of a model without blocks (layers in a row), what each layer keeps: its input, and its output for what follows. Nothing computes that
+    again or moves it, so nothing of it is an input that a recomputation has anyway.
+    """
+    if not any(unit.kind == "block" for unit in units):
+        layers = [unit for unit in units if unit.kind == "leaf" and unit.parent is None]
+        return [Cost(unit.index, rows * max(p.dtype.itemsize for p in unit.pieces) * _widths(unit), 0, 0.0) for unit in layers]
     costs = []
     for unit in units:
         if unit.kind != "block" or unit.parent is not None:
@@ -39,6 +46,11 @@ def expected_costs(units: Sequence[Unit], rows: int) -> list[Cost]:
         element = max((piece.dtype.itemsize for piece in unit.pieces), default=0)
         costs.append(Cost(unit.index, rows * element * (width + _NORMS * through), rows * element * through, 0.0))
     return costs
+
+
+def choice_for(unit: Unit, mode: str | None) -> Choice:
+    """What becomes of what a unit saves, with this setting; a layer outside of blocks keeps it in any case."""
+    return MODES.get(mode, "recompute") if unit.kind == "block" else "keep"
 
 
 def over_recomputed(uses: Sequence[Cost], choices: Mapping[int, Choice], gradients: Mapping[int, int] | None = None) -> int:
@@ -55,7 +67,7 @@ def over_recomputed(uses: Sequence[Cost], choices: Mapping[int, Choice], gradien
 
 def swapped_bytes(units: Sequence[Unit], rows: int, mode: str | None) -> int:
     """Bytes that are expected to leave in a forward and to come back in its backward, with this setting."""
-    return sum(use.nbytes for use in expected_costs(units, rows)) if MODES.get(mode) == "swap" else 0
+    return sum(use.nbytes for use in expected_costs(units, rows) if choice_for(units[use.unit], mode) == "swap")
 
 
 def in_words(mode: str | None) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 from torchwrap.activations.buffers import Buffers
 from torchwrap.activations.calls import Recomputing, Swapping
 from torchwrap.activations.choose import Choice, Cost, choose, idle_bytes, peak_bytes
-from torchwrap.activations.expected import MODES, expected_costs, over_recomputed, recomputes_itself
+from torchwrap.activations.expected import choice_for, expected_costs, over_recomputed, recomputes_itself
 from torchwrap.activations.measured import Measured, storage_address
 from torchwrap.activations.swap import Swap
 from torchwrap.activations.tiers import DiskTier, HostTier, Tier
@@ -150,9 +150,7 @@ class Activations:
     def mode(self, unit: int) -> Choice:
         """What becomes of a block's activations."""
         wanted = self.config.activations
-        if wanted == "auto":
-            return self.choices.get(unit, "recompute")
-        return MODES.get(wanted, "recompute")
+        return self.choices[unit] if unit in self.choices else choice_for(self.units[unit], wanted)
 
     def over_recomputed(self, rows: int, gradients: Mapping[int, int]) -> int:
         """Bytes that a step takes more than one whose blocks are all computed again: of what was measured, else as expected.

@@ -31,6 +31,7 @@ from torchwrap.optimizer.parameters import Parameters, listed
 from torchwrap.optimizer.persist import check_same_run, warn_of_other_settings
 from torchwrap.optimizer.run import matched
 from torchwrap.optimizer.workshop import Site, Workshop
+from torchwrap.weights.budget import count_libraries
 from torchwrap.weights.footprint import Footprint
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.stepping import warn_of_mixture
@@ -103,10 +104,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     ) -> None:
         check_model(model)
         check_arguments(path, max_grad_norm, accumulate, gradients, durability, chunk, overlap)
-        self._rule = Rule(cls, options)
         # Anywhere inside: peft and others put an offloaded model into one of theirs.
         records = [record for module in inner_model(model).modules() for record in records_of(module).values()]
         self._handle = next((r.handle for r in records if isinstance(r.handle, WeightsHandle)), None)
+        count_libraries(self._handle)
+        self._rule = Rule(cls, options)
         self._parameters = Parameters(model, self._handle, self._rule)
         self._durability: Literal["save", "step", "none"] = "none" if path is None else durability
         self.steps: int = 0

@@ -33,6 +33,7 @@ def state_bytes(optimizer: int | str, dtype: torch.dtype) -> int:
     """
     found = _class_of(optimizer)
     if isinstance(found, int):
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # torch loads its compiler now, as below: before memory is counted
         return found
     assert isinstance(optimizer, str)
     low = optimizer.startswith(_MASTER) and dtype in (torch.bfloat16, torch.float16)

@@ -35,7 +35,7 @@ from torchwrap.stream.tiles import known_sum, share
 from torchwrap.stream.timeline import Event, Timeline, timeline_of
 from torchwrap.stream.units import Crc, Piece, Unit
 from torchwrap.weights import copying
-from torchwrap.weights.budget import RESERVE_TOKENS
+from torchwrap.weights.budget import RESERVE_TOKENS, count_libraries
 from torchwrap.weights.handed import Handed
 from torchwrap.weights.replicas import watch_replicas
 from torchwrap.weights.stepping import watch_steps
@@ -180,6 +180,7 @@ class WeightsHandle(TimedPasses):
             ConfigError: an argument is no integer of at least 1.
         """
         check_inputs(self.config.technique, batch, tokens)
+        count_libraries(self)
         return predict_step(self, batch=batch, tokens=tokens)
 
     @property

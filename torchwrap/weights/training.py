@@ -18,7 +18,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 from torchwrap.activations.choose import Choice, Cost, peak_bytes
-from torchwrap.activations.expected import MODES, expected_costs, in_words, over_recomputed, recomputes_itself
+from torchwrap.activations.expected import MODES, choice_for, expected_costs, in_words, over_recomputed, recomputes_itself
 from torchwrap.activations.rehearsal import Rehearsal
 from torchwrap.core.config import format_bytes
 from torchwrap.storage.heap import FreedBlocks
@@ -182,7 +182,7 @@ def training_of(
     """
     expected = expected_footprint(units, pieces, frozenset(), config.optimizer)
     uses = expected_costs(units, 1)
-    kept = over_recomputed(uses, {use.unit: MODES.get(activations, "recompute") for use in uses})
+    kept = over_recomputed(uses, {use.unit: choice_for(units[use.unit], activations) for use in uses})
     return Training(
         expected,
         scratch_bytes(units, pieces)[0],
