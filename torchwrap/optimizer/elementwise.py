@@ -13,6 +13,7 @@ Scale Deep Learning", 2021, section 5.2.
 from __future__ import annotations
 
 import functools
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -80,6 +81,7 @@ class Rule:
             raise errors.ConfigError(
                 "OffloadedOptimizer: differentiable=True keeps every step in the graph", where="differentiable", fix="Leave it out."
             )
+        self._begins = bool(self.template.state)  # it keeps something before the first step
         self._known: dict[tuple[str, torch.dtype, str], dict[str, torch.dtype]] = {}
 
     def step(
@@ -106,6 +108,16 @@ class Rule:
             step_of(inner)()
         after: Mapping[str, Any] = inner.state[weight]
         return after
+
+    def initial(self, settings: Mapping[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+        """What the class keeps of a parameter before its first step; empty for most. Zeros take memory when they are written to."""
+        if not self._begins:
+            return {}
+        small = torch.zeros(2, dtype=parameter.dtype, device=parameter.device)
+        kept = self.cls([{**settings, "params": [small]}], **self.options).state.get(small, {})
+        return {
+            name: _spread(value, parameter) if isinstance(value, torch.Tensor) and value.dim() else value for name, value in kept.items()
+        }
 
     def divides(self, settings: Mapping[str, Any], dtype: torch.dtype) -> bool:
         """Whether a step with a `GradScaler` leaves quotients in `param.grad`: fused kernels do, unless the class gives them copies.
@@ -256,6 +268,13 @@ def plain_step(cls: type[torch.optim.Optimizer]) -> Callable[..., Any]:
     """The class's step without those hooks."""
     step = cls.step
     return getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step  # torch 2.13: _patch_step_function
+
+
+def _spread(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if value.any() or value.device.type != "cpu" or not parameter.numel():
+        return torch.full(parameter.shape, value[0].item(), dtype=value.dtype, device=value.device)
+    zeros = mmap.mmap(-1, parameter.numel() * value.element_size())
+    return torch.frombuffer(zeros, dtype=value.dtype, count=parameter.numel()).view(parameter.shape)
 
 
 def _equal(left: Any, right: Any) -> bool:

@@ -49,6 +49,7 @@ class Gradients:
         timing: may be replaced between two steps.
         norms: of parked gradients.
         handover: of what is taken.
+        adapt: called before the first gradient of a step is used, when the settings of the step are known.
         settings: of all groups when the first gradient was taken, `None` before.
     """
 
@@ -57,6 +58,7 @@ class Gradients:
     ) -> None:
         self._groups, self._handle, self._updater = groups, handle, updater
         self.timing: Timing = timing
+        self.adapt: Callable[[], object] = lambda: None
         self.handover: Handover = Handover(updater, handle.engine if handle is not None else None)
         self._hooks: dict[Target, list[Any]] = {}
         self._parked: dict[Target, Parked] = {}
@@ -220,6 +222,7 @@ class Gradients:
     @torch.no_grad()
     def _take(self, target: Target) -> None:
         if self.settings is None:
+            self.adapt()
             refuse_others((each.parameter for each in self._hooks), self._handle)  # before the first weight of the step is updated
             self.refuse_calls()
             self.settings = [settings_of(group) for group in self._groups()]

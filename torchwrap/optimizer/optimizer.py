@@ -26,7 +26,7 @@ from torchwrap.core import errors
 from torchwrap.core.config import parse_size
 from torchwrap.core.transaction import inner_model, records_of
 from torchwrap.optimizer.arguments import asked_for, check_arguments, check_model
-from torchwrap.optimizer.elementwise import Rule, scaling_of
+from torchwrap.optimizer.elementwise import Rule, scaling_of, settings_of
 from torchwrap.optimizer.parameters import Parameters, listed
 from torchwrap.optimizer.persist import check_same_run, warn_of_other_settings
 from torchwrap.optimizer.run import matched
@@ -149,7 +149,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for parameter in self.param_groups[number]["params"]:
             self._parameters.add(parameter, number, self.param_groups[number])
         if hasattr(self, "_works"):
-            self._works.prepare(self.param_groups)
+            self._works.prepare(self.param_groups, anew=False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients.
@@ -203,7 +203,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """What the wrapped class keeps, by parameter. Tensors show stored bytes and are read when used; writing to them has no effect."""
         found: dict[torch.Tensor, Any] = {}
         for target in self._parameters.targets if hasattr(self, "_works") else ():
-            kept = self._works.run.state_of(target)
+            kept = self._works.run.state_of(target, settings_of(self.param_groups[target.group]))
             if kept:
                 found[target.parameter] = kept
         return found

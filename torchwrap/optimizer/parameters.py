@@ -51,6 +51,7 @@ class Parameters:
         self._places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         self._handle, self._rule = handle, rule
         self.targets: list[Target] = []
+        self._switches: list[dict[str, object]] = []
 
     @property
     def streamed(self) -> list[Target]:
@@ -70,14 +71,43 @@ class Parameters:
         place = self._places.get(id(parameter), len(self._places))
         self.targets.append(Target(name, parameter, number, place, piece, unit, layout, streamed=can_stream(parameter, piece)))
 
-    def lay_out(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def lay_out(self, groups: Sequence[Mapping[str, Any]], *, anew: bool) -> None:
         """What the class keeps of each, with the present settings.
+
+        Args:
+            anew: what was kept so far is to be replaced; else what is not needed any more stays as it is, as it does in torch.
 
         Raises:
             ConfigError: the class is not elementwise with them.
         """
         for target in self.targets:
-            target.layout = self._layout(target.parameter, groups[target.group])
+            layout = self._layout(target.parameter, groups[target.group])
+            target.layout = layout if anew else _with_kept(layout, target)
+        self._switches = [_switches(group) for group in groups]
+
+    def adapt(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """The same between two steps, where a setting went from or to zero, or is switched on or off; whether one was.
+
+        Raises:
+            ConfigError: the class needs more of a parameter than it has kept of it so far; nothing is changed.
+        """
+        switches = [_switches(group) for group in groups]
+        if switches == self._switches:
+            return False
+        layouts = [self._layout(target.parameter, groups[target.group]) for target in self.targets]
+        for target, layout in zip(self.targets, layouts, strict=True):
+            lacking = next((name for name in layout if name not in target.layout), None)
+            if target.streamed and target.order and lacking is not None:
+                raise errors.ConfigError(
+                    f"OffloadedOptimizer: with these settings {self._rule.cls.__name__} needs {lacking!r} of {target.name}, which was not "
+                    "kept in the steps so far",
+                    where=f"param_groups[{target.group}]",
+                    fix="Set them back. Settings that change what is kept (amsgrad, centered) belong in the constructor.",
+                )
+        for target, layout in zip(self.targets, layouts, strict=True):
+            target.layout = _with_kept(layout, target)
+        self._switches = switches
+        return True
 
     def _layout(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> dict[str, Any]:
         counts = parameter.is_floating_point() or parameter.is_complex()
@@ -151,3 +181,15 @@ def listed(parameters: Any) -> Any:
     if isinstance(parameters, set):
         return parameters  # torch refuses it: a set has no order
     return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+
+
+def _with_kept(layout: Mapping[str, torch.dtype], target: Target) -> dict[str, torch.dtype]:
+    return {**layout, **{name: kind for name, kind in target.layout.items() if name in target.order or not target.streamed}}
+
+
+def _switches(group: Mapping[str, Any]) -> dict[str, object]:
+    """What of the settings may say what a class keeps: whether numbers are zero, and everything else that is no tensor."""
+    found: dict[str, object] = {}
+    for name, value in settings_of(group).items():
+        found[name] = bool(value) if isinstance(value, int | float) else None if isinstance(value, torch.Tensor | tuple | list) else value
+    return found

@@ -61,9 +61,11 @@ class Run:
                 )
         self._store.reserve(record for target in wanted for record in records_needed(target, self._chunk, self._store))
 
-    def state_of(self, target: Target) -> dict[str, Any]:
-        """What the class keeps of a parameter, by name; empty before a step."""
-        return target.state(self._store) if target.streamed else self._resident.state(target)
+    def state_of(self, target: Target, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What the class keeps of a parameter, by name; before a step with `settings` what it begins with, which is nothing for most."""
+        if not target.streamed:
+            return self._resident.state(target)
+        return target.state(self._store) or self._rule.initial(settings, target.parameter)
 
     def load(self, groups: Sequence[Mapping[str, Any]], state: Mapping[torch.Tensor, Mapping[str, Any]]) -> None:
         """Replace what is kept, cast as torch's own `load_state_dict` casts it; also of parameters that are not trained (any more).
@@ -140,6 +142,8 @@ class Run:
                 )
             entries = found or {"order": [], "numbers": {}}
             target.order, target.numbers, target.torn = tuple(entries["order"]), in_place(target.numbers, entries["numbers"]), False
+            for key in (key for key in target.order if key not in target.numbers):  # also what is not needed with these settings
+                target.layout.setdefault(key, self._store.records[target.state_name(key)].dtype)
             if found is not None:
                 self._values.restore_weight(target)
                 if not target.streamed:

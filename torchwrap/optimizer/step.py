@@ -77,6 +77,8 @@ class Step:
         self._gradients.handover.land()
         self._updater.check()
         self._check_settings(groups)
+        if not (self._gradients.began or self._updater.unfinished or self._done or self._handed or self._resident.stepped):
+            self._gradients.adapt()
         for target in streamed:
             self._gradients.drop_cleared(target)
         self._clip()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ class Workshop:
             self.updater: Updater = Updater(self.chunks, engine, timeout_s, timeline, self.freed)
             self.pace: Pace = Pace(handle, self.updater, self.chunks)
             self.gradients: Gradients = Gradients(lambda: parameters.checked(groups()), handle, self.updater, self.timing(asked))
+            self.gradients.adapt = partial(_adapt, parameters, self.run, groups, whole=site.kept is not None)
             self._share_freed()
             self.step: Step = Step(targets, self.gradients, self.updater, self.resident, max_grad_norm)
         except BaseException:
@@ -195,14 +197,14 @@ class Workshop:
         if more:
             self.check_room(more, again=True)
 
-    def prepare(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Parameters were added, or settings changed: what the class keeps with them, room for it, and hooks.
+    def prepare(self, groups: Sequence[Mapping[str, Any]], *, anew: bool = True) -> None:
+        """Parameters were added, or settings changed: what the class keeps with them, room for it, and hooks; `anew` as for `lay_out`.
 
         Raises:
             ConfigError: the class is not elementwise with these settings.
             DiskFullError: the disk cannot take the state.
         """
-        self.parameters.lay_out(groups)
+        self.parameters.lay_out(groups, anew=anew)
         self.resident.prepare(self.parameters.targets, groups)
         self.watch()
 
@@ -307,3 +309,9 @@ class Workshop:
     def write_rate(self) -> float:
         """Bytes per second while writing; 0.0 before the first step."""
         return self.store.bytes_written / self.chunks.writing_s if self.chunks.writing_s else 0.0
+
+
+def _adapt(parameters: Parameters, run: Run, groups: Callable[[], Sequence[Mapping[str, Any]]], *, whole: bool) -> None:
+    """Settings may have changed what the class keeps; see `Parameters.adapt`."""
+    if parameters.adapt(groups()):
+        run.reserve(whole=whole)
