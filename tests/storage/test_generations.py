@@ -203,6 +203,8 @@ def test_space_is_reserved_before_anything_is_written(tmp_path: Path, faulty: ty
         store.reserve([("wide", torch.float32, (301, 103), 0, CHUNK)])
     assert caught.value.needed >= 2 * 301 * 103 * 4
     assert not store.records and store.file.nbytes == 0
+    store.close()
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["LOCK"]
 
 
 def test_more_than_the_disk_has_is_refused_with_the_figures(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ class Values:
         try:
             if memory is not None:
                 memory.copy_(self._store.get(record.name).view(-1))
-            elif memory is None:
+            else:
                 version = record.whole()
                 self.landed(target, Home(self._store.file, record.name, record.offset(version.half), record.nbytes))
         finally:

@@ -307,6 +307,9 @@ class GenerationStore:
 
     def close(self) -> None:
         """Write no more. What lies in the file stays readable as long as something refers to `file`; the folder's lock is let go."""
+        if self._kept is not None and not (self._closed or self._end or self.generation) and os.getpid() == self.file.pid:
+            with suppress(OSError, StorageError):
+                self._kept.sweep(None)  # nothing was ever put into the file: the disk was full, say
         self._closed = True
         self._staging = None
         if self._kept is not None:
