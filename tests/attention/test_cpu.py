@@ -263,3 +263,13 @@ def test_a_hole_beside_a_bias_hides_a_key_of_no_numbers_from_one_query(dtype: to
     torch.testing.assert_close(out, expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0.02)
     _, dk, dv, _, _ = CPU.backward(call, out, lse, torch.ones_like(out), None)
     assert bool(lse.isfinite().all() & dk.isfinite().all() & dv.isfinite().all())
+
+
+def test_such_a_hole_does_so_where_vectors_have_four_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "_has_four_lanes", lambda: True)
+    q, k, v = (torch.randn(1, 2, length, 16) for length in (1, 20, 20))
+    shown = torch.arange(20) % 5 != 3
+    call = checked(q, k, v, mask=shown.expand(1, 1, 1, 20), bias=torch.randn(1, 2, 1, 20))
+    expected, _ = CPU.forward(call)
+    k[:, :, 3] = math.nan
+    torch.testing.assert_close(CPU.forward(call)[0], expected)
