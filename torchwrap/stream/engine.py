@@ -28,7 +28,7 @@ from torchwrap.storage import aio
 from torchwrap.storage.condition import Condition
 from torchwrap.stream.abandoned import AbandonedWindow
 from torchwrap.stream.arena import Arena
-from torchwrap.stream.pieces import read_piece
+from torchwrap.stream.pieces import check_untouched, read_piece
 from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.timeline import Timeline
 from torchwrap.stream.turns import Turns
@@ -284,6 +284,12 @@ class Engine(AbandonedWindow):
                     for index in turns.kept:  # an error came before the thread for which it was kept
                         self._end_use(self.units[index])
                     self.state.notify_all()
+
+    def check_away(self, piece: Piece) -> None:
+        """Raise as `check_untouched` does, unless a unit in use, perhaps in another thread, shows the piece."""
+        with self.state:
+            if not any(fetch.bound and piece.index in fetch.stored for fetch in self._fetches.values()):
+                check_untouched(piece)
 
     def forget_layouts(self) -> None:
         """Homes or dtypes of pieces changed: nothing computed from them holds."""

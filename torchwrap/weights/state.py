@@ -36,8 +36,10 @@ class _Save(_StateHook):
         for name, piece in self.handle.absent(module).items():
             saved = state.get(prefix + name)
             if saved is not None:
-                check_untouched(piece)
-                view = self.handle.handed.give(self.handle, piece, state)
+                engine = self.handle.engine
+                check_untouched(piece) if engine is None else engine.check_away(piece)
+                with self.handle.unchanging(piece):
+                    view = self.handle.handed.give(self.handle, piece, state)
                 # state_dict(keep_vars=True) hands out parameters; the model's own shows the placeholder.
                 state[prefix + name] = nn.Parameter(view, piece.parameter.requires_grad) if isinstance(saved, nn.Parameter) else view
 
