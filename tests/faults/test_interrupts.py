@@ -173,6 +173,17 @@ def test_interrupted_rollback_is_done_by_the_next(function: str, number: int, tm
     optimizer.close()
 
 
+@pytest.mark.parametrize(("file", "function"), [("step", "changed"), ("workshop", "close")])
+def test_interrupted_close_is_done_by_the_next(file: str, function: str) -> None:
+    _, model = wrapped("offload")
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1)
+    stepped(model, optimizer, 0)
+    assert interrupted(optimizer.close, f"optimizer/{file}.py", function)
+    optimizer.close()
+    OffloadedOptimizer(model, torch.optim.SGD, lr=0.1).close()
+    at_rest(model, "offload")
+
+
 def test_clipping_that_is_interrupted_clips_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interrupt comes while torch scales the gradients, which takes as long as reading them."""
     plain, model = wrapped("offload")

@@ -307,8 +307,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             StorageError: nothing was committed, or a parameter was not trained then and is now.
         """
         self._check_usable()
-        if self._handle is not None:
-            self._handle.backward.settle()
         self._works.undo(self._restore)
         self.zero_grad()
 
@@ -318,10 +316,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Warns if that is in the middle of a step: weights that backward has updated cannot be undone, and the rest of the step is lost.
         So does an optimizer that is collected then.
         """
-        if self._shut.detach() is None:
+        if not self._shut.alive:
             return
         mixture = self._works.step.changed
-        self._works.close()
+        try:
+            self._works.close()
+        except Exception:
+            self._shut.detach()
+            raise
+        self._shut.detach()  # not after an interrupt: the next call does the rest
         if mixture:
             fix = "Load a checkpoint before the weights are used. Call step() or rollback() before close() to have those of a step."
             warn_of_mixture("close()", fix, stacklevel=2)

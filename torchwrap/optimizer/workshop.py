@@ -242,6 +242,8 @@ class Workshop:
         Raises:
             StorageError: nothing was committed, or what `restore` raises.
         """
+        if self._handle is not None:
+            self._handle.backward.settle()
         self.updater.wait()
         self.updater.take_unfinished()
         with nullcontext() if self._handle is None else self._handle.lock:
