@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["activation_bytes"]
+__all__ = ["activation_bytes", "frames_of_sound"]
 
 # What libraries allocate once in the first forward of a process, whatever its size (threads, packed kernels, caches). Measured: 14 MiB
 # for a Llama of one token; see the module's test.
@@ -37,7 +37,8 @@ def activation_bytes(model: nn.Module, *, batch: int, tokens: int) -> int | None
     Args:
         model: a transformers model; parameters may be on `meta` or absent.
         batch: sequences (or images) per call, B.
-        tokens: tokens per sequence, T, of both sides for an encoder-decoder. Image towers take their number of patches from the config.
+        tokens: tokens per sequence, T, of both sides for an encoder-decoder. Image towers take their number of patches from the config,
+            Whisper its frames.
 
     Returns:
         Bytes, or None for a model without a usable configuration. Logits of all tokens are counted; `generate` asks for the last token's
@@ -55,7 +56,7 @@ def activation_bytes(model: nn.Module, *, batch: int, tokens: int) -> int | None
     total = FIRST_FORWARD_BYTES + sum(2 * stack.hidden for stack in stacks) + max(stack.working for stack in stacks)
     text = stacks[-1]
     if config.is_encoder_decoder:
-        total += 2 * text.cache  # of the decoder's own tokens and of the encoder's
+        total += text.cache + stacks[0].cache  # of the decoder's own tokens and of the encoder's
         total += _position_bias(text)
     elif _keeps_cache(model, text.config):
         total += text.cache
@@ -128,7 +129,15 @@ def _parts(config: Any, tokens: int, gated: bool) -> list[tuple[Any, int, bool]]
         return [(vision, _patches(vision), False), (config.get_text_config(), tokens, gated)]
     if getattr(config, "image_size", None) is not None:
         return [(config, _patches(config), gated)]
-    return [(config, tokens, gated)] * (2 if config.is_encoder_decoder else 1)
+    if config.is_encoder_decoder:
+        return [(config, frames_of_sound(config) or tokens, gated), (config, tokens, gated)]
+    return [(config, tokens, gated)]
+
+
+def frames_of_sound(config: Any) -> int:
+    """Positions of an encoder that takes sound of one length only (Whisper's); 0 for all others."""
+    hears = getattr(config, "is_encoder_decoder", False) and getattr(config, "num_mel_bins", None) is not None
+    return int(getattr(config, "max_source_positions", 0)) if hears else 0
 
 
 def _patches(config: Any) -> int:

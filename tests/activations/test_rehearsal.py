@@ -43,6 +43,14 @@ def t5(attention: str) -> nn.Module:
     return transformers.T5ForConditionalGeneration(config).train()
 
 
+def whisper(attention: str) -> nn.Module:
+    sizes = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "vocab_size": 64}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "use_cache": False}
+    config = transformers.WhisperConfig(**sizes, **ids, **heads, max_source_positions=40, attn_implementation=attention)
+    return transformers.WhisperForConditionalGeneration(config).train()
+
+
 def vit(attention: str) -> nn.Module:
     config = transformers.ViTConfig(**{**SIZES, **MLP, "image_size": 32, "patch_size": 8}, attn_implementation=attention)
     return transformers.ViTModel(config).train()
@@ -82,7 +90,7 @@ def saved_by_blocks(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[i
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("build", [llama, gpt2, bert, t5, vit])
+@pytest.mark.parametrize("build", [llama, gpt2, bert, t5, whisper, vit])
 def test_the_bytes_are_those_that_autograd_saves(build: Any, attention: str) -> None:
     model = build(attention)
     batch, tokens = 2, 130
@@ -92,6 +100,9 @@ def test_the_bytes_are_those_that_autograd_saves(build: Any, attention: str) -> 
     if build is llama:  # on shapes transformers makes the mask that it makes for a batch with padding
         inputs["attention_mask"] = torch.ones(batch, tokens, dtype=torch.long)
         inputs["attention_mask"][0, :3] = 0
+    if build is whisper:
+        inputs["decoder_attention_mask"] = torch.ones(batch, tokens, dtype=torch.long)
+        inputs["decoder_attention_mask"][0, -3:] = 0
     assert [cost.nbytes for cost in costs] == saved_by_blocks(model, inputs)
 
 

@@ -61,6 +61,20 @@ def test_every_family_has_a_prediction_that_grows_with_batch_and_tokens(row: Cas
         assert longer is not None and longer > small
 
 
+def test_frames_of_sound_count_whatever_the_tokens() -> None:
+    """Whisper's encoder takes as many as its configuration says, and no others."""
+    transformers = pytest.importorskip("transformers")
+    width, layers, found = 256, 3, []
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    for frames in (100, 1100):
+        config = transformers.WhisperConfig(d_model=width, decoder_layers=layers, max_source_positions=frames, pad_token_id=0, **heads)
+        with torch.device("meta"):
+            model = transformers.WhisperForConditionalGeneration(config)
+        found.append(integration.activation_bytes(model, batch=2, tokens=4) or 0)
+    # The stream, a block's copies of it, and keys and values for the decoder's layers.
+    assert found[1] - found[0] > 2 * 1000 * width * 4 * (2 + 6 + 2 * layers)
+
+
 def grown(name: str, **sizes: Any) -> nn.Module:
     """The case with widths at which blocks, cache and logits all count."""
     row = case(name)
