@@ -48,11 +48,12 @@ def test_what_cannot_be_planned_for_is_refused(optimizer: int | str) -> None:
 @pytest.mark.parametrize("width", [1024, 192], ids=["large", "small"])
 def test_weights_that_left_are_no_part_of_what_was_there_before(width: int) -> None:
     """Nor do they go on taking memory as holes in the C library's heap, which is where small ones lie."""
+    tw.unwrap(tw.offload(nn.Sequential(nn.Linear(8, 8)), params="disk", units=("0",)))  # what is loaded for the first model is there before
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range((48 << 20) // (4 * width * width))))
     before, streamed = process_bytes(), sum(parameter.nbytes for parameter in model.parameters())
     tw.offload(model, params="disk", units=tuple(str(number) for number in range(len(model))))
     handle = tw.handle_of(model, "offload")
-    assert handle.baseline_bytes < before - 0.6 * streamed
+    assert handle.baseline_bytes < before - 0.7 * streamed
     tw.unwrap(model)
 
 
