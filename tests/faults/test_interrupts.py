@@ -184,6 +184,40 @@ def test_interrupted_close_is_done_by_the_next(file: str, function: str) -> None
     at_rest(model, "offload")
 
 
+@pytest.mark.parametrize(
+    ("file", "function", "most"),
+    [
+        ("core/layer", "_nest", 12),
+        ("activations/layers", "before", 6),
+        ("activations/layers", "_leave", 8),
+        ("activations/swap", "_submit", 30),
+    ],
+)
+def test_hooks_on_saved_tensors_do_not_stay_and_activations_go_on_to_move(
+    file: str, function: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hooks that an interrupt leaves are those of every later forward, also of other models, and nothing moves any more."""
+    monkeypatch.setattr("torchwrap.activations.swap.SMALLEST", 1024)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        plain = Net(wide=False).train()
+    model = tw.offload(copy.deepcopy(plain), params="disk", units=BLOCKS, activations="disk", io_timeout_s=3)
+    moved = tw.handle_of(model, "offload").activations.swap.counters  # type: ignore[attr-defined]
+    loss_of(plain, 1).backward()
+    for number in range(most):
+        if not interrupted(lambda: loss_of(model, 0).backward(), f"{file}.py", function, number):
+            break
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        before = moved["saved"]
+        model.zero_grad()
+        loss_of(model, 1).backward()
+        assert moved["saved"] > before
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+    assert number
+    at_rest(model, "offload")
+    tw.unwrap(model)
+
+
 def test_clipping_that_is_interrupted_clips_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interrupt comes while torch scales the gradients, which takes as long as reading them."""
     plain, model = wrapped("offload")

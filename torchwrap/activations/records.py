@@ -94,8 +94,9 @@ class Record:
             self.memory = None
 
     def __del__(self) -> None:
-        if self.place is not None:
-            self._trash.append(self.place)  # any thread, perhaps one that holds locks: freed by the writer
+        place: Place | None = getattr(self, "place", None)  # missing if an interrupt ended `__init__`
+        if place is not None:
+            self._trash.append(place)  # any thread, perhaps one that holds locks: freed by the writer
 
 
 class Entry:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -35,6 +35,9 @@ __all__ = ["SMALLEST", "Swap"]
 
 SMALLEST = 64 << 10
 """Bytes from which a tensor is worth a request of its own (memory.md 5.9: smaller ones are norms' statistics and the like)."""
+
+
+_Job: TypeAlias = "tuple[weakref.ref[Record], str]"  # to be written, of the block of that name
 
 
 class Swap:
@@ -54,9 +57,9 @@ class Swap:
         self._make, self._device, self._timeout_s, self._timeline = tier, device, timeout_s, timeline
         self._tier: Tier | None = None
         self._state = Condition()
-        self._jobs: SimpleQueue[tuple[weakref.ref[Record], str] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self._writer: threading.Thread | None = None
-        self._unwritten = 0
+        self._unwritten: list[_Job] = []
         self._failed: BaseException | None = None
         self._trash: deque[Place] = deque()
         self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], list[weakref.ref[Record]]]] = {}
@@ -163,8 +166,9 @@ class Swap:
         for record in use.living():
             if record.memory is not None and not record.begun and not record.wanted and record.owner() is use:
                 record.mark = record.mark or self._tier.mark()
-                self._unwritten += 1
-                self._jobs.put((weakref.ref(record), use.name))
+                job = weakref.ref(record), use.name
+                self._jobs.put(job)
+                self._unwritten.append(job)  # only now: a write that an interrupt kept from being asked for would be waited for
         if self._unwritten and (self._writer is None or not self._writer.is_alive()):
             self._writer = threading.Thread(target=_write, args=(weakref.ref(self), self._jobs), name="torchwrap-activations", daemon=True)
             self._writer.start()
@@ -173,9 +177,9 @@ class Swap:
         if self._unwritten:
             began = moved = time.monotonic()
             patience = Patience(self._timeout_s)
-            while left := self._unwritten:
+            while left := len(self._unwritten):
                 self._state.wait(min(self._timeout_s, LOOK_S))
-                if self._unwritten != left:
+                if len(self._unwritten) != left:
                     moved = time.monotonic()
                 elif patience.left(moved) <= 0:
                     raise errors.StorageError(f"torchwrap: storing an activation took over {self._timeout_s} s", where=name)
@@ -184,9 +188,10 @@ class Swap:
         if error is not None:
             raise error
 
-    def _store(self, job: weakref.ref[Record], name: str) -> None:
+    def _store(self, job: _Job) -> None:
         """Write one record, in the writing thread."""
         assert self._tier is not None
+        reference, name = job
         record: Record | None = None
         memory: torch.Tensor | None = None
         try:
@@ -194,7 +199,7 @@ class Swap:
                 with suppress(errors.StorageError, KeyError):  # the store was closed meanwhile
                     self._tier.free(self._trash.popleft())
             with self._state:
-                record = job()
+                record = reference()
                 memory = record.memory if record is not None and not record.wanted else None
                 if record is None or memory is None:
                     return
@@ -218,7 +223,8 @@ class Swap:
         finally:
             memory = record = None  # before others hear that it is done
             with self._state:
-                self._unwritten -= 1
+                if job in self._unwritten:
+                    self._unwritten.remove(job)
                 self._state.notify_all()
 
     # -- backward ------------------------------------------------------------------------------------------------------------------
@@ -298,12 +304,12 @@ class Swap:
                 _close(self._tier, self._jobs)
 
 
-def _write(swap: weakref.ref[Swap], jobs: SimpleQueue[tuple[weakref.ref[Record], str] | None]) -> None:
+def _write(swap: weakref.ref[Swap], jobs: SimpleQueue[_Job | None]) -> None:
     while (job := jobs.get()) is not None:
         alive = swap()
         if alive is None:
             return
-        alive._store(*job)
+        alive._store(job)
         del alive
 
 

@@ -24,7 +24,7 @@ from torchwrap.stream.units import Piece, Unit
 from torchwrap.stream.watch import AbsentUseGuard, can_watch
 from torchwrap.weights.footprint import staying_bytes, table_bytes
 from torchwrap.weights.measure import Meter
-from torchwrap.weights.saved import saving_for
+from torchwrap.weights.saved import Modes, saving_for
 from torchwrap.weights.transforms import refuse_transforms
 
 if TYPE_CHECKING:
@@ -54,10 +54,11 @@ class WeightsLayer(Layer):
         """By which `core.layer.runs_inside` knows the layers of one model."""
         return None if self.owner is None else self.owner.engine or self.owner
 
-    def _unlock(self, lock: threading.RLock, error: BaseException) -> None:
+    def _unlock(self, lock: threading.RLock, modes: Modes, error: BaseException) -> None:
         """The outermost call in this thread is over: let go of the model's lock, and of all that an interrupt left of the call."""
         engine = self.handle.engine
         try:
+            modes.restore()  # first: what comes next may wait for a disk, and be interrupted again
             if engine is not None:
                 engine.ended_by(error)
         finally:
@@ -71,14 +72,16 @@ class _Pass:
     Attributes:
         lock: the model's, as it was when the call began.
         outermost: this thread did not have it before.
+        modes: of the thread, as they were then.
         locked: this call took it.
         guard: watches for misplaced weights, if anything does.
     """
 
-    __slots__ = ("guard", "lock", "locked", "outermost")
+    __slots__ = ("guard", "lock", "locked", "modes", "outermost")
 
     def __init__(self, lock: threading.RLock) -> None:
         self.lock, self.outermost = lock, not lock._is_owned()  # type: ignore[attr-defined]
+        self.modes = Modes()
         self.locked = False
         self.guard: AbsentUseGuard | None = None
 
@@ -101,6 +104,7 @@ class RootLayer(WeightsLayer):
         handle.backward.settle()
         if handle.lock._is_owned() and not runs_inside(self.engine):  # type: ignore[attr-defined]
             while (left := self._calls.pop()) is not None:  # by an interrupt just behind the end of this function
+                left.modes = Modes()  # those of then are nobody's any more
                 self._cut(left, module, KeyboardInterrupt())
         running = _Pass(handle.lock)
         try:
@@ -158,7 +162,7 @@ class RootLayer(WeightsLayer):
                 handle.pass_ended(module, whole=False)
         finally:
             if running.outermost:
-                self._unlock(running.lock, error)
+                self._unlock(running.lock, running.modes, error)
             elif running.locked:
                 running.lock.release()
 
@@ -236,7 +240,7 @@ class UnitLayer(WeightsLayer):
             scope.close(None)
         finally:
             if scope.outermost:
-                self._unlock(scope.lock, error)
+                self._unlock(scope.lock, scope.modes, error)
 
 
 class RowLayer(WeightsLayer):
@@ -309,13 +313,14 @@ def _called_with(
 class _Scope:
     """One use of a unit: autocast's cache off, saved weights replaced by notes, and the release at the end."""
 
-    __slots__ = ("_cache", "_engine", "_handle", "_hooks", "_open", "lock", "outermost", "unit")
+    __slots__ = ("_cache", "_engine", "_handle", "_hooks", "_open", "lock", "modes", "outermost", "unit")
 
     def __init__(self, handle: WeightsHandle, unit: Unit) -> None:
         assert handle.engine is not None
         self._handle, self._engine, self.unit = handle, handle.engine, unit
         self.lock: threading.RLock = handle.engine.lock
         self.outermost: bool = not self.lock._is_owned()  # type: ignore[attr-defined]
+        self.modes = Modes()
         self._open = self._cache = False
         self._hooks: saving_for | None = None
 

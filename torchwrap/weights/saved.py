@@ -20,7 +20,25 @@ from torchwrap.stream.units import Piece
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
 
-__all__ = ["saving_for"]
+__all__ = ["Modes", "saving_for"]
+
+
+class Modes:
+    """Modes of this thread that a call of the model changes while it runs, as they are when this is made."""
+
+    __slots__ = ("_caches", "_saving")
+
+    def __init__(self) -> None:
+        self._saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        self._caches = torch.is_autocast_cache_enabled()
+
+    def restore(self) -> None:
+        """Make them so again, whatever an interrupt left of them; nothing of what has to put them back may be running."""
+        while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+            if self._saving is not None and top[0] is self._saving[0]:
+                break
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+        torch.set_autocast_cache_enabled(self._caches)
 
 
 class saving_for(torch.autograd.graph.saved_tensors_hooks):
