@@ -96,3 +96,32 @@ def test_what_torch_cannot_do_is_refused_before_any_weight_is_new(options: dict[
         stepped(net, opt, range(2, 4), "max_grad_norm" in options)
     assert differences(plain, reference, model, optimizer) == []
     optimizer.close()
+
+
+@OPTIONS
+def test_state_that_the_settings_do_not_need_is_kept_and_used_when_they_do(options: dict[str, Any], tmp_path: Path) -> None:
+    """A state dict with momentum buffers whose groups say momentum 0, as for a phase without."""
+    plain, model = pair(wide=False)
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    trained(plain, reference, range(2))
+    saved = reference.state_dict()
+    saved["param_groups"][0]["momentum"] = 0
+    reference = torch.optim.SGD(plain.parameters(), lr=0.1)
+    reference.load_state_dict(saved)
+    model.load_state_dict(plain.state_dict())
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, path=tmp_path / "run", chunk=8192, **options)
+    optimizer.load_state_dict(saved)
+    assert differences(plain, reference, model, optimizer) == []
+    optimizer.commit()
+    for net, opt in ((plain, reference), (model, optimizer)):
+        stepped(net, opt, range(2, 4), "max_grad_norm" in options)
+    assert differences(plain, reference, model, optimizer) == []
+    optimizer.rollback()
+    optimizer.close()
+    optimizer = OffloadedOptimizer(model, torch.optim.SGD, lr=0.1, path=tmp_path / "run", chunk=8192, **options)
+    stepped(model, optimizer, range(2, 4), clip=False)
+    for net, opt in ((plain, reference), (model, optimizer)):
+        opt.param_groups[0]["momentum"] = 0.5
+        stepped(net, opt, range(4, 6), "max_grad_norm" in options)
+    assert differences(plain, reference, model, optimizer) == []
+    optimizer.close()

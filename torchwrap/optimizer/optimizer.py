@@ -145,11 +145,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if hasattr(self, "_works"):
             self._works.check_new(new)
         super().add_param_group(param_group)
-        number = len(self.param_groups) - 1
-        for parameter in self.param_groups[number]["params"]:
-            self._parameters.add(parameter, number, self.param_groups[number])
-        if hasattr(self, "_works"):
-            self._works.prepare(self.param_groups, anew=False)
+        try:
+            self._parameters.add(self.param_groups)
+            if hasattr(self, "_works"):
+                self._works.prepare(self.param_groups)
+        except BaseException:
+            self.param_groups.pop()
+            self._parameters.drop(len(self.param_groups))
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients.
@@ -227,10 +230,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         saved, entries = matched(state_dict, self.param_groups, self._parameters.targets)
         with self._rule.loaded(entries, saved) as template:
-            for group, old in zip(self.param_groups, template.param_groups, strict=True):
-                group.update(old)
-            self._works.prepare(self.param_groups)
-            self._works.run.load(self.param_groups, template.state)
+            self._works.load(self.param_groups, template)
         for done in self._optimizer_load_state_dict_post_hooks.values():
             done(self)
 
@@ -357,7 +357,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _restore(self) -> None:
         """Make what was committed what the model and this optimizer have."""
         self.steps = self._works.run.restore_settings(self.param_groups)
-        self._works.prepare(self.param_groups)
+        self._works.prepare(self.param_groups, {})
         self._works.run.restore_values()
 
     def _finished(self, loss: float | None) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,32 +58,48 @@ class Parameters:
         """Those whose state is in the store between steps."""
         return [target for target in self.targets if target.streamed]
 
-    def add(self, parameter: nn.Parameter, number: int, group: Mapping[str, Any]) -> None:
-        """A parameter of group `number`."""
+    def add(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """The parameters of the last group."""
         handle = self._handle
-        piece = handle.piece_of(parameter) if handle is not None else None
-        name = self._names.get(id(parameter)) or f"parameter {len(self.targets)}"
-        unit: Unit | None = None
-        if handle is not None and piece is not None:
-            mine = [unit for unit in handle.units if any(other is piece for other in unit.pieces)]
-            unit = next((unit for unit in mine if unit.kind != "rows"), mine[0] if mine else None)
-        layout = self._layout(parameter, group)
-        place = self._places.get(id(parameter), len(self._places))
-        self.targets.append(Target(name, parameter, number, place, piece, unit, layout, streamed=can_stream(parameter, piece)))
+        for parameter in groups[-1]["params"]:
+            piece = handle.piece_of(parameter) if handle is not None else None
+            name = self._names.get(id(parameter)) or f"parameter {len(self.targets)}"
+            unit: Unit | None = None
+            if handle is not None and piece is not None:
+                mine = [unit for unit in handle.units if any(other is piece for other in unit.pieces)]
+                unit = next((unit for unit in mine if unit.kind != "rows"), mine[0] if mine else None)
+            layout, streamed = self._layout(parameter, groups[-1]), can_stream(parameter, piece)
+            place = self._places.get(id(parameter), len(self._places))
+            self.targets.append(Target(name, parameter, len(groups) - 1, place, piece, unit, layout, streamed=streamed))
 
-    def lay_out(self, groups: Sequence[Mapping[str, Any]], *, anew: bool) -> None:
-        """What the class keeps of each, with the present settings.
+    def drop(self, number: int) -> None:
+        """Those of the last group, of this number, are none after all."""
+        self.targets[:] = [target for target in self.targets if target.group != number]
+
+    def lay_out(self, groups: Sequence[Mapping[str, Any]], state: Mapping[torch.Tensor, Mapping[str, Any]] | None) -> Callable[[], None]:
+        """What the class keeps of each, with the present settings; calling what is returned undoes that.
 
         Args:
-            anew: what was kept so far is to be replaced; else what is not needed any more stays as it is, as it does in torch.
+            groups: of the optimizer.
+            state: replaces what was kept so far, and what the settings do not need of it is kept as well; None: nothing does, and what is
+                not needed any more stays as it is. Both are as in torch.
 
         Raises:
-            ConfigError: the class is not elementwise with them.
+            ConfigError: the class is not elementwise with them; nothing is changed.
         """
-        for target in self.targets:
-            layout = self._layout(target.parameter, groups[target.group])
-            target.layout = layout if anew else _with_kept(layout, target)
+        before = [(target, target.layout) for target in self.targets], self._switches
+        layouts = [self._layout(target.parameter, groups[target.group]) for target in self.targets]
+        for target, layout in zip(self.targets, layouts, strict=True):
+            found = _with_kept(layout, target) if state is None else self._with_loaded(layout, target, state.get(target.parameter, {}))
+            target.layout = found
         self._switches = [_switches(group) for group in groups]
+
+        def undo() -> None:
+            for target, layout in before[0]:
+                target.layout = layout
+            self._switches = before[1]
+
+        return undo
 
     def adapt(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """The same between two steps, where a setting went from or to zero, or is switched on or off; whether one was.
@@ -114,6 +130,16 @@ class Parameters:
         if not parameter.requires_grad and (not counts or parameter.element_size() == 1):
             return {}  # integers and float8 hold a quantised weight, never get a gradient, and no class could step them
         return dict(self._rule.layout(settings_of(group), parameter.dtype, parameter.device))
+
+    def _with_loaded(self, layout: Mapping[str, torch.dtype], target: Target, entries: Mapping[str, Any]) -> dict[str, torch.dtype]:
+        """Momenta that are not needed with these settings are kept per element too: they may be needed again."""
+        casts = target.parameter.is_floating_point() and not getattr(self._rule.cls, "has_masters", False)
+        more = {
+            key: target.parameter.dtype if casts else value.dtype
+            for key, value in entries.items()
+            if isinstance(value, torch.Tensor) and value.shape == target.parameter.shape and value.numel() > 1
+        }
+        return {**more, **layout}
 
     def checked(self, groups: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """The same groups; `ConflictError` if somebody put other parameters into them, for which there are no hooks and no room."""

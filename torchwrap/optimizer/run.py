@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,10 +40,11 @@ class Run:
         self._rule, self._targets, self._store = rule, targets, store
         self._values, self._resident, self._chunk = values, resident, chunk
 
-    def reserve(self, *, whole: bool) -> None:
+    def reserve(self, loaded: Mapping[torch.Tensor, Any] = MappingProxyType({}), *, whole: bool) -> None:
         """Room in the store for what is trained by now.
 
         Args:
+            loaded: state that is to be kept, of parameters that may not be trained (any more).
             whole: also for parameters that stay in memory, so that they can be committed.
 
         Raises:
@@ -59,6 +61,7 @@ class Run:
                     where=target.name,
                     fix="Freeze it with requires_grad_(False), or offload the model without tile_above= and with room for it whole.",
                 )
+        wanted += [target for target in self._targets if target.streamed and loaded.get(target.parameter) and target not in wanted]
         self._store.reserve(record for target in wanted for record in records_needed(target, self._chunk, self._store))
 
     def state_of(self, target: Target, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,14 +75,11 @@ class Run:
 
         Args:
             groups: of the optimizer.
-            state: what is to be kept of each parameter, by name.
+            state: what is to be kept of each parameter, by name; there is room for it, see `reserve`.
 
         Raises:
-            DiskFullError: there is no room for it; nothing is replaced.
             ConfigError: the state is not that of this class with these settings.
         """
-        kept = [target for target in self._targets if target.streamed and state.get(target.parameter)]
-        self._store.reserve(record for target in kept for record in records_needed(target, self._chunk, self._store))
         for target in self._targets:
             self._load(target, groups[target.group], state.get(target.parameter, {}))
 

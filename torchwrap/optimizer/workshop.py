@@ -197,16 +197,33 @@ class Workshop:
         if more:
             self.check_room(more, again=True)
 
-    def prepare(self, groups: Sequence[Mapping[str, Any]], *, anew: bool = True) -> None:
-        """Parameters were added, or settings changed: what the class keeps with them, room for it, and hooks; `anew` as for `lay_out`.
+    def prepare(self, groups: Sequence[Mapping[str, Any]], state: Mapping[torch.Tensor, Mapping[str, Any]] | None = None) -> None:
+        """Parameters were added, or settings changed: what the class keeps with them, room for it, and hooks; `state` as for `lay_out`.
 
         Raises:
             ConfigError: the class is not elementwise with these settings.
-            DiskFullError: the disk cannot take the state.
+            DiskFullError: the disk cannot take the state; nothing is changed then.
         """
-        self.parameters.lay_out(groups, anew=anew)
+        undo = self.parameters.lay_out(groups, state)
+        try:
+            self.run.reserve(state or {}, whole=self.site.kept is not None)
+        except BaseException:
+            undo()
+            raise
         self.resident.prepare(self.parameters.targets, groups)
         self.watch()
+
+    def load(self, groups: Sequence[dict[str, Any]], found: torch.optim.Optimizer) -> None:
+        """Take over the settings and the state of an instance of the class, see `Run.load`.
+
+        Raises:
+            DiskFullError: there is no room for it; nothing is changed.
+        """
+        merged = [{**group, **new} for group, new in zip(groups, found.param_groups, strict=True)]
+        self.prepare(merged, found.state)
+        for group, new in zip(groups, merged, strict=True):
+            group.update(new)
+        self.run.load(groups, found.state)
 
     def watch(self) -> None:
         """Room on the disk for what is trained by now, and hooks on it."""
