@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.faults.interrupts import interrupted
 from torchwrap.storage.condition import Condition
 
 
@@ -73,6 +74,33 @@ def test_an_interrupt_while_the_lock_is_had_and_the_interpreter_is_not() -> None
             time.sleep(0)
     thread.join()
     assert is_free(condition)
+
+
+def test_an_interrupt_at_any_moment_of_waiting() -> None:
+    condition = Condition()
+
+    def wait() -> None:
+        with condition, condition:
+            condition.wait(0.001)
+
+    number = 0
+    while interrupted(wait, "storage/condition.py", "wait", number):
+        assert is_free(condition)
+        number += 1
+    assert number > 5
+    with condition:
+        condition.notify_all()
+    assert not condition._waiters  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("timeout", "seconds"), [(-1.0, 0.0), (0.0, 0.0), (0.05, 0.05)])
+def test_waiting_ends_when_the_time_is_over(timeout: float, seconds: float) -> None:
+    condition, began = Condition(), time.monotonic()
+    with condition:
+        assert not condition.wait(timeout)
+    assert time.monotonic() - began >= seconds
+    with pytest.raises(RuntimeError, match="un-acquired"):
+        condition.wait(0)
 
 
 def test_it_is_reentrant_and_waits_like_its_base() -> None:
