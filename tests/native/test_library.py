@@ -75,6 +75,34 @@ def test_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @needs_kernels
+@pytest.mark.parametrize("best", list(native.instruction_sets()))
+def test_the_environment_names_the_best_instruction_set_that_is_taken(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(native.instruction_sets())
+    expected = native.instruction_sets()[best]
+    monkeypatch.setenv(library.BEST, best)
+    library._load.cache_clear()
+    try:
+        assert native.available() and native.describe()["instruction_set"] == best
+        assert list(native.instruction_sets()) == names[names.index(best) :]
+        assert library.number_of(None) == expected
+    finally:
+        library._load.cache_clear()
+
+
+@needs_kernels
+def test_an_instruction_set_that_is_none_is_told_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.BEST, "avx3")
+    library._load.cache_clear()
+    try:
+        assert not native.available() and native.instruction_sets() == {}
+        assert "'avx3'" in native.reason() and "baseline" in native.reason()
+        with pytest.raises(UnsupportedModelError, match=library.BEST):
+            library.library()
+    finally:
+        library._load.cache_clear()
+
+
+@needs_kernels
 def test_threads_come_from_the_openmp_that_torch_uses() -> None:
     if "OpenMP" not in torch.__config__.parallel_info():
         pytest.skip("this torch has no OpenMP")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.core.errors import BudgetError, ConfigError, UnsupportedModelError
-from torchwrap.native.library import instruction_sets, library
+from torchwrap.native.library import library, number_of
 from torchwrap.native.prefill import in_memory
 from torchwrap.native.reference import decode_reference
 
@@ -191,7 +191,7 @@ class Prepared:
         scale: float, softcap: float, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float32,
         instruction_set: str | None = None, threads: int | None = None,
     ) -> None:  # fmt: skip
-        number = -1 if instruction_set is None else instruction_sets()[instruction_set]
+        number = number_of(instruction_set)
         of_bias = 0 if bias is None else _BIAS_DTYPES[bias.dtype]
         how = _DTYPES[dtype], threads or torch.get_num_threads(), number, _DTYPES[out_dtype], of_bias
         strides = *strides, *((0,) * 4 if bias is None else bias.stride())

@@ -1,21 +1,25 @@
 """The shared library: where it is, whether it can be used here, and what it says of itself.
 
 It has a plain C interface and is loaded through ctypes, which releases the interpreter's lock during a call. It holds the kernels for
-several instruction sets and chooses the best that the processor has; the choice can be narrowed for tests.
+several instruction sets, of which the best is taken that the processor has and TORCHWRAP_INSTRUCTION_SET in the environment lets be: with
+"baseline" all computes as on a processor of four lanes (aarch64, x86-64 before AVX2).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 from torchwrap.core.errors import UnsupportedModelError
 
-__all__ = ["available", "describe", "instruction_sets", "library", "most_bytes", "reason"]
+__all__ = ["available", "describe", "instruction_sets", "library", "most_bytes", "number_of", "reason"]
 
 PATH = Path(__file__).with_name("kernels.native.so")
 INTERFACE = 12  # TORCHWRAP_INTERFACE in src/call.h
+BEST = "TORCHWRAP_INSTRUCTION_SET"
+"""Environment variable with the name of the best instruction set that may be taken; read once."""
 BUILD = "install a C++17 compiler and build again: pip install -e .  or  python setup.py build_ext --inplace"
 
 
@@ -41,7 +45,24 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     loaded.torchwrap_blocks_hold.argtypes = [ctypes.c_uint64, ctypes.c_uint64]
     loaded.torchwrap_blocks_release.argtypes = [ctypes.c_uint64]
     loaded.torchwrap_blocks_counts.argtypes = [ctypes.POINTER(ctypes.c_uint64)]
+    if not _sets(loaded):
+        return None, f"{BEST} is {os.environ[BEST]!r} and no instruction set that can run here: {', '.join(_runnable(loaded))}"
     return loaded, ""
+
+
+def _runnable(loaded: ctypes.CDLL) -> dict[str, int]:
+    names = {number: loaded.torchwrap_instruction_set(number) for number in range(loaded.torchwrap_instruction_sets())}
+    return {name.decode(): number for number, name in names.items() if name is not None}
+
+
+@functools.cache
+def _sets(loaded: ctypes.CDLL) -> dict[str, int]:
+    """From the one on that the environment names; none: it names none of them."""
+    sets, best = _runnable(loaded), os.environ.get(BEST)
+    names = list(sets)
+    if not best:
+        return sets
+    return {name: sets[name] for name in names[names.index(best) :]} if best in names else {}
 
 
 def available() -> bool:
@@ -62,16 +83,25 @@ def library() -> ctypes.CDLL:
     """
     loaded, why = _load()
     if loaded is None:
-        raise UnsupportedModelError(f"the native kernels are not available: {why}", where=str(PATH), fix=BUILD)
+        fix = f"name one of them in {BEST}, or unset it" if BEST in why else BUILD
+        raise UnsupportedModelError(f"the native kernels are not available: {why}", where=str(PATH), fix=fix)
     return loaded
 
 
 def instruction_sets() -> dict[str, int]:
-    """What the library holds and this processor can run, best first: name to number. Empty when it is not available."""
-    if not available():
-        return {}
-    names = {number: library().torchwrap_instruction_set(number) for number in range(library().torchwrap_instruction_sets())}
-    return {name.decode(): number for number, name in names.items() if name is not None}
+    """What the library holds and may be run here, best first: name to number. Empty when it is not available."""
+    return dict(_sets(library())) if available() else {}
+
+
+def number_of(instruction_set: str | None) -> int:
+    """What a call says for one of `instruction_sets()`; None: for the first of them.
+
+    Raises:
+        UnsupportedModelError: the library is not there.
+        KeyError: it has no such instruction set.
+    """
+    sets = _sets(library())
+    return next(iter(sets.values())) if instruction_set is None else sets[instruction_set]
 
 
 def most_bytes() -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchwrap.core.errors import BudgetError, UnsupportedModelError
-from torchwrap.native.library import instruction_sets, library
+from torchwrap.native.library import library, number_of
 
 __all__ = ["Backward", "Forward", "Hidden", "gradients", "in_memory", "prefill", "readable"]
 
@@ -293,7 +293,7 @@ class _Prepared:
             threshold=int(dropout * 2**32),
             limits_shared=limits is None or limits.shape[0] == 1,
             threads=threads or torch.get_num_threads(),
-            instruction_set=-1 if instruction_set is None else instruction_sets()[instruction_set],
+            instruction_set=number_of(instruction_set),
             dtype=_DTYPES[q.dtype],
             some_keys=some_keys,
             few=few,
