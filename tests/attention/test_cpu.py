@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.attention.cases import DTYPES, EXTRAS, MASKS, WIDTHS, assert_correct, largest_tensor, make
+from torchwrap import native
 from torchwrap.attention.contract import checked
 from torchwrap.attention.cpu import backend, decode, prefill
 from torchwrap.attention.cpu.backend import Composed
@@ -18,6 +19,7 @@ from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 
 CPU = Composed()
+NATIVE = pytest.mark.skipif(not native.available(), reason=native.reason())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -217,6 +219,7 @@ def test_the_law_holds_for_heads_of_width_one_in_halves(seed: int) -> None:
     assert_correct(CPU, call, what)
 
 
+@NATIVE
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize(
     ("rows", "kv_heads", "biased", "kernel"),
@@ -227,12 +230,11 @@ def test_few_rows_in_float32_are_fewer_with_a_bias(rows: int, kv_heads: int, bia
     bias = torch.randn(1, 4, rows, 70).requires_grad_(learned) if biased else None
     for mask in (None, TileMask.window(1, rows, 70, 30)):
         call = checked(q, k, v, bias=bias, mask=mask)
-        if prefill.refuses(call) is not None:
-            pytest.skip("this processor packs for no call")
         assert kernel in CPU.describe(call).split("queries")[0]
         assert_correct(CPU, call, f"{rows} rows, {kernel}")
 
 
+@NATIVE
 @pytest.mark.parametrize("lse", [False, True])
 @pytest.mark.parametrize(
     ("rows", "keys", "halves", "kernel"),
@@ -243,8 +245,6 @@ def test_keys_are_packed_for_more_than_sixteen_rows(
 ) -> None:
     q, k, v = (torch.zeros(1, 2, length, 24, dtype=torch.bfloat16) for length in (rows, keys, keys))
     call = checked(q, k, v, wants_lse=lse)
-    if prefill.refuses(call) is not None:
-        pytest.skip("this processor packs for no call")
     monkeypatch.setattr(backend, "_multiplies_halves", lambda: halves)
     assert kernel in CPU.describe(call).split("queries")[0]
 
@@ -263,13 +263,3 @@ def test_a_hole_beside_a_bias_hides_a_key_of_no_numbers_from_one_query(dtype: to
     torch.testing.assert_close(out, expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0.02)
     _, dk, dv, _, _ = CPU.backward(call, out, lse, torch.ones_like(out), None)
     assert bool(lse.isfinite().all() & dk.isfinite().all() & dv.isfinite().all())
-
-
-def test_such_a_hole_does_so_where_vectors_have_four_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "_has_four_lanes", lambda: True)
-    q, k, v = (torch.randn(1, 2, length, 16) for length in (1, 20, 20))
-    shown = torch.arange(20) % 5 != 3
-    call = checked(q, k, v, mask=shown.expand(1, 1, 1, 20), bias=torch.randn(1, 2, 1, 20))
-    expected, _ = CPU.forward(call)
-    k[:, :, 3] = math.nan
-    torch.testing.assert_close(CPU.forward(call)[0], expected)

@@ -72,13 +72,6 @@ def test_calls_with_dropout_are_for_the_native_kernel() -> None:
     assert "native" in choose(call).reason and "native" in choose(call, doing="backward").reason
 
 
-@NATIVE
-def test_with_four_lanes_only_calls_with_dropout_are_for_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "_has_four_lanes", lambda: True)
-    call = uniform(1, (2, 2), 70, 70, torch.float32, dropout=0.1)
-    assert prefill.refuses(call) is None and "AVX2" in str(prefill.refuses(replace(call, dropout=0.0, seed=None)))
-
-
 KINDS: dict[str, dict[str, Any]] = {
     "window and groups": {"heads": (6, 2), "mask": lambda: TileMask.window(1, 200, 260, 90)},
     "padding and softcap": {"mask": lambda: TileMask.padded([260, 100], 200, 260), "softcap": 2.0},

@@ -46,8 +46,7 @@ class Composed:
             return prefill.forward(call)
         if way is not None:
             out, lse = decode.forward(call, way)
-            # A hidden key that holds no numbers, perhaps. The other kernel knows what is hidden, and takes 1.5 to 2.4 times as long; where
-            # it is refused for being slower than torch's, it is there all the same.
+            # A hidden key that holds no numbers, perhaps. The other kernel knows what is hidden, and takes 1.5 to 2.4 times as long.
             hides = decode.adds_holes(call) and bool(lse.isnan().any())
             return prefill.forward(call) if hides else (out, lse)
         return compose.forward(call) if compose.refuses(call) is None else tiled.forward(call)
@@ -63,7 +62,7 @@ class Composed:
             return None
         from torchwrap.attention.cpu import prepared  # here: loads the library
 
-        if (trains and prefill.refuses(call) is not None) or (prefill.is_narrow(call) and (trains or not few)):
+        if prefill.is_narrow(call) and (trains or not few):
             return None
         return prepared.Few(call, trains, mask) if few else prepared.Many(call, trains, mask)
 

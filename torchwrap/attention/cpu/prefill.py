@@ -10,7 +10,6 @@ torch's backward adds gradients up in it, over heads of a group and blocks of ro
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -48,10 +47,7 @@ def refuses(call: Call) -> str | None:
         return "an empty call, which the native kernel does not have"
     if max(call.width, call.value_width) > MOST_WIDTH:
         return f"widths {call.width} and {call.value_width} are beyond {MOST_WIDTH}"
-    missing = native_library() or without_memory(call)
-    # With four lanes torch's kernel, in bfloat16 on float32 copies, is up to twice as fast (512 to 4096 queries). It has no dropout, and
-    # tiles of our own take 1.3 to 3.2 times as long as this one (64 to 512 queries, torch held to SSE4 as well).
-    return missing or ("this processor has no AVX2" if not call.dropout and _has_four_lanes() else None)
+    return native_library() or without_memory(call)
 
 
 def describe(call: Call) -> str:
@@ -66,13 +62,6 @@ def is_few(call: Call) -> bool:
     if call.group * call.q_length > MOST_FEW or (call.bias is not None and call.bias.requires_grad):
         return False
     return call.mask is None or is_ranges(call.mask) or (call.q_length == 1 and not adds_holes(call))
-
-
-@functools.cache
-def _has_four_lanes() -> bool:
-    from torchwrap.native.library import instruction_sets  # here, so that nothing is loaded where there is no library
-
-    return next(iter(instruction_sets())) == "baseline"
 
 
 def is_narrow(call: Call) -> bool:
