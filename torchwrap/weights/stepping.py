@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchwrap.core import errors
 from torchwrap.stream.units import Piece
-from torchwrap.weights.averaging import look_at_averages
+from torchwrap.weights.outside import look_at_reads
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
@@ -43,14 +43,14 @@ def watch_steps(handle: WeightsHandle) -> Callable[[], None]:
             _watched.remove(entry)
             entry[1].remove()
         _watched.append((weakref.ref(handle), hook := register_optimizer_step_pre_hook(_Watch(handle))))
-        look_at_averages(True)
+        look_at_reads(True)
 
     def end() -> None:
         with _lock:
             _watched[:] = [entry for entry in _watched if entry[1] is not hook]
             hook.remove()
             if not _watched:
-                look_at_averages(False)
+                look_at_reads(False)
 
     return end
 
