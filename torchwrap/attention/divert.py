@@ -42,12 +42,14 @@ class Diverted(TorchFunctionMode):
     Args:
         where: name for the record.
         service: who computes it.
+        again: whether what is checkpointed inside of the block is computed again inside of it, too; else torch computes it both times.
     """
 
-    def __init__(self, where: str, service: Service) -> None:
+    def __init__(self, where: str, service: Service, *, again: bool = True) -> None:
         super().__init__()
         self.where, self.service = where, service
         self.called = False
+        self._around: Any = None if again else (_hooks(True),)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -66,9 +68,22 @@ class Diverted(TorchFunctionMode):
         self.called = True
         _working.now = True
         try:
+            if self._around is not None and _checkpoints(hooks := _hooks(True)) and hooks != self._around[0]:
+                self.service.leave(
+                    self.where, "it is checkpointed inside of the module, and computed again outside of it", "Checkpoint the module."
+                )
+                return F.scaled_dot_product_attention(*args, **kwargs)
             return _attend(self.where, self.service, *args, **kwargs)
         finally:
             _working.now = False
+
+
+_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # torch 2.13
+
+
+def _checkpoints(hooks: Any) -> bool:
+    """Whether these hooks for saved tensors, the innermost, are those of a checkpoint's forward (torch 2.13)."""
+    return hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook.")
 
 
 class FunctionLayer(Layer):
@@ -92,7 +107,7 @@ class FunctionLayer(Layer):
         if self.switch:
             setattr(module, self.switch, True)
         try:
-            with Diverted(self.fqn, self.service) as inside:
+            with Diverted(self.fqn, self.service, again=False) as inside:
                 out = call(*args, **kwargs)
         finally:
             if self.switch:

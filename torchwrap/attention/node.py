@@ -109,19 +109,38 @@ def prepared(
 
 
 _hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # torch 2.13
-_Layout = tuple[tuple[int, ...], torch.dtype] | None
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype] | None
 
 
 def _layout(tensor: Tensor | None) -> _Layout:
-    """What kernels that were prepared count on, beside sizes."""
-    return None if tensor is None else (tensor.stride(), tensor.dtype)
+    """What kernels that were prepared count on."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _mark(q: Tensor) -> Tensor:
+    """Something of a shape that nothing else of attention has.
+
+    What a checkpoint computes again is compared with what was kept by shapes and order, and torch's own attention keeps k, q and v first:
+    computed again by that, where a block or a wrapped model has ended, it would be taken for q, k and v.
+    """
+    return q.new_zeros((1,) * 5)
 
 
 def _laid_out(tensor: Tensor | None, layout: _Layout) -> Tensor | None:
-    """The numbers of a tensor in such a layout."""
+    """The numbers of a tensor in such a layout.
+
+    Raises:
+        UnsupportedModelError: it is another tensor than was kept.
+    """
     if tensor is None or layout is None or _layout(tensor) == layout:
         return tensor
-    strides, dtype = layout
+    shape, strides, dtype = layout
+    if tensor.shape != shape:
+        raise UnsupportedModelError(
+            f"a checkpoint computed something else again than was computed in the forward: {list(tensor.shape)} in place of {list(shape)}",
+            where="attend",
+            fix="Call backward() where the forward was called: inside of the block, and before the model is unwrapped or disabled.",
+        )
     once = tensor[tuple(slice(None) if stride else slice(1) for stride in strides)]  # of what is expanded, numbers are there once
     made = torch.empty_strided(once.shape, strides, dtype=dtype, device=tensor.device).copy_(once)
     return made.expand(tensor.shape)
@@ -148,10 +167,12 @@ class _Prepared(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         out, lse = work.forward(q, k, v, mask, wants_lse or not work.again)
         ctx.work, mask = work, mask if type(mask) is Tensor else None
-        kept = (q, k, v, mask) if work.again else (q, k, v, mask, out, lse)
+        kept: tuple[Tensor | None, ...] = (q, k, v, mask) if work.again else (q, k, v, mask, out, lse)
+        ctx.layouts = None
+        if _hooks(True) is not None:  # they may bring back copies that are laid out otherwise, or what is computed again
+            kept = _mark(q), *kept
+            ctx.layouts = [_layout(tensor) for tensor in kept]
         ctx.save_for_backward(*kept)
-        # Hooks for saved tensors may bring back copies that are laid out otherwise.
-        ctx.layouts = None if _hooks(True) is None else [_layout(tensor) for tensor in kept]
         ctx.set_materialize_grads(False)
         if not wants_lse:
             return out
@@ -164,7 +185,7 @@ class _Prepared(torch.autograd.Function):
             return (None,) * 6
         work, saved = ctx.work, ctx.saved_tensors
         if ctx.layouts is not None:
-            saved = tuple(_laid_out(tensor, layout) for tensor, layout in zip(saved, ctx.layouts, strict=True))
+            saved = tuple(_laid_out(tensor, layout) for tensor, layout in zip(saved, ctx.layouts, strict=True))[1:]
         q, k, v, mask, out, lse = (*saved, None, None) if work.again else saved
         grad_out = q.new_zeros(*q.shape[:3], v.shape[3]) if grad_out is None else grad_out
         try:
