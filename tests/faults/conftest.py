@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests import hangs
 from tests.faults.tally import Faults, Tally, add_to_report, summary_line
 
 REPORT = "TORCHWRAP_FAULT_REPORT"
@@ -65,6 +66,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def faults(request: pytest.FixtureRequest) -> Faults:
     """Judges and counts the faults of one test."""
     return Faults(request.config.stash[_tally])
+
+
+@pytest.fixture
+def only_hangs() -> Iterator[None]:
+    """Calls that are slow because the test machine is busy are no hangs, however short the limit."""
+    with hangs.only_hangs_end_patience():
+        yield
 
 
 def eventually(condition: Callable[[], bool]) -> bool:

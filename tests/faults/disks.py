@@ -16,6 +16,7 @@ import pytest
 from torch import nn
 
 import torchwrap as tw
+from tests.hangs import answering, hanging_now
 from torchwrap.core.errors import StorageError
 from torchwrap.storage.backend import Backend
 from torchwrap.storage.ringpool import RingPool
@@ -157,9 +158,11 @@ class Hanging(Disk):
 
     def _hang(self, number: int, real: Read, fd: int, target: memoryview, offset: int) -> int:
         if number != self._wanted:
-            return real(fd, target, offset)
-        self.began.set()
-        self._go.wait(_DEADLINE_S)
+            with answering():
+                return real(fd, target, offset)
+        with hanging_now():
+            self.began.set()
+            self._go.wait(_DEADLINE_S)
         try:
             return real(fd, target, offset)
         finally:

@@ -62,6 +62,7 @@ def test_a_fault_at_each_call(disk: Callable[[int], Disk], raised: type[Exceptio
 
 @every_slots
 @pytest.mark.parametrize("number", [8, 12])
+@pytest.mark.usefixtures("only_hangs")
 def test_a_hanging_read_is_an_error_and_nothing_of_it_is_used_later(number: int, slots: int, faults: Faults) -> None:
     expected, model = gradients(tower().train()), lean(tower().train(), slots=slots, io_threads=1, io_timeout_s=0.3)
     disk = hanging(number)

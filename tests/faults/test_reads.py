@@ -228,6 +228,7 @@ def test_slow_disk_whose_every_read_starts_only_when_it_is_waited_for(monkeypatc
 @every_slots
 @pytest.mark.parametrize("number", [0, 1, 3, 4])
 @pytest.mark.parametrize("make", [tower, llama], ids=["tower", "llama"])
+@pytest.mark.usefixtures("only_hangs")
 def test_a_hanging_read_is_an_error_and_nothing_of_it_is_used_later(
     make: Callable[[], nn.Module], number: int, slots: int, faults: Faults
 ) -> None:
@@ -245,7 +246,6 @@ def test_a_hanging_read_is_an_error_and_nothing_of_it_is_used_later(
                 assert "no progress for 0.1 s" in str(error) and ".tws, offset" in error.where
         assert hung <= 2, "a hang is met by who waits for it, not by everybody after"
         disk.release()
-        patient(model)
         for _ in range(3):
             assert same(probe(model), expected)
     right_again(model, expected)
@@ -258,6 +258,7 @@ def patient(model: nn.Module) -> None:
         waiting._timeout_s = 60.0
 
 
+@pytest.mark.usefixtures("only_hangs")
 def test_a_hang_that_ends_while_the_next_rows_are_read(faults: Faults) -> None:
     """The table's buffer belongs to a read that hangs; what that read brings later must not become somebody's rows."""
     expected, model = twin_of(tower), lean(tower(), io_timeout_s=0.05, verify="header")
@@ -279,6 +280,7 @@ def test_a_hang_that_ends_while_the_next_rows_are_read(faults: Faults) -> None:
     right_again(model, expected)
 
 
+@pytest.mark.usefixtures("only_hangs")
 def test_closing_while_a_read_hangs(faults: Faults) -> None:
     model = lean(tower(), io_timeout_s=0.05)
     disk = hanging(1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from tests.hangs import hanging_now
 from torchwrap.core.tensors import data_of, is_placeholder, placeholder
 from torchwrap.storage import Backend
 from torchwrap.storage.safefile import TensorFile
@@ -165,7 +166,9 @@ class HangingBackend(Backend):
         self.failures = 0
 
     def pread(self, fd: int, target: memoryview, offset: int) -> int:
-        self.gate.wait(20)
+        if not self.gate.is_set():
+            with hanging_now():
+                self.gate.wait(20)
         if self.failures:
             self.failures -= 1
             raise OSError(5, "Input/output error")

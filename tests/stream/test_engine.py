@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.hangs import only_hangs_end_patience
 from tests.stream.fake_arena import FakeArena, Machine
 from tests.stream.parts import HangingBackend, Stored, build, check_bound, engine_state, idle, plan_for, using
 from torchwrap.core import errors
@@ -154,7 +155,7 @@ def test_a_guess_that_cannot_be_read_does_not_fail_the_unit_at_hand(tmp_path: Pa
 def test_a_read_that_hangs_costs_its_slot_and_nothing_else(tmp_path: Path, separate: bool) -> None:
     backend = HangingBackend()
     arena = FakeArena(Machine("late")) if separate else HostArena()
-    with engine_over(tmp_path, SIZES, 3, arena, timeout_s=0.3, backend=backend) as (engine, stored):
+    with only_hangs_end_patience(), engine_over(tmp_path, SIZES, 3, arena, timeout_s=0.3, backend=backend) as (engine, stored):
         order = [0, 1, 2, 3, 4, 5]
         for index in order:
             with using(engine, stored.units[index]):
