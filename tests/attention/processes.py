@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 Results = dict[int, list[dict[str, Any]]]  # by number of processes: what each got, by case
 
 
-def together(sizes: Sequence[int], cases: str, factory: pytest.TempPathFactory, *, timeout_s: float = 180.0) -> Results:
+def together(sizes: Sequence[int], cases: str, factory: pytest.TempPathFactory, *, timeout_s: float = 280.0) -> Results:
     """What the functions return that `cases_of(size)` of the module `cases` names, each called with (rank, size) in each process.
 
     A case that raises returns its exception. All workers of a test run read what one of them has made.
