@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 
 from tests.storage.rings import beneath_every_reader
 from torchwrap.core.errors import CorruptDataError, StorageError, TorchwrapWarning
-from torchwrap.storage import Backend, Part, Read, Reader, TensorFile, allocate, probe, sum64
+from torchwrap.storage import Backend, Part, Read, Reader, TensorFile, allocate, patience, probe, sum64, workers
 from torchwrap.storage.uring import unavailable_reason
 
 SIZE = 150_001
@@ -296,8 +297,15 @@ def test_watchdog_raises_instead_of_hanging_and_the_read_may_still_finish(file: 
         assert buffer.memory[:4096] == file.path.read_bytes()[4096:8192]
 
 
-def test_watchdog_counts_time_without_progress_not_time_in_all(file: TensorFile, faulty: Any) -> None:
-    with Reader(1, 4096, backend=faulty(lambda n, _: time.sleep(0.02)), timeout_s=0.3) as reader:
+def test_watchdog_counts_time_without_progress_not_time_in_all(file: TensorFile, faulty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def slow(number: int, kind: str) -> None:
+        now[0] += 0.2
+
+    for module in (patience, workers):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with Reader(1, 4096, backend=faulty(slow), timeout_s=0.3) as reader:
         assert read_all(reader, file) == content(file)
         assert reader.stats.busy_s > 0.3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -141,6 +142,9 @@ def test_a_backward_waits_for_a_slot_that_updates_copy_from(tmp_path: Path) -> N
 
         thread = threading.Thread(target=backward)
         thread.start()
+        while not engine.state._waiters:
+            assert thread.is_alive()
+            time.sleep(0.001)
         assert not held.wait(0.2) and unit.index in engine._fetches
         for piece in unit.pieces:
             assert not held.is_set()
