@@ -216,7 +216,7 @@ def test_files_are_private_and_a_killed_process_leaves_none(tmp_path: Path) -> N
         disk.write(torch.ones(1, 1, 8, 4), torch.ones(1, 1, 8, 4))
         os.kill(os.getpid(), signal.SIGKILL)
     """)
-    found = subprocess.run([sys.executable, "-c", program], check=False, env=dict(os.environ), timeout=60)
+    found = subprocess.run([sys.executable, "-c", program], check=False, env=dict(os.environ), timeout=240)
     assert found.returncode == -signal.SIGKILL
     left = list(tmp_path.iterdir())
     assert len(left) == 1 and left[0].stat().st_mode & 0o777 == 0o700

@@ -268,7 +268,6 @@ def test_fork_while_a_forward_runs_in_another_thread(tmp_path: Path, faults: Fau
     assert inside.wait(DEADLINE_S)
 
     def child() -> Any:
-        signal.alarm(3)
         hook.remove()
         try:
             return same(probe(model), expected)

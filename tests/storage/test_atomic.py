@@ -79,7 +79,7 @@ except DiskFullError as error:
 
 def test_no_room_is_a_disk_full_error_and_the_old_file_stays(tmp_path: Path, python: Any) -> None:
     (tmp_path / "file").write_bytes(b"old")
-    out, err = python(FULL, tmp_path / "file").communicate(timeout=60)
+    out, err = python(FULL, tmp_path / "file").communicate(timeout=240)
     assert out == "full True\n", err
     assert (tmp_path / "file").read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]

@@ -32,11 +32,13 @@ def freed() -> Iterator[FreedBlocks]:
     gc.unfreeze()  # conftest.py: what was there before this file is seen again
     for left in [found for found in gc.get_objects() if type(found) is FreedBlocks]:
         left.close()  # of optimizers that other tests left open: bounds add up
+    gc.freeze()  # garbage of other tests does not go, and its memory is not kept, in the middle of this one
     keep_heap_small()
     opened = FreedBlocks(8 * MIB)
     assert opened.nbytes == 8 * MIB, opened.reason
     yield opened
     opened.close()
+    gc.unfreeze()
 
 
 def in_a_child(code: str, **environment: str) -> str:

@@ -410,7 +410,7 @@ print("child", status)
 
 
 def test_forked_child_gets_fresh_threads_and_a_typed_error_for_old_tickets(path: Path, python: Any) -> None:
-    out, err = python(FORK, path).communicate(timeout=60)
+    out, err = python(FORK, path).communicate(timeout=240)
     assert out == "child 0\n", err
 
 

@@ -246,7 +246,7 @@ print(view.sum().item())
 
 
 def test_a_program_ends_with_a_view_of_what_was_removed(tmp_path: Path, python: Any) -> None:
-    out, err = python(VIEWED, tmp_path).communicate(timeout=60)
+    out, err = python(VIEWED, tmp_path).communicate(timeout=240)
     assert out == "100000.0\n", err
     assert os.listdir(tmp_path) == []
 
@@ -266,7 +266,7 @@ with SpillStore.create(sys.argv[1]) as store:
 
 
 def test_limit_on_file_size_is_a_disk_full_error(tmp_path: Path, python: Any) -> None:
-    out, err = python(LIMITED, tmp_path).communicate(timeout=60)
+    out, err = python(LIMITED, tmp_path).communicate(timeout=240)
     assert out == "full True 1000.0 ['a']\n", err
     assert os.listdir(tmp_path) == []
 

@@ -288,7 +288,7 @@ sys.exit(7)
 
 def test_the_interpreter_exits_while_reads_are_under_way(file: TensorFile, python: Any) -> None:
     process = python(EXIT, file.path)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (7, "leaving\n"), err
 
 
@@ -312,7 +312,7 @@ print("child", status)
 
 
 def test_a_forked_child_has_a_ring_of_its_own_and_leaves_its_parents_alone(file: TensorFile, python: Any) -> None:
-    out, err = python(FORK, file.path).communicate(timeout=60)
+    out, err = python(FORK, file.path).communicate(timeout=240)
     assert out == "child 0\n", err
 
 
@@ -412,7 +412,7 @@ assert probe(lean(tower())).equal(probe(tower()))
 
 
 def test_a_real_sandbox(python: Any) -> None:
-    out, err = python(SANDBOX).communicate(timeout=60)
+    out, err = python(SANDBOX).communicate(timeout=240)
     assert "EPERM" in out and 'io_backend="auto"' in out, err
     assert not err
 
