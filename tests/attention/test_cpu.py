@@ -16,7 +16,7 @@ from torchwrap.attention.cpu import backend, decode, prefill
 from torchwrap.attention.cpu.backend import Composed
 from torchwrap.attention.dispatch import choose
 from torchwrap.attention.masks.mask import TileMask
-from torchwrap.attention.reference import attention
+from torchwrap.attention.reference import Eager, attention
 
 CPU = Composed()
 NATIVE = pytest.mark.skipif(not native.available(), reason=native.reason())
@@ -149,6 +149,27 @@ def test_what_is_no_number_reaches_the_result_where_it_is_seen(
     hidden = ~attention_without(call, where)
     assert torch.equal(out.isfinite() | hidden, expected.isfinite() | hidden)
     assert (~out.isfinite()).any()
+
+
+@pytest.mark.parametrize("where", ["k", "v"])
+@pytest.mark.parametrize("mask", ["causal", "window 7", "padded left", "dense", "holes", "segments that return"])
+@pytest.mark.parametrize("extra", ["plain", "bias", "bias with gradient"])
+@pytest.mark.parametrize("queries", [1, 64])
+def test_a_hidden_key_of_no_numbers_is_hidden_from_the_compositions_too(
+    queries: int, mask: str, extra: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in ((prefill, "refuses"), (decode, "native_refuses")):
+        monkeypatch.setattr(module, name, lambda call: "the compositions are under test")
+    for dtype, value in ((torch.float32, math.nan), (torch.bfloat16, math.inf), (torch.float64, -math.inf)):
+        call, _ = make(7, mask=mask, extra=extra, q_length=queries, past=20, batch=3, dtype=dtype)
+        getattr(call, where)[:, :, 2:5] = value
+        grad_out = torch.randn_like(call.q)
+        exact = (*attention(call), *Eager().backward(call, *Eager().forward(call), grad_out, None)[:3])
+        out, lse = CPU.forward(call)
+        found = (out, lse, *CPU.backward(call, out, lse, grad_out, None)[:3])
+        for kind, ours, theirs in zip(("out", "lse", "dq", "dk", "dv"), found, exact, strict=True):
+            # What hidden values of the definition reach by a product with 0 may be a number here.
+            assert bool((ours.isfinite() | ~theirs.isfinite()).all()), f"{kind} {dtype}"
 
 
 def attention_without(call: Any, where: str) -> torch.Tensor:

@@ -9,10 +9,12 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchwrap.attention.attend import attend
-from torchwrap.attention.contract import Call
-from torchwrap.attention.cpu import kernel
+from torchwrap.attention.contract import Call, checked
+from torchwrap.attention.cpu import kernel, prefill
+from torchwrap.attention.cpu.backend import Composed
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.reference import attention
 
@@ -144,3 +146,23 @@ def test_torch_shows_hidden_keys_where_the_scale_is_not_positive(dtype: torch.dt
     found = kernel.backward(torch.ones_like(out), q, k, v, out, lse, scale, causal=True)
     for ours, exactly in zip(found, torch.autograd.grad(true.sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(ours, exactly, **close)
+
+
+def test_torch_does_not_hide_a_key_of_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "refuses", lambda call: "torch's kernel is under test")
+    q, k, v = inputs(sk=20)
+    shown = torch.arange(20) != 3
+    k[:, :, 3] = math.nan
+    assert bool(raw(q, k, v, attn_mask=torch.zeros(5, 20).masked_fill(~shown, -math.inf))[0].isnan().all())
+    call = checked(q, k, v, mask=shown.expand(1, 1, 5, 20))
+    out, lse = Composed().forward(call)
+    _, dk, dv, _, _ = Composed().backward(call, out, lse, torch.ones_like(out), None)
+    assert all(bool(tensor.isfinite().all()) for tensor in (out, lse, dk, dv))
+
+
+def test_results_without_numbers_are_not_looked_at() -> None:
+    mask = TileMask.causal(1, 40, 40)
+    with FakeTensorMode():
+        q = torch.empty(2, 2, 40, 8, requires_grad=True)
+        attend(q, q, q, mask=mask).sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape

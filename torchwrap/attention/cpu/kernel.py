@@ -10,6 +10,7 @@ to its caller, each with a test that fails when it changes (tests/attention/test
 * of a causal square it hides keys before it multiplies by the scale: one that is not positive shows them, and rows become NaN;
 * keys and values must have one width; zeros in the missing columns change nothing;
 * with fewer than 16 keys, a NaN among the scores gives zeros: keys that nobody sees make up the number;
+* `added` hides a key by -inf, so one that holds no numbers is none still, in out, lse and all gradients (backend.py computes such again);
 * in float16 and bfloat16 its exponentials are approximate, which moves lse by up to 7e-5 (float32: 1e-6): a hundredth of what the
   definition in bfloat16 loses, a tenth in float16, so it is reported as it is;
 * in bfloat16, with 16 keys or more, a row with an infinite score gets zeros, where the definition has NaN: its lse is infinite;

@@ -101,6 +101,8 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
                 kept = _kept(call, tile, columns, weights)
                 grad_weights, used = grad_weights * kept, weights * kept
             grad_scores = grad_weights.sub_(row_delta).mul_(weights)
+            if seen is not None:  # 0 times what is no number is none
+                _by_head(call, tile, grad_scores).masked_fill_(~seen, 0.0)
             span = slice(*tile.batch), slice(None), slice(*columns)
             dv[span] += (used.transpose(-1, -2) @ grad).unflatten(0, (-1, call.kv_heads))
             if dbias is not None:
@@ -120,12 +122,17 @@ def _scores(call: Call, tile: _Tile, columns: Span, seen: Tensor | None, q: Tens
     if call.softcap is not None:
         scores.div_(call.softcap).tanh_().mul_(call.softcap)
         capped = scores.clone()
-    by_head = scores.view(-1, call.heads, tile.rows[1] - tile.rows[0], columns[1] - columns[0])
+    by_head = _by_head(call, tile, scores)
     if call.bias is not None:
         by_head += _part_of_bias(call.bias.detach(), tile, columns)
     if seen is not None:
         by_head.masked_fill_(~seen, -math.inf)
     return scores, capped
+
+
+def _by_head(call: Call, tile: _Tile, scores: Tensor) -> Tensor:
+    """`[b * Hkv, G * rows, columns]` as `[b, Hq, rows, columns]`, a view."""
+    return scores.view(-1, call.heads, tile.rows[1] - tile.rows[0], scores.shape[-1])
 
 
 def _part_of_bias(bias: Tensor, tile: _Tile, columns: Span) -> Tensor:
