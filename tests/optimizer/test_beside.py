@@ -143,6 +143,23 @@ def test_an_update_that_fails_beside_backward_is_finished_by_the_step(tmp_path: 
     assert trained(model, optimizer, range(2, 4)) == trained(plain, reference, range(2, 4))
 
 
+def test_a_rollback_forgets_the_error_of_an_update_beside_backward(tmp_path: Path) -> None:
+    plain, model = _pair({"params": "disk"})
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = OffloadedOptimizer(model, torch.optim.AdamW, path=tmp_path / "run", **ADAM)
+    assert trained(model, optimizer, range(1)) == trained(plain, reference, range(1))
+    optimizer.commit()
+    disk = optimizer._works.store._disk.backend = Broken()
+    disk.left = 3
+    optimizer.zero_grad()
+    loss_of(model, 100).backward()
+    disk.left = None
+    optimizer.rollback()
+    assert differences(plain, reference, model, optimizer) == []
+    assert trained(model, optimizer, range(1, 3)) == trained(plain, reference, range(1, 3))
+    assert differences(plain, reference, model, optimizer) == []
+
+
 @pytest.mark.parametrize("way_out", ["step", "rollback"])
 @pytest.mark.parametrize("offload", [{"params": "disk"}, {"device_memory": 12_000_000}, None], ids=["disk", "half", "in-memory"])
 def test_after_a_backward_that_raised_the_step_has_what_it_brought(tmp_path: Path, offload: dict[str, Any] | None, way_out: str) -> None:

@@ -167,7 +167,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 where="zero_grad",
                 fix="Call step() to finish the update, or rollback() to undo it; pass overlap=False to decide after backward.",
             )
-        self._works.updater.take_unfinished()
+        self._works.updater.give_up()
         self._works.step.over()
         for target in self._parameters.targets:
             if target.is_taken() and set_to_none:

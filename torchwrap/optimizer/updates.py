@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -71,6 +71,7 @@ class Updater:
         self._changed = Condition()
         self._jobs: deque[Job] = deque()
         self._begun: set[Job] = set()  # and not over
+        self._writing: Job | None = None  # of the chunk that is being written
         self._writes: deque[_Step] = deque()
         self._free: list[dict[str, Buffer]] = []
         self._made = 0
@@ -136,6 +137,11 @@ class Updater:
             error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def give_up(self) -> None:
+        """Forget updates that did not happen, and the error that kept them from it."""
+        with self._changed:
+            self._error, self.unfinished = None, []
 
     def take_unfinished(self) -> list[Update]:
         """The updates that did not happen, as they were handed in; they are forgotten here."""
@@ -266,6 +272,7 @@ class Updater:
                         return
                     self._changed.wait(1.0 if self._stopped else None)
                 step = self._writes.popleft()
+                self._writing = step.job
             try:
                 if not step.job.failed and self._chunks.write(step.chunk):
                     self._over(step.job, step.chunk.update)
@@ -273,7 +280,11 @@ class Updater:
                 self._fail(step.job, error, step.chunk.update)
             finally:
                 self._give_buffers(step.chunk)
-            del step
+                with self._changed:
+                    self._writing = None
+                    left = {step.job} & self._begun if step.job.failed else set()
+                self._end(left)
+            del step, left
 
     def _over(self, job: Job, update: Update) -> None:
         """An update is done: free its gradient, and its unit after the last one."""
@@ -325,11 +336,17 @@ class Updater:
             for each in failed:
                 each.failed = True
                 self.unfinished += each.updates
-        for each in (job, *failed):
-            with suppress(errors.TorchwrapError):
-                self._let_go(each)
+            # What is written now may still become the present value: whoever writes it ends the job then.
+            over = {job, *failed} - {self._writing}
+        self._end(over)
+
+    def _end(self, failed: Set[Job]) -> None:
+        """Nothing of these happens any more."""
+        for job in failed:
+            with suppress(Exception):  # whatever it is, those behind it have to end too
+                self._let_go(job)
         with self._changed:
-            self._begun -= {job, *failed}
+            self._begun -= failed
             self._share()
             self._moved = time.monotonic()
             self._changed.notify_all()

@@ -262,7 +262,7 @@ class Workshop:
         if self._handle is not None:
             self._handle.backward.settle()
         self.updater.wait()
-        self.updater.take_unfinished()
+        self.updater.give_up()
         with nullcontext() if self._handle is None else self._handle.lock:
             if self._handle is not None and self._handle.engine is not None:  # what one that was cut short withheld
                 self._handle.engine.end_update([t.piece for t in self.parameters.targets if t.piece is not None and t.away])
