@@ -52,6 +52,7 @@ struct Place { int64_t batch, head, begin, end; };
 // e^maximum, rows that see no key of the piece have maximum -inf, sum 0, values 0.
 struct Piece {
     Place own, next;       // next: what the same thread goes on with, most likely, so that its first keys are asked for; without keys: nothing
+    int64_t tile_bytes;    // of K and V that are gone through at a time
     float *maximum, *sum;  // (R)
     float *values;         // (R, V)
 };

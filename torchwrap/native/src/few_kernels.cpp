@@ -147,7 +147,7 @@ template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task
             const Lines<T> of_v{v + (span.first + j) * call.v_strides[2], call.v_strides[2], count};
             Ahead ask_values(of_v, call.value_width, count), nothing(Lines<T>{of_v.base, 0, 0}, 0, 1);
             float largest[4];
-            of_rows(size, [&](auto n) {
+            known(size, [&](auto n) {
                 score_rows<T, n>(at.q_units + begin * at.units, of_k, call.width, {call.scale, 0}, at.weights + begin * at.line + j, at.line,
                                  largest, ask_values);
                 score_rows<T, n>(at.grad_units + begin * at.value_units, of_v, call.value_width, {1, 0}, at.scores + begin * at.line + j,
@@ -175,7 +175,7 @@ template <class T> void rows_of(const PrefillCall &call, const PrefillTask &task
             const int64_t begin = blocks.begin(block);
             Ahead nothing(Lines<T>{of_k.base, 0, 0}, 0, 1);
             float *sums = at.sums + begin * at.width;
-            of_rows(blocks.size(block), [&](auto n) {
+            known(blocks.size(block), [&](auto n) {
                 value_rows<T, n>(at.scores + begin * at.line + j, at.line, at.row + begin, of_k, call.width, sums, at.width, nothing);
             });
         }

@@ -63,18 +63,19 @@ bool unseen(const Row *row, int64_t size, int64_t begin, int64_t end) {
 }
 
 struct Plan {
-    int64_t units, value_units, tile;
+    int64_t units, value_units;
     Blocks blocks;
 };
 
 template <class T> Plan plan(const DecodeCall &call) {
-    Plan plan{0, 0, 0, {call.rows, AT_ONCE<T>}};
-    plan.units = (call.width + 2 * W - 1) / (2 * W);
-    plan.value_units = (call.value_width + 2 * W - 1) / (2 * W);
-    int64_t bytes = (call.width + call.value_width) * (int64_t)sizeof(T);
-    plan.tile = MAX_TILE;
-    while (plan.tile > 16 && plan.tile * bytes > 16384) plan.tile /= 2;
-    return plan;
+    return {(call.width + 2 * W - 1) / (2 * W), (call.value_width + 2 * W - 1) / (2 * W), {call.rows, AT_ONCE<T>}};
+}
+
+// Keys of a tile: as many as have their K and V in so many bytes.
+template <class T> int64_t keys_in(const DecodeCall &call, int64_t bytes) {
+    int64_t keys = MAX_TILE;
+    while (keys > 16 && keys * (call.width + call.value_width) * (int64_t)sizeof(T) > bytes) keys /= 2;
+    return keys;
 }
 
 template <class T> struct Scratch {
@@ -110,6 +111,7 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
     const Place &own = piece.own, &next = piece.next;
     const Plan planned = plan<T>(call);
     const Scratch<T> scratch(call, planned, memory);
+    const int64_t tile = keys_in<T>(call, piece.tile_bytes);
     const int64_t rows = call.rows, stride = planned.value_units * 2 * W;
     const Score how{call.scale, call.softcap};
     const T *q = (const T *)call.q + own.batch * call.q_strides[0] + own.head * call.q_strides[1];
@@ -142,14 +144,14 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
             }
         pack_block(from, size, call.width, (Unit *)to);
     }
-    for (int64_t j = all_rows.first; j < all_rows.end; j += planned.tile) {
-        int64_t count = all_rows.end - j < planned.tile ? all_rows.end - j : planned.tile;
+    for (int64_t j = all_rows.first; j < all_rows.end; j += tile) {
+        int64_t count = all_rows.end - j < tile ? all_rows.end - j : tile;
         Lines<T> keys{k + j * call.k_strides[2], call.k_strides[2], count}, values{v + j * call.v_strides[2], call.v_strides[2], count};
         const int64_t left = all_rows.end - j - count;
-        Lines<T> keys_ahead{keys.base + count * keys.stride, keys.stride, left < planned.tile ? left : planned.tile};
+        Lines<T> keys_ahead{keys.base + count * keys.stride, keys.stride, left < tile ? left : tile};
         if (left == 0) {
             keys_ahead.base = keys_of<T>(call, next) + next.begin * keys.stride;
-            keys_ahead.count = next.end - next.begin < planned.tile ? next.end - next.begin : planned.tile;
+            keys_ahead.count = next.end - next.begin < tile ? next.end - next.begin : tile;
         }
         auto ask_values = [&] {
             if constexpr (TURNS<T>) return Beside(values, call.value_width);
@@ -165,7 +167,7 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
             if (unseen(scratch.row + begin, size, j, j + count)) continue;
             const Vector *packed = scratch.q + begin * planned.units * UNIT<T>;
             float *scores = scratch.scores + begin * ROW, largest[AT_ONCE<T>];
-            of_rows<AT_ONCE<T>>(size, [&](auto n) {
+            known<AT_ONCE<T>>(size, [&](auto n) {
                 if constexpr (turns<T>(n)) turned_rows<n>(packed, keys, call.width, how, scores, ROW, scratch.row + begin, largest, ask_values);
                 else score_rows<T, n>((const Unit *)packed, keys, call.width, how, scores, ROW, largest, ask_values);
             });
@@ -193,7 +195,7 @@ template <class T> void run_piece(const DecodeCall &call, const Piece &piece, vo
             const float *weights = scratch.scores + begin * ROW;
             const Row *row = scratch.row + begin;
             float *sums = scratch.values + begin * stride;
-            of_rows<AT_ONCE<T>>(size, [&](auto n) { value_rows<T, n>(weights, ROW, row, values, call.value_width, sums, stride, ask_keys); });
+            known<AT_ONCE<T>>(size, [&](auto n) { value_rows<T, n>(weights, ROW, row, values, call.value_width, sums, stride, ask_keys); });
         }
     }
     for (int64_t r = 0; r < rows; r++) {

@@ -85,9 +85,10 @@ struct Score {
 // scores[r * line_of + j] for NR rows and all keys, and the largest of each row; q is packed [unit][row]. Up to W - 1 numbers behind the last key of
 // a row are written.
 template <class T, int NR, class Next>
-void score_rows(const typename Dot<T>::Unit *q, const Lines<T> &keys, int64_t width, const Score &how, float *scores, int64_t line_of,
-                float *largest, Next &ahead) {
+INLINE void score_rows(const typename Dot<T>::Unit *q, const Lines<T> &keys, int64_t width, const Score &how, float *scores, int64_t line_of,
+                       float *largest, Next &asked) {
     constexpr int NK = W / NR;
+    Next ahead = asked;  // in registers
     using Unit = typename Dot<T>::Unit;
     const int64_t units = width / (2 * W), rest = width % (2 * W);
     Vector top = all(-INFINITY);
@@ -132,6 +133,7 @@ void score_rows(const typename Dot<T>::Unit *q, const Lines<T> &keys, int64_t wi
         store(lanes, found);
         UNROLL for (int r = 0; r < NR; r++) memcpy(scores + r * line_of + j, lanes + r * NK, NK * sizeof(float));
     }
+    asked = ahead;
     float lanes[W];
     store(lanes, top);
     UNROLL for (int r = 0; r < NR; r++) {
@@ -148,43 +150,59 @@ struct Row {
     float total[W];
 };
 
-// values[r][...] = values[r][...] * factor of the row + weights[r] . v, for NU pairs of columns; PART: one pair of `part` columns.
+// values[r][...] = values[r][...] * factor of the row + weights[r] . v, for NU pairs of columns; PART: the last pair is of `part` columns.
 template <class T, int NR, int NU, bool PART, class Next>
-void value_columns(const float *weights, int64_t line_of, const Row *row, const Lines<T> &v, float *values, int64_t values_stride, int part,
-                   Next &ahead) {
+NOINLINE void value_columns(const float *weights, int64_t line_of, const Row *row, const Lines<T> &v, float *values, int64_t values_stride,
+                            int part, Next &asked) {
+    Next ahead = asked;  // in registers
     Vector sum[NR][2 * NU];
     UNROLL for (int r = 0; r < NR; r++) {
         UNROLL for (int c = 0; c < 2 * NU; c++) sum[r][c] = mul(load(values + r * values_stride + c * W), all(row[r].factor));
     }
-    for (int64_t j = 0; j < v.count; j++) {
+    const T *at = v.base;
+    const int64_t stride = v.stride;
+    for (int64_t left = v.count; left > 0; left--, at += stride, weights++) {
         Next::step(ahead, NU);
         Vector line[2 * NU];
         UNROLL for (int u = 0; u < NU; u++) {
-            const T *at = v.base + j * v.stride + u * 2 * W;
-            if (PART) load_pair(at, part, line[2 * u], line[2 * u + 1]);
-            else load_pair(at, line[2 * u], line[2 * u + 1]);
+            if (PART && u == NU - 1) load_pair(at + u * 2 * W, part, line[2 * u], line[2 * u + 1]);
+            else load_pair(at + u * 2 * W, line[2 * u], line[2 * u + 1]);
         }
+        if (NR > 1) UNROLL for (int c = 0; c < 2 * NU; c++) hold(line[c]);
         UNROLL for (int r = 0; r < NR; r++) {
-            Vector weight = all(weights[r * line_of + j]);
+            Vector weight = all(weights[r * line_of]);
             UNROLL for (int c = 0; c < 2 * NU; c++) sum[r][c] = fma(weight, line[c], sum[r][c]);
         }
     }
+    asked = ahead;
     UNROLL for (int r = 0; r < NR; r++) {
         UNROLL for (int c = 0; c < 2 * NU; c++) store(values + r * values_stride + c * W, sum[r][c]);
     }
 }
 
+// The function of a number from 1 to MOST, which is then known while compiling.
+template <int MOST = 4, int N = 1, class Do> INLINE void known(int64_t number, Do act) {
+    if constexpr (N < MOST)
+        if (number != N) return known<MOST, N + 1>(number, act);
+    return act(std::integral_constant<int, N>{});
+}
+
+// As many pairs of columns at a time as have registers, and about as many each time: one pair of one row is too few sums to keep multipliers busy.
 template <class T, int NR, class Next>
 void value_rows(const float *weights, int64_t line_of, const Row *row, const Lines<T> &v, int64_t width, float *values,
                 int64_t values_stride, Next &ahead) {
-    constexpr int FIT = REGISTERS / (4 * NR), NU = FIT < 1 ? 1 : FIT > 4 ? 4 : FIT;
-    int64_t units = width / (2 * W), rest = width % (2 * W), u = 0;
-    auto at = [&](int64_t unit) { return Lines<T>{v.base + unit * 2 * W, v.stride, v.count}; };
-    for (; u + NU <= units; u += NU)
-        value_columns<T, NR, NU, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead);
-    for (; u < units; u++)
-        value_columns<T, NR, 1, false>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, 0, ahead);
-    if (rest) value_columns<T, NR, 1, true>(weights, line_of, row, at(u), values + u * 2 * W, values_stride, (int)rest, ahead);
+    constexpr int FIT = REGISTERS / (4 * NR), MOST = FIT < 1 ? 1 : FIT > 4 ? 4 : FIT;
+    const int64_t units = (width + 2 * W - 1) / (2 * W), rest = width % (2 * W);
+    for (int64_t u = 0, times = (units + MOST - 1) / MOST; u < units; times--) {
+        const int64_t now = (units - u + times - 1) / times;
+        const Lines<T> at{v.base + u * 2 * W, v.stride, v.count};
+        float *to = values + u * 2 * W;
+        u += now;
+        known<MOST>(now, [&](auto n) {
+            if (rest && u == units) value_columns<T, NR, n, true>(weights, line_of, row, at, to, values_stride, (int)rest, ahead);
+            else value_columns<T, NR, n, false>(weights, line_of, row, at, to, values_stride, 0, ahead);
+        });
+    }
 }
 
 // How rows are shared out into blocks of at most four, or so many: evenly, so that five are three and two, not four and one.
@@ -193,13 +211,6 @@ struct Blocks {
     int64_t begin(int64_t block) const { return block * rows / count; }
     int64_t size(int64_t block) const { return begin(block + 1) - begin(block); }
 };
-
-// The function of as many rows as a block has, which is known while compiling.
-template <int MOST = 4, int N = 1, class Do> INLINE void of_rows(int64_t rows, Do act) {
-    if constexpr (N < MOST)
-        if (rows != N) return of_rows<MOST, N + 1>(rows, act);
-    return act(std::integral_constant<int, N>{});
-}
 
 // Rows of a block as `score_rows` takes them.
 template <class T> void pack_block(const T *const *rows, int64_t count, int64_t width, typename Dot<T>::Unit *to) {

@@ -21,6 +21,7 @@ struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))  // what fills the registers is compiled by itself
 // Arrays of vectors stay in registers only when every index is known while compiling.
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -207,6 +208,17 @@ INLINE void transpose_square(const float *const *rows, float *to, int64_t stride
         store(to + (word + 3) * stride, _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
     }
 }
+#endif
+
+// Has it in a register: what is read from memory once would else be read again for every use of it.
+#if defined(__AVX512F__)
+INLINE void hold(Vector &a) { asm("" : "+v"(a)); }
+#elif defined(__x86_64__)
+INLINE void hold(Vector &a) { asm("" : "+x"(a)); }
+#elif defined(__aarch64__)
+INLINE void hold(Vector &a) { asm("" : "+w"(a)); }
+#else
+INLINE void hold(Vector &) {}
 #endif
 
 // The first `count` elements of a vector or a pair; what lies behind them in memory is not touched, and counts as zero.
