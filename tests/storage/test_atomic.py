@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -170,6 +171,17 @@ def test_forked_child_does_not_release_the_lock(tmp_path: Path) -> None:
         Lock(tmp_path / "LOCK")
     lock.release()
     lock.release()
+    Lock(tmp_path / "LOCK").release()
+
+
+def test_a_lock_on_a_full_disk_is_nobody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(DiskFullError, match="No space"):
+            Lock(tmp_path / "LOCK")
     Lock(tmp_path / "LOCK").release()
 
 

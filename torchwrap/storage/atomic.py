@@ -136,7 +136,7 @@ class Lock:
         path: the lock file; made if missing, never removed (removing it would let two holders in).
 
     Raises:
-        StorageError: somebody else holds it; the message names the process.
+        StorageError: somebody else holds it; the message names the process. `DiskFullError`: there is no room for this one's name.
         UnsafePathError: the path is a symbolic link.
     """
 
@@ -160,8 +160,13 @@ class Lock:
                 where=str(self.path),
                 fix="Use another folder, or end that process.",
             ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, Owner.current().to_json(), 0)
+        try:
+            with as_storage_error("writing", self.path):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, Owner.current().to_json(), 0)
+        except BaseException:
+            os.close(fd)  # a full disk: the lock is nobody's
+            raise
         self._fd = fd
 
     def release(self) -> None:
