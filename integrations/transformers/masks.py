@@ -20,7 +20,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.masks.packing import key_conditions
-from torchwrap.attention.transforms import recorded
+from torchwrap.attention.transforms import recorded, unseen
 from torchwrap.core.errors import ConfigError, UnsupportedModelError
 
 __all__ = ["divided_mask", "mask_maker", "packed_mask", "tile_mask", "user_mask", "without_mask"]
@@ -264,7 +264,8 @@ def user_mask(mask: Tensor, queries: int) -> TileMask | Tensor:
         return rows if made is None else made
     version, count, made = _seen.get(mask, (None, None, None))
     if (version, count) != (mask._version, queries):
-        made = _as_tiles(mask, queries)
+        with unseen():
+            made = _as_tiles(mask, queries)
         _seen[mask] = (mask._version, queries, made)
     return rows if made is None else made
 

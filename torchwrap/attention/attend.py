@@ -22,7 +22,7 @@ from torchwrap.attention.dispatch import attempt
 from torchwrap.attention.prepared import prepared
 from torchwrap.attention.rows import probabilities, row_numbers
 from torchwrap.attention.settings import Settings
-from torchwrap.attention.transforms import is_forward_mode, is_mapped, is_traced, recorded, transformed
+from torchwrap.attention.transforms import is_forward_mode, is_mapped, is_traced, keeps_results, recorded, transformed, unseen
 from torchwrap.core import errors
 from torchwrap.native.threads import one_thread, stuck
 
@@ -132,6 +132,10 @@ def attend(
             options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
             found: Tensor | tuple[Tensor, ...] = untraced(attend, q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
             return found
+    elif keeps_results():
+        options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
+        with unseen():
+            return cast(Callable[..., Tensor], attend)(q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
     elif sinks is need_rows is None:
         only_bias = bias is not None and mask is None and type(bias) is Tensor and bias.is_floating_point()
         if bias is None or only_bias:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.service import Service
+from torchwrap.attention.transforms import unseen
 from torchwrap.core.errors import ConfigError
 from torchwrap.core.layer import Layer
 from torchwrap.core.swap import original_class
@@ -180,7 +181,8 @@ def _attend(
     except RuntimeError:
         return own(*_BROADCAST)
     if is_causal:
-        mask = _causal(q.shape[2], k.shape[2], q.device)
+        with unseen():
+            mask = _causal(q.shape[2], k.shape[2], q.device)
     try:
         out = service.attend(where, q, k, v, mask=mask, scale=scale, dropout=dropout_p)
     except ConfigError:

@@ -31,7 +31,7 @@ from torchwrap.attention.distributed.tiled import Rows
 from torchwrap.attention.masks.mask import TileMask
 from torchwrap.attention.prepared import prepared
 from torchwrap.attention.settings import Settings, settings_of
-from torchwrap.attention.transforms import recorded
+from torchwrap.attention.transforms import keeps_results, recorded, unseen
 from torchwrap.core.config import format_bytes
 from torchwrap.core.errors import KernelError, TorchwrapWarning, UnsupportedModelError
 
@@ -117,6 +117,9 @@ class Service:
         Returns:
             `[B, Hq, Sq, Dv]`.
         """
+        if keeps_results():
+            with unseen():
+                return self.attend(where, q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout)
         if self.sequence is not None:
             divided: Tensor = self.sequence.attend(
                 where, q, k, v, mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=self.backend

@@ -13,12 +13,22 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchwrap.core.errors import UnsupportedModelError
 
 __all__ = [
-    "autograd_allowed", "beneath", "is_forward_mode", "is_mapped", "is_traced", "makes_others", "outside_of_transforms", "recorded",
+    "autograd_allowed",
+    "beneath",
+    "is_forward_mode",
+    "is_mapped",
+    "is_traced",
+    "keeps_results",
+    "makes_others",
+    "outside_of_transforms",
+    "recorded",
     "transformed",
+    "unseen",
 ]  # fmt: skip
 
 _in_functorch: Callable[[], bool] = torch._C._are_functorch_transforms_active  # torch's own `autograd.Function` asks the same
@@ -26,6 +36,7 @@ _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
 _is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
 _unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
 _mode: Callable[..., object] = torch._C._get_dispatch_mode
+_SELECTIVE = ("_CachingTorchDispatchMode", "_CachedTorchDispatchMode")  # torch 2.13
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
@@ -62,6 +73,24 @@ def makes_others(like: Tensor) -> bool:
         return False
     made = like.new_empty(1)
     return type(made) is not Tensor or not made.data_ptr()
+
+
+def keeps_results() -> bool:
+    """Whether selective checkpointing (`create_selective_checkpoint_contexts`) is at work, in a forward or where it is computed again."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    modes = (torch._C._get_dispatch_stack_at(index) for index in range(torch._C._len_torch_dispatch_stack()))
+    return any(type(mode).__name__ in _SELECTIVE and type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
+
+
+def unseen() -> AbstractContextManager[object]:
+    """A region of whose operators selective checkpointing keeps nothing.
+
+    It gives an operator that is called again what the operator of that name and number returned before. Attention, however, makes and
+    looks at a mask once, chooses once how to compute a layout, and writes into memory that operators gave it: computed again it would be
+    given the memory of something else.
+    """
+    return _disable_current_modes() if keeps_results() else contextlib.nullcontext()
 
 
 def is_mapped(tensor: Tensor) -> bool:
