@@ -16,7 +16,7 @@ from torchwrap.core.config import format_bytes
 from torchwrap.core.integration import Integration
 from torchwrap.core.tensors import data_of, held_bytes, is_placeholder, storage_key
 from torchwrap.storage.limits import group_usage, is_limited, memory_available
-from torchwrap.stream.settings import Streaming
+from torchwrap.stream.settings import Streaming, load_compiler
 from torchwrap.weights.training import Training
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ def process_bytes() -> int:
 
 
 def count_libraries(handle: WeightsHandle | None) -> None:
-    """Load what the first optimizer of a process makes torch load (measured: 76 MiB), and count it as there before training."""
+    """Load what torch's first optimizer will, and count it as there before training."""
     if handle is not None and "torch._dynamo" not in sys.modules:
         before = process_bytes()
-        torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        load_compiler()
         handle.baseline_bytes += max(0, process_bytes() - before)
 
 
