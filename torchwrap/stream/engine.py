@@ -315,6 +315,7 @@ class Engine(AbandonedWindow):
                 layout.views.clear()
             for slot in self._slots:
                 self.arena.free_slot(slot)
+                self._touched.gone(slot)
             self._slots.clear()
             self._free.clear()
 

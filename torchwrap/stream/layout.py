@@ -39,6 +39,7 @@ class Layout:
     landing: list[tuple[Piece, int]] = field(default_factory=list)  # (piece read from disk, offset in the slot's host side)
     places: list[tuple[Piece, int]] = field(default_factory=list)  # (piece, offset in the slot's device side)
     views: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # slot index -> views in the order of `places`
+    needed: int = 0  # bytes of the slot, on either side
 
     @property
     def read_bytes(self) -> int:
@@ -88,4 +89,5 @@ def lay_out(unit: Unit, slot_bytes: int, separate: bool) -> Layout:
         layout.places = layout.landing
     if needed > slot_bytes:
         raise errors.StorageError(f"torchwrap: {unit.name} needs a slot of {needed} bytes, but slots have {slot_bytes}", where=unit.name)
+    layout.needed = needed
     return layout

@@ -23,6 +23,7 @@ from torchwrap.stream.layout import Layout, Region, lay_out
 from torchwrap.stream.pieces import learn, part_of
 from torchwrap.stream.planner import ResidencyPlan
 from torchwrap.stream.timeline import Timeline
+from torchwrap.stream.touched import Touched
 from torchwrap.stream.units import Piece, Unit
 from torchwrap.stream.writes import changed_bytes, written
 
@@ -118,6 +119,7 @@ class Slots:
         self.state: Condition = Condition()
         self._verify, self._timeout_s = verify, timeout_s
         self._layouts: dict[int, Layout] = {}
+        self._touched = Touched()
         self._slots: list[Slot] = []
         self._free: list[Slot] = []
         self._fetches: dict[int, Fetch] = {}
@@ -158,6 +160,8 @@ class Slots:
         try:
             self.arena.before_read(slot)
             ticket = None
+            if not self.arena.separate:
+                self._touched.fill(slot, layout.needed, self._free, self.units, self.plan)
             regions = self._regions(unit)
             if regions:
                 for file in {id(region.file): region.file for region in regions}.values():
@@ -281,12 +285,14 @@ class Slots:
                 # A read that hangs may still write: its slot is never used again (the reader keeps the memory), a new one replaces it.
                 self._free.remove(fetch.slot)
                 self._slots.remove(fetch.slot)
+                self._touched.gone(fetch.slot)
 
     def _give_away(self, fetch: Fetch) -> None:
         """Somebody still looks at the slot's memory: it is theirs from now on, and a new slot replaces it."""
         self._drop(fetch)
         self._free.remove(fetch.slot)
         self._slots.remove(fetch.slot)
+        self._touched.gone(fetch.slot)
         for layout in self._layouts.values():
             layout.views.pop(fetch.slot.index, None)
         self.arena.free_slot(fetch.slot)

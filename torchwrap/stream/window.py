@@ -152,6 +152,7 @@ class Window(RoutedSlots):
                 self._discard(fetch)
         for slot in self._free:
             slot.host.release_pages()
+            self._touched.gone(slot)
         self._making_room = True
 
     def _guess(self) -> None:
