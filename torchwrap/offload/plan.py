@@ -15,8 +15,10 @@ from torchwrap.core.integration import Integration, integration_for_folder
 from torchwrap.offload.config import Offload
 from torchwrap.offload.technique import offload
 from torchwrap.storage.aio import probe
+from torchwrap.stream.units import Piece
 from torchwrap.weights.blueprint import Blueprint
 from torchwrap.weights.budget import RESERVE_TOKENS, process_bytes, working_bytes
+from torchwrap.weights.copies import slot_bytes
 from torchwrap.weights.folder import WorkFolder, as_placeholders
 from torchwrap.weights.footprint import expected_footprint
 from torchwrap.weights.timing import check_inputs, route_of
@@ -126,7 +128,7 @@ def plan_folder(folder: str | Path, config: Offload, *, batch: int = 1, tokens: 
             table_bytes=plan.table_bytes,
             bandwidth=bandwidth,
             seconds_per_token=plan.streamed_bytes / bandwidth if bandwidth else 0.0,
-            working_bytes=working_bytes(model, integration, batch=batch, tokens=tokens, scratch=blueprint.scratch),
+            working_bytes=working_bytes(model, integration, batch=batch, tokens=tokens, scratch=blueprint.copies.at(batch * tokens)),
             reserve=blueprint.budget.reserve,
             training=_training(model, blueprint, integration, bandwidth, config, batch, tokens) if config.goal == "train" else None,
         )
@@ -141,21 +143,26 @@ def _training(
     division, plan = blueprint.division, blueprint.plan
 
     def activation(batch: int, tokens: int) -> int:
-        return working_bytes(model, integration, batch=batch, tokens=tokens, scratch=blueprint.scratch)
+        return working_bytes(model, integration, batch=batch, tokens=tokens, scratch=blueprint.copies.at(batch * tokens))
 
     fixed = {piece.index for piece in division.fixed}
     resident = plan.resident | fixed
     footprint = expected_footprint(division.units, division.pieces, resident, config.optimizer)
-    slots, separate = plan.slots * plan.slot_bytes, blueprint.device.type != "cpu"
+    separate = blueprint.device.type != "cpu"
+
+    def away(piece: Piece) -> bool:
+        return piece.index not in resident
+
+    slots = plan.slots * plan.slot_bytes if separate else slot_bytes(division.units, plan, away, batch * tokens)
     training = training_of(division.units, division.pieces, config, config.activations, blueprint.rehearsal)
     working = training.working(activation, batch, tokens)
     return forecast(
         footprint,
-        route_of(division.units, plan.slots, lambda piece: piece.index not in resident),
+        route_of(division.units, plan.slots, away),
         present=process_bytes() + slots + (0 if separate else plan.fixed_bytes + plan.resident_bytes),
         slots=slots,
         working=0 if separate else working,
-        copied=(0, 0) if separate else (blueprint.scratch, training.inside),
+        copied=(0, 0) if separate else (blueprint.copies.at(batch * tokens), training.inside),
         weights=2 * plan.streamed_bytes,
         read_rate=bandwidth,
         write_rate=bandwidth,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
+from torchwrap.weights.copies import slot_bytes
 from torchwrap.weights.timing import check_inputs
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def predict_pass(handle: OffloadHandle, *, batch: int, tokens: int) -> Predictio
     check_inputs("offload", batch, tokens)
     stats, plan, route = handle.stats(), handle.plan, handle.route()
     separate = handle.device.type != "cpu"
-    slots = plan.slots * plan.slot_bytes
+    slots = plan.slots * plan.slot_bytes if separate else slot_bytes(handle.units, plan, lambda piece: not piece.resident, batch * tokens)
     rate = float(stats["bandwidth"]) if stats["disk_bytes"] else 0.0
     moving = route.pass_seconds(rate, computing=False) if route.moves(rate) else None
     computing = route.forward.forward_s if route.forward is not None else None

@@ -35,6 +35,7 @@ from torchwrap.stream.tiles import CutWeight, cut_weights, make_whole, parts
 from torchwrap.stream.units import Home, UnitMap, find_units
 from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_uninitialised
 from torchwrap.weights.budget import Budget, weight_budget
+from torchwrap.weights.copies import Copies
 from torchwrap.weights.experts import ExpertsLayer, groups_of
 from torchwrap.weights.folder import SOURCES
 from torchwrap.weights.footprint import scratch_bytes, waiting
@@ -185,7 +186,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
                 budget=budget,
                 device=device,
                 origin=origin,
-                scratch=scratch,
+                copies=Copies.of(division.pieces, scratch),
                 homes=homes,
                 integration=integration,
                 tier="auto" if config.params == "device" else config.params,

@@ -35,6 +35,7 @@ from torchwrap.superpipeline.policy import Knobs
 from torchwrap.superpipeline.room import Room
 from torchwrap.weights.blueprint import Blueprint, blocks_of, device_of, refuse_uninitialised
 from torchwrap.weights.budget import Budget, weight_budget
+from torchwrap.weights.copies import Copies
 from torchwrap.weights.folder import SOURCES
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.layers import UnitLayer
@@ -151,7 +152,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
             budget=budget,
             device=device,
             origin=origin,
-            scratch=scratch,
+            copies=Copies.of(division.pieces, scratch),
             homes=homes,
             integration=integration,
             tier=config.store or ("host" if separate else "disk"),

@@ -19,6 +19,7 @@ from torchwrap.stream.routed import ExpertGroup
 from torchwrap.stream.settings import Streaming
 from torchwrap.stream.units import Home, UnitMap
 from torchwrap.weights.budget import Budget, working_bytes
+from torchwrap.weights.copies import Copies
 
 __all__ = ["Blueprint", "Working", "blocks_of", "device_of", "refuse_uninitialised"]
 
@@ -29,7 +30,7 @@ class Blueprint:
 
     Attributes:
         tier: where streamed weights go beside a separate device; "auto" fills host memory first.
-        scratch: bytes of the largest parameter that a matrix product may copy while everything else is present.
+        copies: of weights that matrix products make while everything else is present.
         homes: where the weights of a model built from a folder lie, by parameter name; None for a model in memory.
         rehearsal: tells what blocks will save in training; None where that is not known or not asked for.
     """
@@ -39,7 +40,7 @@ class Blueprint:
     budget: Budget
     device: torch.device
     origin: torch.device
-    scratch: int
+    copies: Copies
     homes: dict[str, Home] | None
     integration: Integration
     tier: Literal["auto", "host", "disk"]
@@ -52,21 +53,21 @@ class Working:
 
     Attributes:
         rehearsal: of its training.
-        scratch: bytes of the copies of weights that are counted in it.
+        copies: of weights, that are counted in it.
     """
 
-    def __init__(self, integration: Integration, model: nn.Module, scratch: int, rehearsal: Rehearsal | None) -> None:
+    def __init__(self, integration: Integration, model: nn.Module, copies: Copies, rehearsal: Rehearsal | None) -> None:
         self.rehearsal: Rehearsal | None = rehearsal
         self._known: dict[tuple[int, int], int] = {}
-        self.scratch: int = scratch
+        self.copies: Copies = copies
         self._integration, self._model = integration, weakref.ref(model)
 
     def __call__(self, batch: int, tokens: int) -> int:
         key = (batch, tokens)
         model = self._model()
         if model is not None:
-            self._known[key] = working_bytes(model, self._integration, batch=batch, tokens=tokens, scratch=self.scratch)
-        return self._known.get(key, self.scratch)
+            self._known[key] = working_bytes(model, self._integration, batch=batch, tokens=tokens, scratch=self.copies.at(batch * tokens))
+        return self._known.get(key, self.copies.at(batch * tokens))
 
     def costs(self, batch: int, tokens: int) -> list[Cost] | None:
         """What blocks save in a training step; None where only their weights tell."""

@@ -23,6 +23,7 @@ from torchwrap.activations.rehearsal import Rehearsal
 from torchwrap.core.config import format_bytes
 from torchwrap.storage.heap import FreedBlocks
 from torchwrap.stream.settings import Streaming
+from torchwrap.weights.copies import slot_bytes
 from torchwrap.weights.footprint import Footprint, expected_footprint, left_behind, scratch_bytes
 from torchwrap.weights.timing import Route, Update
 
@@ -201,8 +202,8 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
     else:
         resident = {piece.index for piece in handle.pieces if piece.resident}
         footprint, write_rate, computing = expected_footprint(handle.units, handle.pieces, resident, handle.config.optimizer), 0.0, None
-    slots = plan.slots * plan.slot_bytes
     separate = handle.device.type != "cpu"
+    slots = plan.slots * plan.slot_bytes if separate else slot_bytes(handle.units, plan, lambda piece: not piece.resident, batch * tokens)
     head = head_bytes(handle.units, handle.pieces)
     model = handle.root() if handle.root is not None else None
     itself = model is not None and recomputes_itself(model.modules())
@@ -226,7 +227,7 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
         present=handle.baseline_bytes + slots,
         slots=slots,
         working=0 if separate else working,
-        copied=(0, 0) if separate else (handle.activation.scratch, scratch_bytes(handle.units, handle.pieces)[0]),
+        copied=(0, 0) if separate else (handle.activation.copies.at(batch * tokens), scratch_bytes(handle.units, handle.pieces)[0]),
         weights=2 * plan.streamed_bytes * footprint.backwards,
         swapped=swapped * footprint.backwards,
         to_disk=not separate or handle.config.activations == "disk",
