@@ -180,3 +180,11 @@ def test_gradients_of_a_model_that_stays_as_a_whole_are_those_of_its_weights(tie
     waits = waiting(handle.units, handle.pieces, big, 0, {piece.index for piece in handle.pieces})
     every = 2 * small + (1 if tied else 2) * big
     assert every <= waits.blocks <= every + big
+
+
+def test_freed_gradients_are_not_kept_in_place_of_more_than_there_are() -> None:
+    """A wide layer without blocks: its own gradient, and no second one of its size before it."""
+    model = nn.Sequential(nn.Linear(64, 2048, bias=False), nn.Tanh(), nn.Linear(2048, 2048, bias=False), nn.Linear(2048, 64, bias=False))
+    handle = tw.handle_of(tw.offload(model, goal="train", params="disk"), "offload")
+    every = sum(piece.nbytes for piece in handle.pieces)
+    assert waiting(handle.units, handle.pieces, 2048 * 2048 * 4, 0, ()).outside == every

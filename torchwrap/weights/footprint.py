@@ -144,7 +144,8 @@ def waiting(units: Iterable[Unit], pieces: Sequence[Piece], room: int, kept: int
     table = max((table_bytes(units, table) - table.nbytes * (table.index in stay) for table in tables), default=0)
     queue = min(room, moving)
     heads = max((sum(piece.nbytes for piece in _trained(unit)) for unit in units if unit.kind == "leaf"), default=0)
-    return Waiting(queue + heads, min(room + following, moving) + stays, max(queue + kept, table) + stays if tables else 0)
+    outside = min(queue + heads, moving + stays)  # what is kept in place of gradients was gradients too
+    return Waiting(outside, min(room + following, moving) + stays, max(queue + kept, table) + stays if tables else 0)
 
 
 def room_for(units: Iterable[Unit], chunk: int) -> int:
