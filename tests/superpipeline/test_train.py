@@ -218,8 +218,10 @@ def little(patch: pytest.MonkeyPatch, blocks: int) -> None:
     """Memory for so many blocks beside what is left to a training step."""
     plain = technique.weight_budget
 
-    def weight_budget(config: Any, model: nn.Module, integration: Any, device: Any, scratch: int, training: Any = None) -> Budget:
-        budget = plain(config, model, integration, device, scratch, training)
+    def weight_budget(
+        config: Any, model: nn.Module, integration: Any, device: Any, scratch: int, training: Any = None, trial: Any = None
+    ) -> Budget:
+        budget = plain(config, model, integration, device, scratch, training, trial)
         left = blocks * (BLOCK_BYTES + 8192) + BLOCK_BYTES + (0 if training else 3 * (BLOCK_BYTES + 8192))
         return Budget(left, budget.host, budget.reserve, budget.asked, left)
 

@@ -6,6 +6,7 @@ from torchwrap.core.config import format_bytes
 from torchwrap.offload.predict import Prediction, predict_pass
 from torchwrap.weights.budget import optimizer_rows
 from torchwrap.weights.handle import WeightsHandle
+from torchwrap.weights.trial import inputs_of
 
 __all__ = ["OffloadHandle"]
 
@@ -13,21 +14,23 @@ __all__ = ["OffloadHandle"]
 class OffloadHandle(WeightsHandle):
     """Weights of one model, of which as many as the budget allows are present; `tw.handle_of(model, "offload")` returns it."""
 
-    def predict(self, *, batch: int = 1, tokens: int = 128) -> Prediction:
+    def predict(self, *, batch: int | None = None, tokens: int | None = None, example: object = None) -> Prediction:
         """What a forward pass will take.
 
         Args:
-            batch: sequences (or images) per call.
-            tokens: tokens per sequence, prompt and cache included.
+            batch: sequences (or images) per call; None: one, or as many as the example has.
+            tokens: tokens per sequence, prompt and cache included; None: 128. Not beside an example.
+            example: what the model is called with, as in the settings; None: the one in the settings.
 
         Raises:
-            ConfigError: an argument is no integer of at least 1.
+            ConfigError: an argument is no integer of at least 1, or an example that the model cannot be called with.
 
         Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md. Seconds are simulated from the bandwidth seen so far and the
             computing of the last pass, whatever `batch` and `tokens` are: run one like it first. Before that, they are those of moving
             weights alone. Beside a separate device a pass is measured when `tune()` was called before it.
         """
-        return predict_pass(self, batch=batch, tokens=tokens)
+        batch, tokens, called = inputs_of(self.config, batch, tokens, example)
+        return predict_pass(self, batch=batch, tokens=tokens, example=called)
 
     def explain(self) -> str:
         """The division of the memory as a table, and the one change that would help most."""

@@ -128,7 +128,7 @@ def plan_folder(folder: str | Path, config: Offload, *, batch: int = 1, tokens: 
             table_bytes=plan.table_bytes,
             bandwidth=bandwidth,
             seconds_per_token=plan.streamed_bytes / bandwidth if bandwidth else 0.0,
-            working_bytes=working_bytes(model, integration, batch=batch, tokens=tokens, scratch=blueprint.copies.at(batch * tokens)),
+            working_bytes=_working(model, integration, blueprint, batch, tokens),
             reserve=blueprint.budget.reserve,
             training=_training(model, blueprint, integration, bandwidth, config, batch, tokens) if config.goal == "train" else None,
         )
@@ -143,7 +143,7 @@ def _training(
     division, plan = blueprint.division, blueprint.plan
 
     def activation(batch: int, tokens: int) -> int:
-        return working_bytes(model, integration, batch=batch, tokens=tokens, scratch=blueprint.copies.at(batch * tokens))
+        return _working(model, integration, blueprint, batch, tokens)
 
     fixed = {piece.index for piece in division.fixed}
     resident = plan.resident | fixed
@@ -155,7 +155,10 @@ def _training(
 
     slots = plan.slots * plan.slot_bytes if separate else slot_bytes(division.units, plan, away, batch * tokens)
     training = training_of(division.units, division.pieces, config, config.activations, blueprint.rehearsal)
-    working = training.working(activation, batch, tokens)
+    trial = blueprint.trial
+    working = (
+        training.working(activation, batch, tokens) if trial is None else trial.step_bytes(trial.example, training.choice, blueprint.copies)
+    )
     return forecast(
         footprint,
         route_of(division.units, plan.slots, away),
@@ -171,3 +174,11 @@ def _training(
         to_disk=not separate or config.activations == "disk",
         activations=in_words(config.activations),
     )
+
+
+def _working(model: nn.Module, integration: Integration, blueprint: Blueprint, batch: int, tokens: int) -> int:
+    """Of a forward, like the example in the settings if there is one."""
+    trial, copies = blueprint.trial, blueprint.copies
+    if trial is not None:
+        return trial.forward_bytes(trial.example, copies)
+    return working_bytes(model, integration, batch=batch, tokens=tokens, scratch=copies.at(batch * tokens))

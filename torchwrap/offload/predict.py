@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from torchwrap.weights.copies import slot_bytes
-from torchwrap.weights.timing import check_inputs
 
 if TYPE_CHECKING:
     from torchwrap.offload.handle import OffloadHandle
@@ -45,9 +44,8 @@ class Prediction:
         return asdict(self)
 
 
-def predict_pass(handle: OffloadHandle, *, batch: int, tokens: int) -> Prediction:
+def predict_pass(handle: OffloadHandle, *, batch: int, tokens: int, example: str | None = None) -> Prediction:
     """See `OffloadHandle.predict`."""
-    check_inputs("offload", batch, tokens)
     stats, plan, route = handle.stats(), handle.plan, handle.route()
     separate = handle.device.type != "cpu"
     slots = plan.slots * plan.slot_bytes if separate else slot_bytes(handle.units, plan, lambda piece: not piece.resident, batch * tokens)
@@ -58,7 +56,7 @@ def predict_pass(handle: OffloadHandle, *, batch: int, tokens: int) -> Predictio
     if not plan.streamed_bytes or (computing is not None and computing >= (moving or 0.0)):
         bottleneck = "compute"
     return Prediction(
-        peak_process=handle.baseline_bytes + slots + (0 if separate else handle.activation(batch, tokens)),
+        peak_process=handle.baseline_bytes + slots + (0 if separate else handle.activation(batch, tokens, example)),
         device_bytes=plan.held_bytes,
         host_bytes=int(stats["host_bytes"]) + (slots if separate else 0),
         disk_bytes=int(stats["disk_bytes"]),

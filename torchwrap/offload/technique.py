@@ -44,6 +44,7 @@ from torchwrap.weights.layers import RootLayer, RowLayer, UnitLayer
 from torchwrap.weights.technique import StreamingTechnique, activation_layers
 from torchwrap.weights.tiled import TiledLayer
 from torchwrap.weights.training import training_of
+from torchwrap.weights.trial import trial_of
 
 __all__ = ["OffloadTechnique", "offload"]
 
@@ -102,7 +103,8 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         mode = "recompute" if recomputes_itself(model.modules()) else config.activations
         rehearsal = Rehearsal.of(model, division.units, device, integration) if config.goal == "train" else None
         training = training_of(division.units, division.pieces, config, mode, rehearsal) if config.goal == "train" else None
-        budget = weight_budget(config, model, integration, device, scratch, training)
+        trial = trial_of(config, model, division.units, device, integration)
+        budget = weight_budget(config, model, integration, device, scratch, training, trial)
         whole = fixed + sum({index: nbytes for unit in planned for index, nbytes in unit.pieces}.values())
         keep_resident = config.params in ("auto", "device")
         if not planned and not keep_resident:
@@ -144,7 +146,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
             if shared == scratch:
                 break
             scratch = shared
-            budget = weight_budget(config, model, integration, device, scratch, training)
+            budget = weight_budget(config, model, integration, device, scratch, training, trial)
             plan = planned_for(budget)
         layers: list[Place] = [("", model, RootLayer(None))]
         for weight in cut:
@@ -191,6 +193,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
                 integration=integration,
                 tier="auto" if config.params == "device" else config.params,
                 rehearsal=rehearsal,
+                trial=trial,
                 groups=groups,
             ),
         )

@@ -13,6 +13,7 @@ import torch
 
 from torchwrap.core import errors
 from torchwrap.core.config import Config, option
+from torchwrap.core.example import described
 
 __all__ = ["CRC", "Streaming", "load_compiler", "state_bytes"]
 
@@ -103,6 +104,11 @@ class Streaming(Config):
     reserve: int | str | None = option(
         None, doc="Memory left to activations and caches; None: estimated from the model.", unit="bytes", size=True
     )
+    example: object = option(
+        None,
+        doc="What the model is called with, if memory is to be planned by that: a tensor, a tuple, or a mapping of keywords, of which "
+        "shapes and types count; or that as text. None: what the integration knows, by sequences and tokens.",
+    )
     activations: Literal["keep", "recompute", "host", "disk", "auto"] | None = option(
         None,
         doc="What a block's backward needs besides weights: keep it; recompute it; move it to host memory (beside a separate device) or "
@@ -144,6 +150,8 @@ class Streaming(Config):
         """Rules that concern more than one field."""
         name = self.technique
         _class_of(self.optimizer)
+        if self.example is not None:
+            object.__setattr__(self, "example", described(self.example))
         if self.activations is None:
             object.__setattr__(self, "activations", "keep")
         if 0 < int(self.io_chunk) < 4096:

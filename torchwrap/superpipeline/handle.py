@@ -18,12 +18,12 @@ from torchwrap.superpipeline.picture import draw, grid
 from torchwrap.superpipeline.policy import Choice, Knobs, Profile, choose, obeys_law, stall_free
 from torchwrap.superpipeline.prediction import Prediction
 from torchwrap.superpipeline.room import Room
-from torchwrap.weights.budget import optimizer_rows
+from torchwrap.weights.budget import count_libraries, optimizer_rows
 from torchwrap.weights.footprint import Footprint
 from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.measure import Meter
-from torchwrap.weights.timing import check_inputs
-from torchwrap.weights.training import head_bytes, step_bytes
+from torchwrap.weights.training import head_bytes, predict_step, step_bytes
+from torchwrap.weights.trial import inputs_of
 
 __all__ = ["Prediction", "SuperpipelineHandle"]
 
@@ -239,21 +239,30 @@ class SuperpipelineHandle(WeightsHandle):
         """Bytes of blocks brought in per forward pass in the long run."""
         return int(self.room.block_bytes * self.knobs.moved_per_pass / self.knobs.units)
 
-    def predict(self, *, batch: int = 1, tokens: int = 128, k: int | None = None, k_prime: int | None = None) -> Prediction:
+    def predict(
+        self,
+        *,
+        batch: int | None = None,
+        tokens: int | None = None,
+        k: int | None = None,
+        k_prime: int | None = None,
+        example: object = None,
+    ) -> Prediction:
         """What a pass takes, with the knobs as they are or with others: a forward, or a forward and its backward if `trains`.
 
         Args:
-            batch: sequences (or images) per call.
-            tokens: tokens per sequence.
+            batch: sequences (or images) per call; None: one, or as many as the example has.
+            tokens: tokens per sequence; None: 128. Not beside an example.
             k: None: as it is; given alone, k' is at most as it is.
             k_prime: None: as it is.
+            example: what the model is called with, as in the settings; None: the one in the settings.
 
         Raises:
             ConfigError: not 1 <= k' <= k <= n, or another argument is no number of at least 1.
 
         Exactness: bytes of weights are counted, those of activations estimated; seconds are simulated from the measured pass.
         """
-        check_inputs("superpipeline", batch, tokens)
+        batch, tokens, called = inputs_of(self.config, batch, tokens, example)
         if k is None:
             k = self.knobs.k
         elif k_prime is None:
@@ -262,9 +271,13 @@ class SuperpipelineHandle(WeightsHandle):
         device_bytes, known, opened = self.room.held(knobs.k), self.profile, self._opened()
         seconds = known.pass_seconds(knobs.k, knobs.k_prime) if known else None
         mean_c, mean_x = _means(known) if known else (0.0, 0.0)
-        working, reserved, moved = self.activation(batch, tokens), 0, knobs.moved_per_pass
+        working, reserved, moved = self.activation(batch, tokens, called), 0, knobs.moved_per_pass
         if self.trains:
-            working = self.predict_training(batch=batch, tokens=tokens).working_bytes  # 0 if that is not where the model computes
+            count_libraries(self)
+            step = predict_step(self, batch=batch, tokens=tokens, example=called)
+            working = step.working_bytes  # 0 if that is not where the model computes
+            if not working and called is not None and self.activation.trial is not None:
+                working = self.activation.trial.step_bytes(called, self.activations.mode)
             working = working or step_bytes(self.activation, head_bytes(self.units, self.pieces), batch, tokens)
             reserved = working + self.room.optimizer_bytes(opened)
             if opened is None or not knobs_keep_all(self.knobs):  # else the open optimizer counts the gradients of blocks that stay

@@ -41,6 +41,7 @@ from torchwrap.weights.handle import WeightsHandle
 from torchwrap.weights.layers import UnitLayer
 from torchwrap.weights.technique import StreamingTechnique, activation_layers
 from torchwrap.weights.training import training_of
+from torchwrap.weights.trial import trial_of
 
 __all__ = ["SuperpipelineTechnique", "superpipeline"]
 
@@ -121,14 +122,15 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
         mode = "recompute" if recomputes_itself(model.modules()) else config.activations
         rehearsal = Rehearsal.of(model, division.units, device, integration) if config.train else None
         training = training_of(division.units, division.pieces, config, mode, rehearsal)
+        trial = trial_of(config, model, division.units, device, integration)
         room = Room(
             units=len(division.units),
             fixed_bytes=fixed,
             slot_bytes=slot_bytes,
             block_bytes=block_bytes,
             gradient_bytes=sum(p.nbytes for unit in division.units for p in unit.pieces if p.parameter.requires_grad),
-            forward=weight_budget(config, model, integration, device, scratch),
-            step=weight_budget(config, model, integration, device, scratch, training),
+            forward=weight_budget(config, model, integration, device, scratch, None, trial),
+            step=weight_budget(config, model, integration, device, scratch, training, trial),
             optimizer=training.optimizer if config.reserve is None else 0,
             shared=device.type == "cpu",
         )
@@ -157,6 +159,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
             integration=integration,
             tier=config.store or ("host" if separate else "disk"),
             rehearsal=rehearsal,
+            trial=trial,
             knobs=knobs,
             room=room,
         )

@@ -20,6 +20,7 @@ from torchwrap.stream.settings import Streaming
 from torchwrap.stream.units import Home, UnitMap
 from torchwrap.weights.budget import Budget, working_bytes
 from torchwrap.weights.copies import Copies
+from torchwrap.weights.trial import Trial
 
 __all__ = ["Blueprint", "Working", "blocks_of", "device_of", "refuse_uninitialised"]
 
@@ -33,6 +34,7 @@ class Blueprint:
         copies: of weights that matrix products make while everything else is present.
         homes: where the weights of a model built from a folder lie, by parameter name; None for a model in memory.
         rehearsal: tells what blocks will save in training; None where that is not known or not asked for.
+        trial: tells what a call like the example takes; None without one.
     """
 
     division: UnitMap
@@ -45,6 +47,7 @@ class Blueprint:
     integration: Integration
     tier: Literal["auto", "host", "disk"]
     rehearsal: Rehearsal | None = None
+    trial: Trial | None = None
     groups: list[ExpertGroup] = field(default_factory=list)
 
 
@@ -54,15 +57,21 @@ class Working:
     Attributes:
         rehearsal: of its training.
         copies: of weights, that are counted in it.
+        trial: of calls like an example, where there is one.
     """
 
-    def __init__(self, integration: Integration, model: nn.Module, copies: Copies, rehearsal: Rehearsal | None) -> None:
+    def __init__(
+        self, integration: Integration, model: nn.Module, copies: Copies, rehearsal: Rehearsal | None, trial: Trial | None = None
+    ) -> None:
+        self.trial: Trial | None = trial
         self.rehearsal: Rehearsal | None = rehearsal
         self._known: dict[tuple[int, int], int] = {}
         self.copies: Copies = copies
         self._integration, self._model = integration, weakref.ref(model)
 
-    def __call__(self, batch: int, tokens: int) -> int:
+    def __call__(self, batch: int, tokens: int, example: str | None = None) -> int:
+        if example is not None and self.trial is not None:
+            return self.trial.forward_bytes(example, self.copies)
         key = (batch, tokens)
         model = self._model()
         if model is not None:

@@ -18,6 +18,7 @@ from torchwrap.core.tensors import data_of, held_bytes, is_placeholder, storage_
 from torchwrap.storage.limits import group_usage, is_limited, memory_available
 from torchwrap.stream.settings import Streaming, load_compiler
 from torchwrap.weights.training import Training
+from torchwrap.weights.trial import Trial
 
 if TYPE_CHECKING:
     from torchwrap.weights.handle import WeightsHandle
@@ -67,13 +68,20 @@ class Budget:
 
 
 def weight_budget(
-    config: Streaming, model: nn.Module, integration: Integration, device: torch.device, scratch: int, training: Training | None = None
+    config: Streaming,
+    model: nn.Module,
+    integration: Integration,
+    device: torch.device,
+    scratch: int,
+    training: Training | None = None,
+    trial: Trial | None = None,
 ) -> Budget:
     """The budget for one model.
 
     Args:
         training: what steps of an optimizer take besides; None for inference.
         scratch: bytes of the largest parameter that a matrix product may keep a reordered copy of while everything else is present.
+        trial: of calls like the example in the settings, if there is one.
     """
     total = sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -84,11 +92,14 @@ def weight_budget(
     if config.reserve is not None:
         reserve = int(config.reserve)
     elif training is not None:
-        reserve = training.working(working, 1, RESERVE_TOKENS)
+        if trial is not None:
+            reserve = scratch + trial.step_bytes(trial.example, training.choice)
+        else:
+            reserve = training.working(working, 1, RESERVE_TOKENS)
         on_host = training.beside(reserve, scratch) if device.type == "cpu" else training.optimizer
         otherwise = 'Pass activations="auto" or "recompute". Or: ' if training.kept else ""
     else:
-        reserve = working(1, RESERVE_TOKENS)
+        reserve = working(1, RESERVE_TOKENS) if trial is None else scratch + trial.forward_bytes(trial.example)
     available = memory_available()
     # Weights that are in private memory now will be streamed from disk instead, so their memory counts as free.
     left = total if available is None else available + min(_private_bytes(model), total) - on_host - reserve - _MARGIN

@@ -39,8 +39,9 @@ from torchwrap.weights.budget import RESERVE_TOKENS, count_libraries
 from torchwrap.weights.handed import Handed
 from torchwrap.weights.replicas import watch_replicas
 from torchwrap.weights.stepping import watch_steps
-from torchwrap.weights.timing import TimedPasses, check_inputs
+from torchwrap.weights.timing import TimedPasses
 from torchwrap.weights.training import StepToCome, TrainingPrediction, predict_step
+from torchwrap.weights.trial import inputs_of
 
 if TYPE_CHECKING:
     from torchwrap.optimizer.optimizer import OffloadedOptimizer
@@ -163,12 +164,13 @@ class WeightsHandle(TimedPasses):
         """Bytes of weights fetched in a pass that uses every unit once, rows of tables not counted."""
         return self.plan.streamed_bytes
 
-    def predict_training(self, *, batch: int = 1, tokens: int = 128) -> TrainingPrediction:
+    def predict_training(self, *, batch: int | None = None, tokens: int | None = None, example: object = None) -> TrainingPrediction:
         """What a training step will take, with the model's `OffloadedOptimizer`, or with an Adam as long as there is none.
 
         Args:
-            batch: sequences (or images) per step.
-            tokens: tokens per sequence.
+            batch: sequences (or images) per step; None: one, or as many as the example has.
+            tokens: tokens per sequence; None: 128. Not beside an example.
+            example: what the model is called with, as in the settings; None: the one in the settings.
 
         Exactness: peak bytes within 10 % on the benchmarks of docs/figures.md. What blocks save is counted on a forward without memory if
             training was the goal when the model was wrapped and its integration knows its inputs; else the shapes of weights tell, without
@@ -177,11 +179,11 @@ class WeightsHandle(TimedPasses):
             measured, whatever `batch` and `tokens` are; before that, they are those of moving bytes alone.
 
         Raises:
-            ConfigError: an argument is no integer of at least 1.
+            ConfigError: an argument is no integer of at least 1, or an example that the model cannot be called with.
         """
-        check_inputs(self.config.technique, batch, tokens)
+        batch, tokens, called = inputs_of(self.config, batch, tokens, example)
         count_libraries(self)
-        return predict_step(self, batch=batch, tokens=tokens)
+        return predict_step(self, batch=batch, tokens=tokens, example=called)
 
     @property
     def events(self) -> list[Event]:
@@ -271,7 +273,8 @@ class WeightsHandle(TimedPasses):
         self.activations = self._activations()
 
     def _activations(self) -> Activations:
-        reserve = partial(self.activation, 1, RESERVE_TOKENS)
+        trial = self.activation.trial
+        reserve = partial(self.activation, 1, RESERVE_TOKENS, trial.example if trial is not None else None)
         return Activations(self.config, self.units, self.device, self.timeline, self.plan, reserve, StepToCome(self))
 
     @property

@@ -95,7 +95,7 @@ class StreamingTechnique(Technique[S], Generic[S]):
                 device=device,
                 origin=blueprint.origin,
                 baseline_bytes=0,
-                activation=Working(blueprint.integration, model, blueprint.copies, blueprint.rehearsal),
+                activation=Working(blueprint.integration, model, blueprint.copies, blueprint.rehearsal, blueprint.trial),
                 mapped=blueprint.homes is not None,
                 notes=prepared.notes,
             )

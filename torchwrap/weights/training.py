@@ -68,6 +68,10 @@ class Training:
         """Bytes of host memory for chunks, gradients, and freed tensors."""
         return self.footprint.ring + self.footprint.held
 
+    def choice(self, unit: int) -> Choice:
+        """What becomes of what a block saves, as far as the setting tells."""
+        return MODES.get(self.mode, "recompute")
+
     def beside(self, working: int, copied: int) -> int:
         """The same beside `working` bytes, of which `copied` are there only while weights are copied; see `Footprint.peak`."""
         return self.footprint.peak(working, copied, self.inside) - working
@@ -194,7 +198,7 @@ def training_of(
     )
 
 
-def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingPrediction:
+def predict_step(handle: WeightsHandle, *, batch: int, tokens: int, example: str | None = None) -> TrainingPrediction:
     """See `WeightsHandle.predict_training`."""
     plan, optimizer = handle.plan, handle.optimizer()
     if optimizer is not None:
@@ -208,8 +212,13 @@ def predict_step(handle: WeightsHandle, *, batch: int, tokens: int) -> TrainingP
     model = handle.root() if handle.root is not None else None
     itself = model is not None and recomputes_itself(model.modules())
     staying = _staying(handle.units, footprint)
-    uses = handle.activation.costs(batch, tokens)
-    if uses is not None:
+    trial = handle.activation.trial if example is not None else None
+    uses = handle.activation.costs(batch, tokens) if trial is None else None
+    if trial is not None and example is not None:
+        mode: Callable[[int], Choice] = (lambda unit: "keep") if itself else handle.activations.mode
+        working = trial.step_bytes(example, mode, handle.activation.copies)
+        swapped = trial.swapped_bytes(example, mode)
+    elif uses is not None:
         modes: dict[int, Choice] = {use.unit: "recompute" if itself else handle.activations.mode(use.unit) for use in uses}
         working = counted_bytes(handle.activation, head, batch, tokens, peak_bytes(uses, modes, staying) - sum(staying.values()))
         swapped = sum(use.nbytes for use in uses if modes[use.unit] == "swap")
@@ -259,7 +268,11 @@ class StepToCome:
             return 0
         footprint = optimizer.footprint()
         coming = footprint.held if handle.device.type == "cpu" else footprint.kept
-        working = step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
+        trial = handle.activation.trial
+        if trial is not None:
+            working = trial.step_bytes(trial.example, lambda unit: "recompute", handle.activation.copies)
+        else:
+            working = step_bytes(handle.activation, head_bytes(handle.units, handle.pieces), batch, tokens)
         return max(0, coming - min(FreedBlocks.counts()["bytes"], footprint.freed)) + working
 
     def moved(self) -> tuple[int, int]:
