@@ -24,6 +24,11 @@ class _Double(nn.Module):
         return 2 * weight
 
 
+class _Halved(_Double):
+    def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+
 def _everywhere(net: nn.Module) -> None:
     blocks = net.get_submodule("blocks")
     prune.global_unstructured([(block.up, "weight") for block in blocks], prune.L1Unstructured, amount=0.5)  # type: ignore[union-attr]
@@ -36,7 +41,7 @@ def _up(change: Change) -> Change:
 CHANGES: dict[str, Change] = {
     "weight_norm": _up(parametrizations.weight_norm),
     "spectral_norm": _up(parametrizations.spectral_norm),
-    "parametrization": _up(lambda layer: parametrize.register_parametrization(layer, "weight", _Double())),
+    "parametrization": _up(lambda layer: parametrize.register_parametrization(layer, "weight", _Halved())),
     "weight_norm of old": _up(weight_norm),
     "smallest": _up(partial(prune.l1_unstructured, name="weight", amount=0.5)),
     "smallest rows": _up(partial(prune.ln_structured, name="weight", amount=0.5, n=2, dim=0)),
@@ -61,6 +66,24 @@ def test_weights_that_are_away_are_not_taken_apart_or_pruned(change: Change) -> 
         change(net)
     model = tw.offload(model, params="disk", units=("Linear",))
     assert loss_of(model, 0).item() == loss_of(plain, 0).item()
+
+
+def test_a_parametrization_that_keeps_the_weight_is_that_in_memory() -> None:
+    """Its weight is saved and loaded, too, though it has another owner than when the model was wrapped."""
+    plain, model = pair(wide=False)
+    for net in (plain, model):
+        parametrize.register_parametrization(net.get_submodule("blocks.1.up"), "weight", _Double())
+        loss_of(net, 0).backward()
+    assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True))  # type: ignore[arg-type]
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    other = {name: value + 1 for name, value in theirs.items()}
+    for net in (plain, model):
+        net.load_state_dict(other)
+    assert loss_of(model, 1).item() == loss_of(plain, 1).item()
+    tw.unwrap(model)
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
 
 
 def test_pruning_that_does_not_look_at_weights_is_that_in_memory() -> None:

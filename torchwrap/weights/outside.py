@@ -56,7 +56,8 @@ def _averaged(average: Any, model: Any, *_: Any) -> Iterator[str]:
 
 
 def _parametrized(_: Any, modules: Any, original: Any = None, *rest: Any) -> Iterator[str]:
-    if isinstance(original, torch.Tensor) and is_placeholder(data_of(original)):
+    # One without an inverse keeps the weight as it is, and is computed when the weight is there.
+    if isinstance(original, torch.Tensor) and is_placeholder(data_of(original)) and any(hasattr(each, "right_inverse") for each in modules):
         yield ""
 
 

@@ -18,6 +18,7 @@ from torchwrap.core.tensors import bind, data_of, set_holder
 from torchwrap.stream.pieces import check_untouched
 
 if TYPE_CHECKING:
+    from torchwrap.stream.units import Piece
     from torchwrap.weights.handle import WeightsHandle
 
 __all__ = ["hook_states", "unhook_states"]
@@ -33,7 +34,7 @@ class _StateHook:
 class _Save(_StateHook):
     def __call__(self, module: nn.Module, state: MutableMapping[str, Any], prefix: str, _: Any) -> None:
         self.handle.hide_lent()
-        for name, piece in self.handle.absent(module).items():
+        for name, piece in _absent(self.handle, module).items():
             saved = state.get(prefix + name)
             if saved is not None:
                 engine = self.handle.engine
@@ -48,7 +49,7 @@ class _BeforeLoad(_StateHook):
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *_: Any) -> None:
         # assign=True would put other parameter objects in; copying keeps the objects that optimizers and ties refer to.
         local_metadata["assign_to_params_buffers"] = False
-        for name, piece in self.handle.absent(module).items():
+        for name, piece in _absent(self.handle, module).items():
             if prefix + name in state:
                 # The old values, because a value of another shape is reported by torch and not copied.
                 value = self.handle.value(piece)
@@ -73,7 +74,7 @@ class _NotWithinStep(_StateHook):
 class _AfterLoad(_StateHook):
     def __call__(self, module: nn.Module, _: Any) -> None:
         # Only this module's own: torch calls this when the children are done, so an outer module's values are still on their way.
-        lent = [piece for piece in self.handle.absent(module).values() if piece.index in self.handle.lent]
+        lent = [piece for piece in _absent(self.handle, module).values() if piece.index in self.handle.lent]
         try:
             for piece in lent:
                 self.handle.set_value(piece, data_of(piece.parameter))
@@ -81,6 +82,15 @@ class _AfterLoad(_StateHook):
             for piece in lent:
                 self.handle.lent.pop(piece.index, None)
                 bind(piece.parameter, piece.absent)
+
+
+def _absent(handle: WeightsHandle, module: nn.Module) -> dict[str, Piece]:
+    """What a hooked module owns and is away, by name; also what a parametrization has taken over from it since."""
+    found = dict(handle.absent(module))
+    for name, owner in getattr(module, "parametrizations", {}).items():
+        if "_torchwrap_holder" not in owner.__dict__:
+            found |= {f"parametrizations.{name}.{each}": piece for each, piece in handle.absent(owner).items()}
+    return found
 
 
 def hook_states(model: nn.Module, handle: WeightsHandle) -> list[nn.Module]:
