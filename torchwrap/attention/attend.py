@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["attend"]
 
 _autocasts = torch._C._is_any_autocast_enabled  # torch 2.13
+_modes = torch._C._len_torch_dispatch_stack  # torch 2.13
 
 
 @overload
@@ -132,7 +133,7 @@ def attend(
             options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
             found: Tensor | tuple[Tensor, ...] = untraced(attend, q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
             return found
-    elif keeps_results():
+    elif _modes() and keeps_results():
         options = dict(mask=mask, scale=scale, softcap=softcap, sinks=sinks, bias=bias, dropout=dropout, backend=backend)
         with unseen():
             return cast(Callable[..., Tensor], attend)(q, k, v, **options, return_lse=return_lse, need_rows=need_rows)
