@@ -103,7 +103,7 @@ class OffloadTechnique(StreamingTechnique[Offload]):
         mode = "recompute" if recomputes_itself(model.modules()) else config.activations
         rehearsal = Rehearsal.of(model, division.units, device, integration) if config.goal == "train" else None
         training = training_of(division.units, division.pieces, config, mode, rehearsal) if config.goal == "train" else None
-        trial = trial_of(config, model, division.units, device, integration)
+        trial = trial_of(config, model, division.units, device, integration, rehearsal)
         budget = weight_budget(config, model, integration, device, scratch, training, trial)
         whole = fixed + sum({index: nbytes for unit in planned for index, nbytes in unit.pieces}.values())
         keep_resident = config.params in ("auto", "device")

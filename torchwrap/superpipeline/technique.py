@@ -122,7 +122,7 @@ class SuperpipelineTechnique(StreamingTechnique[Superpipeline]):
         mode = "recompute" if recomputes_itself(model.modules()) else config.activations
         rehearsal = Rehearsal.of(model, division.units, device, integration) if config.train else None
         training = training_of(division.units, division.pieces, config, mode, rehearsal)
-        trial = trial_of(config, model, division.units, device, integration)
+        trial = trial_of(config, model, division.units, device, integration, rehearsal)
         room = Room(
             units=len(division.units),
             fixed_bytes=fixed,

@@ -37,16 +37,25 @@ class Trial:
         model: not wrapped yet.
         units: of the model.
         example: of the settings.
+        rehearsal: of the model, if there is one already.
 
     Raises:
         ConfigError: the model cannot be called like that on shapes.
     """
 
-    def __init__(self, model: nn.Module, units: Sequence[Unit], device: torch.device, integration: Integration, example: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Unit],
+        device: torch.device,
+        integration: Integration,
+        example: str,
+        rehearsal: Rehearsal | None = None,
+    ) -> None:
         self.example: str = example
         self._blocks = [unit.index for unit in units if unit.kind == "block" and unit.parent is None]
         self._known: dict[tuple[str, tuple[Choice, ...] | None], int] = {}
-        found = Rehearsal.of(model, units, device, integration, example)
+        found = rehearsal or Rehearsal.of(model, units, device, integration, example)
         if found is None:
             raise errors.ConfigError(
                 f"{type(model).__name__} cannot be copied to try the example, or is wrapped by another technique already",
@@ -87,9 +96,7 @@ class Trial:
             ) from error
 
 
-def inputs_of(
-    config: Streaming, batch: int | None, tokens: int | None, example: object, *, usual: int = 128
-) -> tuple[int, int, str | None]:
+def inputs_of(config: Streaming, batch: int | None, tokens: int | None, example: object) -> tuple[int, int, str | None]:
     """Sequences, tokens of each, and instead of both an example, if one was given here or in the settings.
 
     Raises:
@@ -99,7 +106,7 @@ def inputs_of(
     example = config.example if example is None else example
     check_inputs(name, 1 if batch is None else batch, 1 if tokens is None else tokens)
     if example is None:
-        return batch or 1, tokens or usual, None
+        return batch or 1, tokens or 128, None
     if config.example is None:
         raise errors.ConfigError(
             f"{name}: the model was wrapped without an example", where="example", fix=f"Wrap it with {name}(model, example=...)."
@@ -114,6 +121,13 @@ def _copied(example: str, copies: Copies | None) -> int:
     return copies.at(rows_of(example)) if copies is not None else 0
 
 
-def trial_of(config: Streaming, model: nn.Module, units: Sequence[Unit], device: torch.device, integration: Integration) -> Trial | None:
-    """One, if the settings have an example."""
-    return Trial(model, units, device, integration, str(config.example)) if config.example is not None else None
+def trial_of(
+    config: Streaming,
+    model: nn.Module,
+    units: Sequence[Unit],
+    device: torch.device,
+    integration: Integration,
+    rehearsal: Rehearsal | None = None,
+) -> Trial | None:
+    """One, if the settings have an example; with this rehearsal of the model, if there is one already."""
+    return Trial(model, units, device, integration, str(config.example), rehearsal) if config.example is not None else None
